@@ -1,0 +1,56 @@
+# make demo | test | test-gpu | check | bench OP=rms_norm
+#
+# Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
+# that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
+
+ifeq ($(origin PYTHON),command line)
+  RUN := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
+  READY :=
+else
+  RUN := .venv/bin/python
+  READY := .venv/.ready
+endif
+BASE_PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check format bench clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+demo: $(READY)
+	@$(RUN) -m examples.demo $(ARGS)
+
+# one torch thread per worker: more workers than that fight over the cores
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) test
+
+test-gpu: $(READY)
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
+	$(RUN) -m pytest $(ARGS) test/gpu test/ops
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest test/test_layout.py
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(READY)
+	$(RUN) benchmark/run.py $(if $(OP),--op $(OP)) $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info
+
+.venv/.ready: requirements-dev.txt pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version.split()[0] + ". Name another one: make BASE_PYTHON=python3.12")'
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	@echo "Installing the pinned requirements into .venv (once; a few minutes with a slow network) ..."
+	$(PIP) install "$$(grep '^torch==' requirements-dev.txt)"
+	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,230 @@
+"""What runs side by side. To add a provider, add one entry to `PROVIDERS`, and for a peer the table of its calls.
+
+A table maps an op to an adapter: from the options of a case to a function of the case's inputs that returns what the op
+returns, or None where the peer has no such thing. Only public names of a peer are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+
+from liger_kernel.testing import OpCase, OpSpec
+
+Function = Callable[..., Any]
+Options = Mapping[str, Any]
+Table = dict[str, Callable[[Options], "Function | None"]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`package` names a peer: it runs in its own process, when that package can be imported there."""
+
+    why: str
+    bind: Callable[[OpSpec, OpCase], Function | None]
+    package: str | None = None
+    distribution: str | None = None
+
+
+def _from(table: Table) -> Callable[[OpSpec, OpCase], Function | None]:
+    def bind(spec: OpSpec, case: OpCase) -> Function | None:
+        adapter = table.get(spec.name)
+        return None if adapter is None else adapter(case.options)
+
+    return bind
+
+
+def _compiled(spec: OpSpec, case: OpCase) -> Function:
+    torch._dynamo.reset()
+    # donated buffers save memory, which is what fused losses compare, but forbid the repeated backward timed elsewhere
+    torch._functorch.config.donated_buffer = bool(case.flops)
+    compiled: Function = torch.compile(partial(spec.reference, **case.options), dynamic=False)
+    return compiled
+
+
+def _plain(options: Options, *supported: str) -> bool:
+    """Whether every option outside `supported` is off."""
+    return not any(v for k, v in options.items() if k not in supported)
+
+
+def _only(options: Options, *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+def _loss_tuple(result: Any) -> tuple[Any, ...]:
+    """(loss, z_loss, token_accuracy, predicted_tokens), as our losses return it."""
+    if isinstance(result, torch.Tensor):
+        return result, None, None, None
+    return result.loss, result.z_loss, result.token_accuracy, result.predicted_tokens
+
+
+# --- PyTorch's own fused forms
+
+LOSS_OPTIONS = ("ignore_index", "reduction", "label_smoothing")
+
+
+def _torch_rms_norm(o: Options) -> Function | None:
+    if o["offset"]:
+        return None
+    return lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, o["eps"])
+
+
+def _torch_layer_norm(o: Options) -> Function:
+    return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, o["eps"])
+
+
+def _torch_cross_entropy(o: Options) -> Function | None:
+    if not _plain(o, *LOSS_OPTIONS):
+        return None
+    options = _only(o, *LOSS_OPTIONS)
+    return lambda x, target, weight=None: _loss_tuple(F.cross_entropy(x, target, weight, **options))
+
+
+def _torch_linear_cross_entropy(o: Options) -> Function | None:
+    if not hasattr(F, "linear_cross_entropy") or not _plain(o, *LOSS_OPTIONS):  # torch >= 2.13
+        return None
+    options = _only(o, *LOSS_OPTIONS)
+    chunks = torch.nn.LinearCrossEntropyOptions()
+
+    def function(
+        x: Any, weight: Any, target: Any, bias: Any = None, ce_weight: Any = None
+    ) -> tuple[Any, ...]:
+        loss = F.linear_cross_entropy(
+            x, weight, target, linear_bias=bias, weight=ce_weight, options=chunks, **options
+        )
+        return _loss_tuple(loss)
+
+    return function
+
+
+TORCH: Table = {
+    "rms_norm": _torch_rms_norm,
+    "layer_norm": _torch_layer_norm,
+    "cross_entropy": _torch_cross_entropy,
+    "fused_linear_cross_entropy": _torch_linear_cross_entropy,
+}
+
+# --- liger-kernel from PyPI: `liger_kernel.transformers.functional`
+
+
+def _liger(name: str) -> Function:
+    import importlib
+
+    function: Function = getattr(
+        importlib.import_module("liger_kernel.transformers.functional"), name
+    )
+    return function
+
+
+def _liger_norm(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
+        function = _liger(name)
+        return lambda *tensors: function(*tensors, o["eps"], o["offset"], o["casting_mode"])
+
+    return adapter
+
+
+def _liger_layer_norm(o: Options) -> Function:
+    function = _liger("liger_layer_norm")
+    return lambda x, weight, bias: function(x, weight, bias, o["eps"])
+
+
+def _liger_glu(o: Options) -> Function | None:
+    names = {"silu": "liger_swiglu", "gelu_tanh": "liger_geglu"}
+    if o["activation"] not in names or (o["gate_multiplier"], o["down_multiplier"]) != (1, 1):
+        return None
+    function = _liger(names[o["activation"]])
+
+    def glu(gate: Any, up: Any) -> Any:
+        return function(*gate.chunk(2, -1)) if up is None else function(gate, up)
+
+    return glu
+
+
+def _liger_rope(o: Options) -> Function | None:
+    return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
+
+
+def _liger_loss(name: str, *ours_only: str) -> Callable[[Options], Function | None]:
+    def adapter(o: Options) -> Function | None:
+        if any(o.get(key) is not None for key in ours_only):
+            return None
+        options = {k: v for k, v in o.items() if k not in ours_only}
+        function = _liger(name)
+        return lambda *tensors: _loss_tuple(function(*tensors, **options))
+
+    return adapter
+
+
+LIGER: Table = {
+    "rms_norm": _liger_norm("liger_rms_norm"),
+    "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
+    "layer_norm": _liger_layer_norm,
+    "glu": _liger_glu,
+    "rope": _liger_rope,
+    "cross_entropy": _liger_loss("liger_cross_entropy"),
+    "fused_linear_cross_entropy": _liger_loss(
+        "liger_fused_linear_cross_entropy", "chunk_size", "memory_budget"
+    ),
+}
+
+# --- other peers
+
+
+def _cce(o: Options) -> Function | None:
+    if not _plain(o, "ignore_index", "reduction", "softcap"):
+        return None
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = _only(o, "ignore_index", "reduction", "softcap")
+
+    def function(
+        x: Any, weight: Any, target: Any, bias: Any = None, ce_weight: Any = None
+    ) -> tuple[Any, ...]:
+        return _loss_tuple(linear_cross_entropy(x, weight, target, bias=bias, **options))
+
+    return function
+
+
+CCE: Table = {"fused_linear_cross_entropy": _cce}
+
+
+def _quack_rms_norm(o: Options) -> Function | None:
+    if o["offset"]:
+        return None
+    from quack import rmsnorm
+
+    return lambda x, weight: rmsnorm(x, weight, eps=o["eps"])
+
+
+def _quack_cross_entropy(o: Options) -> Function | None:
+    if not _plain(o, "ignore_index", "reduction"):
+        return None
+    from quack import cross_entropy
+
+    options = _only(o, "ignore_index", "reduction")
+    return lambda x, target, weight=None: _loss_tuple(cross_entropy(x, target, **options))
+
+
+QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entropy}
+
+
+PROVIDERS: dict[str, Provider] = {
+    "ours": Provider("this tree", lambda spec, case: partial(spec.function, **case.options)),
+    "eager": Provider(
+        "the reference, plain PyTorch", lambda spec, case: partial(spec.reference, **case.options)
+    ),
+    "torch": Provider("PyTorch's own fused form", _from(TORCH)),
+    "compile": Provider("torch.compile(eager, dynamic=False)", _compiled),
+    "liger": Provider("liger-kernel from PyPI", _from(LIGER), "liger_kernel", "liger-kernel"),
+    "cce": Provider(
+        "Apple's cut cross entropy", _from(CCE), "cut_cross_entropy", "cut-cross-entropy"
+    ),
+    "quack": Provider("quack-kernels", _from(QUACK), "quack", "quack-kernels"),
+}

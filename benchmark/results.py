@@ -1,0 +1,97 @@
+"""The file of results: `benchmark/results/<gpu>.json`.
+
+    {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...]}
+
+A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import sources
+import torch
+
+FOLDER = sources.ROOT / "benchmark" / "results"
+KEYS = {
+    "ops": ("op", "case", "dtype", "provider", "mode"),
+    "e2e": ("shape", "seq", "batch", "checkpointing", "mode"),
+}
+Row = dict[str, Any]
+
+
+def device_name(device: str) -> str:
+    return platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def default_path(device: str) -> Path:
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".json")
+
+
+def describe_run(device: str, **more: Any) -> dict[str, Any]:
+    """Where and when: what somebody needs to repeat the measurement."""
+    return {
+        "gpu": device_name(device),
+        "driver": _driver() if device != "cpu" else None,
+        "torch": torch.__version__,
+        "triton": sources.version("triton"),
+        "transformers": sources.version("transformers"),
+        "commit": sources.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+        **more,
+    }
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return {"gpu": None, "runs": {}, "ops": [], "e2e": []}
+
+
+def merge(
+    content: dict[str, Any], kind: str, run: dict[str, Any], rows: list[Row]
+) -> dict[str, Any]:
+    """`content` with `rows` (kind "ops" or "e2e") of `run`; runs that no row names any more are dropped.
+
+    Raises: ValueError if the file holds the results of another GPU.
+    """
+    if content["gpu"] not in (None, run["gpu"]):
+        raise ValueError(
+            f"These results are of {content['gpu']!r}, this machine is {run['gpu']!r}; name another file with --json."
+        )
+    name = f"{run['date']} {run['commit'][:10]}"
+    by_key = {_key(kind, row): row for row in content[kind]}
+    by_key.update({_key(kind, row): {**row, "run": name} for row in rows})
+    merged = {**content, "gpu": run["gpu"], kind: [by_key[key] for key in sorted(by_key)]}
+    used = {row["run"] for k in KEYS for row in merged[k]}
+    runs = {**content["runs"], name: run}
+    merged["runs"] = {k: runs[k] for k in sorted(runs) if k in used}
+    return merged
+
+
+def _key(kind: str, row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEYS[kind])
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: an interrupted run leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(draft, path)

@@ -1,0 +1,164 @@
+"""Turn a file of results into Markdown tables.
+
+    python benchmark/tables.py benchmark/results/nvidia-h200.json            # print them
+    python benchmark/tables.py benchmark/results/nvidia-h200.json README.md  # and renew them in these files
+
+A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e` or the
+name of an op.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from results import KEYS, Row, load
+
+PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "liger", "cce", "quack")
+MODE_ORDER = ("fwd", "bwd", "full")
+E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
+LEGEND = (
+    "Milliseconds of a call from the host with cold caches, in parentheses of its kernels alone (replayed CUDA graph); "
+    "bold: the fastest call. Rate and share of the ceiling (device copy or bf16 matrix product, measured in the same "
+    "process) are those of our kernels. † less exact than our rule allows."
+)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def time_cell(row: Row | None, fastest: float | None) -> str:
+    if row is None:
+        return ""
+    if row.get("ms") is None:
+        return "fails" if "error" in row else "-"
+    text = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}"
+    text = f"**{text}**" if row["ms"] == fastest else text
+    gpu = f" ({row['gpu_ms']:.3g})" if row.get("gpu_ms") else ""
+    return text + gpu + ("†" if row.get("compared", "").startswith("worse") else "")
+
+
+def op_table(rows: list[Row]) -> str:
+    """One op: a line per case and mode, a column per provider."""
+    providers = [p for p in PROVIDER_ORDER if any(row["provider"] == p for row in rows)]
+    cells = {(row["case"], row["dtype"], row["mode"], row["provider"]): row for row in rows}
+    cases = sorted({(row["case"], row["dtype"]) for row in rows})
+    body = []
+    for case, dtype in cases:
+        for mode in MODE_ORDER:
+            line = {p: cells.get((case, dtype, mode, p)) for p in providers}
+            times = [row["ms"] for row in line.values() if row and row.get("ms") is not None]
+            if not times:
+                continue
+            ours = line.get("ours") or {}
+            reached = (
+                f"{ours['rate']:.0f} {ours['unit']}, {ours['percent_of_ceiling']:.0f} %"
+                if "rate" in ours
+                else ""
+            )
+            memory = "/".join(
+                f"{row['peak_mb']:.0f}" if row and "peak_mb" in row else "-"
+                for row in line.values()
+            )
+            name = case if dtype == "bfloat16" else f"{case} {dtype}"
+            body.append(
+                [name, mode, *(time_cell(line[p], min(times)) for p in providers), reached, memory]
+            )
+    return markdown(
+        ["case", "", *providers, "rate of ours", "peak MB, " + "/".join(providers)], body
+    )
+
+
+def ops_tables(content: dict[str, Any], only: str | None = None) -> str:
+    names = [name for name in sorted({row["op"] for row in content["ops"]}) if only in (None, name)]
+    parts = [
+        f"**{name}**\n\n{op_table([r for r in content['ops'] if r['op'] == name])}"
+        for name in names
+    ]
+    return "\n\n".join([*parts, LEGEND, provenance(content, "ops")]) if parts else "No results."
+
+
+def e2e_table(content: dict[str, Any]) -> str:
+    rows = content["e2e"]
+    modes = [m for m in E2E_ORDER if any(row["mode"] == m for row in rows)]
+    cells = {tuple(row[k] for k in KEYS["e2e"]): row for row in rows}
+    body = []
+    for key in sorted({tuple(row[k] for k in KEYS["e2e"][:-1]) for row in rows}, key=str):
+        shape, seq, batch, checkpointing = key
+        line = [cells.get((*key, mode)) for mode in modes]
+        speeds = [row["tokens_per_s"] for row in line if row and "tokens_per_s" in row]
+        name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
+        body.append([name, *(e2e_cell(row, max(speeds, default=0)) for row in line)])
+    if not body:
+        return "No results."
+    note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
+    return "\n\n".join([markdown(["model", *modes], body), note, provenance(content, "e2e")])
+
+
+def e2e_cell(row: Row | None, best: float) -> str:
+    if row is None or "tokens_per_s" not in row:
+        return "" if row is None else "fails"
+    speed = f"{row['tokens_per_s']:,.0f}"
+    speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
+    memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
+    return f"{speed}{memory} / {row['loss']:.4f}"
+
+
+def provenance(content: dict[str, Any], kind: str) -> str:
+    """Where, when and with what; one line per run that the tables draw on."""
+    used = {row["run"] for row in content[kind]}
+    lines = []
+    for name, run in content["runs"].items():
+        if name in used:
+            ceilings = ""
+            if run.get("copy_gb_s"):
+                ceilings = f"; copy {run['copy_gb_s']:.0f} GB/s, matrix product {run['gemm_tflop_s']:.0f} TFLOP/s"
+            lines.append(
+                f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}, "
+                f"commit {run['commit'][:10]}, {run['date']} UTC{ceilings}."
+            )
+    return "\n".join(lines)
+
+
+def filled(text: str, content: dict[str, Any]) -> str:
+    """`text` with the tables between its markers renewed."""
+
+    def table(match: re.Match[str]) -> str:
+        kind = match["kind"]
+        if kind == "e2e":
+            made = e2e_table(content)
+        else:
+            made = ops_tables(content, None if kind == "ops" else kind)
+        return f"<!-- benchmark:{kind} -->\n{made}\n<!-- /benchmark:{kind} -->"
+
+    pattern = r"<!-- benchmark:(?P<kind>\w+) -->.*?<!-- /benchmark:(?P=kind) -->"
+    return re.sub(pattern, table, text, flags=re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or not Path(argv[0]).exists():
+        print(__doc__, file=sys.stderr)
+        return 2
+    content = load(Path(argv[0]))
+    if len(argv) == 1:
+        print(ops_tables(content), e2e_table(content), sep="\n\n")
+    for name in argv[1:]:
+        path = Path(name)
+        before = path.read_text()
+        after = filled(before, content)
+        if "<!-- benchmark:" not in before:
+            print(f"{name} has no <!-- benchmark:... --> marker: nothing to fill", file=sys.stderr)
+            return 1
+        path.write_text(after)
+        print(f"{name}: {'changed' if after != before else 'already up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""Fused kernels for training large language models, and the one line that puts them into a HuggingFace model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from liger_kernel._core import compat
+
+compat.install()
+
+__version__ = "1.0.0.dev0"
+
+_PATCHING = ("PatchReport", "patch", "patched", "unpatch")
+__all__ = ["PatchReport", "__version__", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PATCHING:  # late: importing liger_kernel costs nothing
+        from liger_kernel.transformers import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PATCHING})

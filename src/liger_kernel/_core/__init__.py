@@ -1,0 +1,1 @@
+"""Private, op-agnostic helpers. Nothing here knows an op, a backend or a model."""

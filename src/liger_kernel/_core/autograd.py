@@ -1,0 +1,80 @@
+"""The one bridge between `torch.autograd` and an implementation of an op.
+
+An implementation is any object with two pure tensor functions (see `liger_kernel.backends`):
+
+    forward(*tensors, *options, needs=...)  -> (outputs, saved)
+    backward(grads, saved, options, needs)  -> one gradient (or None) per entry of `tensors`
+
+`outputs` is a tensor or a tuple, `saved` a tuple of tensors and Nones, `options` plain Python values, and `needs[i]`
+says whether `tensors[i]` asks for a gradient: what nobody asks for is neither saved nor computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run_forward(
+    ctx: Any, impl: Any, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+) -> Any:
+    """Call `impl.forward` from inside `autograd.Function.forward` and keep what its backward wants."""
+    needs = ctx.needs_input_grad[: len(tensors)]
+    outputs, saved = impl.forward(*tensors, *options, needs=needs)
+    if any(needs):
+        ctx.save_for_backward(*saved)
+        ctx.impl, ctx.options, ctx.needs = impl, options, needs
+    return outputs
+
+
+def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Call `impl.backward`; the gradients come back padded with None to the number of forward arguments."""
+    got = ctx.impl.backward(grads, ctx.saved_tensors, ctx.options, ctx.needs)
+    return (*got, *(None,) * (len(ctx.needs_input_grad) - len(got)))
+
+
+class Recompute:
+    """Serves a plain PyTorch function as an implementation: its backward runs it again under autograd.
+
+    It keeps the inputs only, so that no fp32 intermediate outlives the forward.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def forward(self, *args: Any, needs: Sequence[bool]) -> tuple[Any, tuple[Tensor | None, ...]]:
+        with torch.no_grad():
+            outputs = self.function(*args)
+        return outputs, args[: len(needs)]
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        tensors = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(saved, needs, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = self.function(*tensors, *options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, grads, strict=True)
+            if grad is not None and out is not None and out.requires_grad
+        ]
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+        if not pairs:
+            return (None,) * len(tensors)
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+            )
+        )
+        return tuple(next(found) if need else None for need in needs)

@@ -1,0 +1,36 @@
+"""Argument checks: each raises `ValueError`/`TypeError` that names both values and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def check_last_dim(name: str, tensor: Tensor | None, size: int, of: str) -> None:
+    """`tensor` must be 1-D with as many elements as the last dimension of `of`."""
+    if tensor is not None and (tensor.ndim != 1 or tensor.shape[0] != size):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but the last dimension of {of} is {size}; "
+            f"pass a tensor of shape ({size},)."
+        )
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"All tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}."
+        )
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {t.dtype}; convert it with .to().")

@@ -1,0 +1,43 @@
+"""Legacy import paths: a row here instead of a file that only forwards."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+#: path that other projects import -> the module that is served under it
+ALIASES = {
+    "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
+}
+
+
+class _AliasFinder:
+    """Serves the target module object itself, so that setting an attribute through an alias reaches the real module.
+
+    Finder and loader by their methods alone: importing their base classes costs more than all of this file.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in ALIASES:
+            return None
+        loader: Any = self
+        return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system returns, and binds in the parent package, whatever stands in sys.modules after this call.
+        # Returning the target from create_module instead would overwrite its __spec__.
+        name = module.__name__
+        sys.modules[name] = importlib.import_module(ALIASES[name])
+
+
+def install() -> None:
+    """Put the finder last on `sys.meta_path`, once: real files win, and other imports do not pass through it."""
+    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
+        sys.meta_path.append(_AliasFinder())

@@ -1,0 +1,96 @@
+"""Which implementation of an op serves which device.
+
+An implementation is `liger_kernel.ops.<op>.<backend>`, a module with `forward` and `backward` (the contract is in
+`liger_kernel._core.autograd`). A device without a file of its own gets the op's `reference`, recomputed in backward.
+
+Order of decision: `use_implementation(...)` (a context manager), the environment variable `LIGER_KERNEL_IMPL` (read at
+import), the device of the tensor. An explicit request that cannot be served raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from liger_kernel._core.autograd import Recompute
+from liger_kernel.backends import triton as _triton
+
+REFERENCE = "reference"
+#: backend name -> its description; the order is the order of preference
+BACKENDS = {"triton": _triton}
+#: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
+_FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("LIGER_KERNEL_IMPL", "").strip().lower() or None
+    if name in _FOREIGN:
+        warnings.warn(
+            f"LIGER_KERNEL_IMPL={name!r} names a backend of another package; choosing by device instead.",
+            stacklevel=2,
+        )
+        return None
+    return _checked(name)
+
+
+def _checked(name: str | None) -> str | None:
+    if name is not None and name != REFERENCE and name not in BACKENDS:
+        raise RuntimeError(
+            f"Unknown LIGER_KERNEL_IMPL={name!r}; known: {', '.join(sorted([REFERENCE, *BACKENDS]))}."
+        )
+    return name
+
+
+_requested: str | None = _from_environment()
+
+
+@contextlib.contextmanager
+def use_implementation(name: str | None) -> Iterator[None]:
+    """Serve every op by the backend `name` ("reference", "triton"; None: choose by device) inside the block."""
+    global _requested
+    before, _requested = _requested, _checked(name)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def backend_for(device_type: str, requested: str | None = None) -> str:
+    """Name of the backend that serves `device_type`; raises RuntimeError if `requested` cannot."""
+    if requested == REFERENCE:
+        return REFERENCE
+    for name, backend in BACKENDS.items():
+        if requested is None and device_type not in backend.DEVICE_TYPES:
+            continue
+        if requested in (None, name):
+            reason = backend.unavailable(device_type)
+            if reason is None:
+                return name
+            if requested is not None:
+                raise RuntimeError(
+                    f"LIGER_KERNEL_IMPL={name!r} cannot serve a tensor on {device_type!r}: {reason}. "
+                    f"Unset it, or use LIGER_KERNEL_IMPL=reference."
+                )
+    return REFERENCE
+
+
+@functools.cache
+def _implementation(op: str, device_type: str, requested: str | None) -> Any:
+    name = backend_for(device_type, requested)
+    package = f"liger_kernel.ops.{op}"
+    if name != REFERENCE and (
+        importlib.util.find_spec(f"{package}.{name}") is not None or requested is not None
+    ):
+        return importlib.import_module(f"{package}.{name}")
+    return Recompute(getattr(importlib.import_module(f"{package}.reference"), op))
+
+
+def implementation(op: str, device_type: str) -> Any:
+    """The object with `forward` and `backward` that computes `op` for tensors on `device_type`."""
+    return _implementation(op, device_type, _requested)

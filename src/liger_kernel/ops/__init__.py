@@ -1,0 +1,51 @@
+"""The ops. `OPS` is the complete list; every name below is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+#: op -> the public names that live in `liger_kernel.ops.<op>`
+OPS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (
+        "LigerCrossEntropyFunction",
+        "cross_entropy_backward",
+        "cross_entropy_forward",
+    ),
+    "fused_linear_cross_entropy": (
+        "LigerFusedLinearCrossEntropyFunction",
+        "fused_linear_cross_entropy_backward",
+        "fused_linear_cross_entropy_forward",
+    ),
+    "glu": (
+        "LigerFusedGateUpSiLUMulFunction",
+        "LigerGELUMulFunction",
+        "LigerSiLUMulFunction",
+        "geglu_backward",
+        "geglu_forward",
+        "swiglu_backward",
+        "swiglu_forward",
+        "swiglu_fused_gate_up_backward",
+        "swiglu_fused_gate_up_forward",
+    ),
+    "fused_add_rms_norm": (
+        "LigerFusedAddRMSNormFunction",
+        "fused_add_rms_norm_backward",
+        "fused_add_rms_norm_forward",
+    ),
+    "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
+    "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
+}
+
+_HOME = {name: op for op, names in OPS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,179 @@
+"""Cross entropy with label smoothing, class weights, soft-capped logits and z-loss (PaLM, arXiv:2204.02311)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.checks import (
+    check_choice,
+    check_floating,
+    check_last_dim,
+    check_same_device,
+)
+from liger_kernel.backends import implementation
+from liger_kernel.ops.cross_entropy import reference
+from liger_kernel.ops.cross_entropy.rows import Outputs
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Outputs:
+    """Cross entropy of (N, V) logits; the formula is in `reference.terms`.
+
+    Args:
+        logits: (N, V), any floating dtype, any strides; computed in fp32 and left as they are.
+        target: (N,) integer labels in [0, V), or `ignore_index`, which may be any integer.
+        weight: (V,) class weights, floating.
+        lse_square_scale: adds `lse_square_scale * logsumexp^2` to the loss.
+        softcap: the logits are `softcap * tanh(logits / softcap)`.
+
+    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`. What was not asked for is None.
+        loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
+        token_accuracy: fp32, mean over the labels that are not ignored, or (N,). predicted_tokens: (N,) int64, the
+        first maximum, -1 where the label is ignored. Only the loss carries a gradient.
+    Differs from torch: a mean over nothing but ignored labels is 0, not NaN; one backward only, except with "none".
+    Raises: ValueError and TypeError for arguments that do not fit; IndexError for a label out of range on the CPU.
+        Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss and in the gradient.
+    """
+    check_loss_arguments(target, weight, label_smoothing, reduction, softcap, logits.shape[-1])
+    check_floating(logits=logits)
+    if logits.ndim != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and target {tuple(target.shape)}, not (N, V) and (N,); "
+            f"flatten them with .view(-1, V) and .view(-1)."
+        )
+    check_same_device(logits=logits, target=target, weight=weight)
+    options = (
+        ignore_index,
+        lse_square_scale,
+        label_smoothing,
+        reduction,
+        softcap,
+        return_z_loss,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    target = target.to(torch.int64)
+    if torch.compiler.is_compiling():
+        return reference.cross_entropy(logits, target, weight, *options)
+    check_labels(target, logits.shape[1], ignore_index)
+    if not torch.is_grad_enabled():
+        logits = logits.detach()  # `needs_input_grad` does not know about no_grad
+    return _CrossEntropy.apply(logits, target.contiguous(), weight, options)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> Outputs:
+        impl = implementation("cross_entropy", logits.device.type)
+        if weight is not None:
+            weight = weight.contiguous()
+        outputs = run_forward(ctx, impl, (logits, target, weight), options)
+        only_loss_has_gradient(ctx, outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.options[3] != "none":
+            refuse_second_backward(ctx, "cross_entropy")
+        return run_backward(ctx, *grads)
+
+
+def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
+    ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
+    ctx.set_materialize_grads(False)
+
+
+def refuse_second_backward(ctx: Any, name: str) -> None:
+    """The gradient made in forward is scaled in place and handed out: there is only one of it."""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"A second backward through {name}: its gradient was computed in forward and handed out by the first one. "
+            f'Call {name} again, or use reduction="none", whose backward recomputes.'
+        )
+    ctx.spent = True
+
+
+def check_loss_options(label_smoothing: float, reduction: str, softcap: float | None) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing} is not between 0.0 and 1.0.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} is not above 0.0; pass None for no soft-cap.")
+
+
+def check_loss_arguments(
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    softcap: float | None,
+    n_classes: int,
+    weight_name: str = "weight",
+) -> None:
+    """What every cross entropy checks; `weight` are its class weights."""
+    check_loss_options(label_smoothing, reduction, softcap)
+    check_last_dim(weight_name, weight, n_classes, "the logits")
+    check_floating(**{weight_name: weight})
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target has dtype {target.dtype}; pass class indices of an integer dtype.")
+
+
+def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
+    """IndexError for a label that is no class, where looking costs no synchronisation: on the CPU."""
+    if target.device.type != "cpu":
+        return
+    wrong = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    if wrong.any():
+        raise IndexError(
+            f"target {int(target[wrong][0])} is out of bounds for {n_classes} classes; "
+            f"labels to be skipped must equal ignore_index={ignore_index}."
+        )
+
+
+class LigerCrossEntropyFunction:
+    """`apply` is `cross_entropy`, whose argument order is that of the incumbent."""
+
+    apply = staticmethod(cross_entropy)
+
+
+def cross_entropy_forward(
+    _input: Tensor, target: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The outputs of `cross_entropy` and d sum(loss) / d _input, which is None if `_input` asks for no gradient."""
+    logits = _input.detach().requires_grad_(_input.requires_grad)
+    with torch.enable_grad():
+        loss, *others = cross_entropy(logits, target, *args, **options)
+    grad = torch.autograd.grad(loss.sum(), logits)[0] if logits.requires_grad else None
+    z_loss, accuracy, predicted = others
+    return loss.detach(), z_loss, accuracy, predicted, grad
+
+
+def cross_entropy_backward(grad_tensor: Tensor, grad_output: Tensor) -> Tensor:
+    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
+    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)

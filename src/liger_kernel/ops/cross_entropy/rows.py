@@ -1,0 +1,161 @@
+"""One step over rows of logits: their loss terms and, if asked, their gradient. `cross_entropy` is one step over all
+rows, `fused_linear_cross_entropy` one per chunk.
+
+A backend's `cross_entropy/<backend>.py` offers `step` and `scale_` with the signatures of this file, which serves every
+device without kernels of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller chose; `token_scaling` weighs a row by its detached probability of the label."""
+
+    ignore_index: int = -100
+    lse_square_scale: float = 0.0
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    softcap: float | None = None
+    token_scaling: bool = False
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over *all* rows, 0-d tensors on the device: nothing here waits for it. None where no formula reads it."""
+
+    count: Tensor | None  # labels that are not ignored
+    weight: Tensor | None  # class weights at those labels
+    weight_all: Tensor | None  # class weights of every class
+
+    @staticmethod
+    def of(target: Tensor, weight: Tensor | None, options: Options, accuracy: bool) -> Totals:
+        mean = options.reduction == "mean"
+        count = (target != options.ignore_index).sum() if mean or accuracy else None
+        at_labels, of_all = None, None
+        if weight is not None and mean:
+            used = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            used = used[target.clamp(0, weight.shape[0] - 1)]
+            at_labels = used.masked_fill(target == options.ignore_index, 0).sum()
+        if weight is not None and options.label_smoothing:
+            of_all = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+        return Totals(count, at_labels, of_all)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per-row outputs; a slice of them is a view, so that every chunk writes its own part."""
+
+    loss: Tensor  # (N,) fp32, already divided if the reduction is "mean"
+    z_loss: Tensor | None  # (N,) likewise; already part of `loss`
+    accuracy: Tensor | None  # (N,) fp32, 1 where the prediction is the label
+    predicted: Tensor | None  # (N,) int64, -1 where the label is ignored
+
+    @staticmethod
+    def empty(target: Tensor, dtype: torch.dtype, z: bool, accuracy: bool, predicted: bool) -> Rows:
+        def new(wanted: bool, dtype: torch.dtype) -> Tensor | None:
+            return torch.empty(target.shape, dtype=dtype, device=target.device) if wanted else None
+
+        loss = torch.empty(target.shape, dtype=dtype, device=target.device)
+        return Rows(loss, new(z, dtype), new(accuracy, torch.float32), new(predicted, torch.int64))
+
+    def __getitem__(self, at: slice) -> Rows:
+        fields = (self.loss[at], self.z_loss, self.accuracy, self.predicted)
+        return Rows(fields[0], *(None if field is None else field[at] for field in fields[1:]))
+
+    def reduced(self, options: Options, totals: Totals) -> Outputs:
+        if options.reduction == "none":
+            return self.loss, self.z_loss, self.accuracy, self.predicted
+        accuracy = None
+        if self.accuracy is not None and totals.count is not None:
+            accuracy = self.accuracy.sum() / totals.count.clamp(min=1)
+        z_loss = None if self.z_loss is None else self.z_loss.sum()
+        return self.loss.sum(), z_loss, accuracy, self.predicted
+
+
+def step(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    totals: Totals,
+    options: Options,
+    out: Rows,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
+    """Write the loss terms of (N, V) logits to `out`, and the gradient of sum(loss * row_scale) to `grad`.
+
+    `grad` may be the logits themselves. With p the softmax, the gradient of a row's loss (formula: `reference.terms`)
+    is `slope p - smooth w_v - hit [v = y]`, times 1 - tanh^2 under a soft-cap.
+    """
+    o, n_classes = options, logits.shape[1]
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ignored = target == o.ignore_index
+    label = target.clamp(0, n_classes - 1)
+    tanh = None
+    if o.softcap is not None:
+        tanh = torch.tanh(x / o.softcap)
+        x = o.softcap * tanh
+    lse = x.logsumexp(-1)
+    out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
+    x_y = x.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
+    w = None if weight is None else weight.to(x.dtype)
+
+    hit = (
+        torch.full_like(lse, 1 - o.label_smoothing)
+        if w is None
+        else (1 - o.label_smoothing) * w[label]
+    )
+    slope, loss, z = hit, hit * (lse - x_y), o.lse_square_scale * lse.square()
+    smooth = o.label_smoothing / n_classes
+    if smooth:
+        weight_all = n_classes if totals.weight_all is None else totals.weight_all
+        loss = loss + smooth * (lse * weight_all - (x.sum(-1) if w is None else x @ w))
+        slope = slope + smooth * weight_all
+    factor = torch.ones_like(lse)
+    z_slope = 2 * o.lse_square_scale * lse
+    if o.reduction == "mean":
+        assert totals.count is not None
+        factor = factor / (totals.count if totals.weight is None else totals.weight)
+        z, z_slope = z / totals.count, z_slope / totals.count
+    loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
+    if o.token_scaling:
+        probability = torch.exp(x_y - lse)
+        loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
+        factor = factor * probability
+
+    out.loss.copy_(loss.masked_fill(ignored, 0))
+    if out.z_loss is not None:
+        out.z_loss.copy_(z.masked_fill(ignored, 0))
+    if out.accuracy is not None or out.predicted is not None:
+        best = x.argmax(-1).masked_fill(ignored, -1)
+        if out.accuracy is not None:
+            out.accuracy.copy_((best == target) & ~ignored)
+        if out.predicted is not None:
+            out.predicted.copy_(best)
+    if grad is None:
+        return
+    g = (x - lse[:, None]).exp_().mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
+    if smooth:
+        g -= (smooth * factor)[:, None] * (1 if w is None else w)
+    g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])
+    if tanh is not None:
+        g *= 1 - tanh.square()
+    if row_scale is not None:
+        g *= row_scale.to(g.dtype)[:, None]
+    grad.copy_(g.masked_fill_(ignored[:, None], 0))
+
+
+def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
+    """Multiply up to three contiguous buffers by a 0-d tensor, in place."""
+    for buffer in buffers:
+        if buffer is not None:
+            buffer.mul_(factor)

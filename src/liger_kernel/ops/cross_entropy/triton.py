@@ -1,0 +1,375 @@
+"""Cross entropy kernels. Loss and gradient read the logits twice and write the gradient once; the second read of a row
+of 128k bf16 logits (256 KB) is served by the L2 cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.launch import (
+    as_rows,
+    cdiv,
+    device_guard,
+    next_power_of_2,
+    processor_count,
+)
+from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program walks a row in blocks; a block holds 16 elements per thread where the row is long enough."""
+
+    block: int
+    warps: int
+
+    @staticmethod
+    def of(n_cols: int) -> Config:
+        block = min(next_power_of_2(n_cols), 16384)
+        # a work group of AMD has at most 1024 threads, 64 to a warp
+        most = 32 if torch.version.hip is None else 16
+        return Config(block=block, warps=min(most, max(4, block // 512)))
+
+
+@triton.jit
+def _tanh(z):
+    """Lambert's continued fraction up to 1 (relative error 6e-8), where 1 - 2 / (exp(2 z) + 1) would cancel.
+
+    The fraction is written as z minus a correction, so that its rounding counts for a quarter at most.
+    """
+    size = tl.abs(z)
+    s = z * z
+    near = z - z * (s * (315.0 + 14.0 * s) / (945.0 + s * (420.0 + 15.0 * s)))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 1.0, near, tl.where(z < 0.0, -far, far))
+
+
+@triton.jit
+def _cross_entropy(
+    x_ptr,
+    grad_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    z_loss_ptr,
+    accuracy_ptr,
+    predicted_ptr,
+    count_ptr,
+    weight_total_ptr,
+    weight_all_ptr,
+    row_scale_ptr,
+    x_stride,
+    grad_stride,
+    n_cols,
+    ignore_index,
+    lse_square_scale,
+    label_smoothing,
+    softcap,
+    MEAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    WRITE_Z_LOSS: tl.constexpr,
+    WRITE_ACCURACY: tl.constexpr,
+    WRITE_PREDICTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + row)
+    x_row = x_ptr + row * x_stride
+    grad_row = grad_ptr
+    if WRITE_GRAD:
+        grad_row = grad_ptr + row * grad_stride
+    cols = tl.arange(0, BLOCK)
+
+    if y == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if WRITE_Z_LOSS:
+            tl.store(z_loss_ptr + row, 0.0)
+        if WRITE_ACCURACY:
+            tl.store(accuracy_ptr + row, 0.0)
+        if WRITE_PREDICTED:
+            tl.store(predicted_ptr + row, -1)
+        if WRITE_GRAD:
+            zeros = tl.zeros((BLOCK,), tl.float32).to(grad_ptr.dtype.element_ty)
+            for start in range(0, n_cols, BLOCK):
+                tl.store(grad_row + start + cols, zeros, mask=start + cols < n_cols)
+        return
+
+    # A label out of range reads class 0 and makes loss and gradient NaN.
+    in_range = (y >= 0) & (y < n_cols)
+    label = tl.where(in_range, y, 0)
+    x_y = tl.load(x_row + label).to(tl.float32)
+    if HAS_SOFTCAP:
+        x_y = softcap * _tanh(x_y / softcap)
+    x_y = tl.where(in_range, x_y, float("nan"))
+
+    top = float("-inf")  # the largest logit so far
+    total = 0.0  # sum of exp(x - top)
+    smooth = 0.0  # sum of w x
+    best = 0  # the first column that holds `top`
+    for start in range(0, n_cols, BLOCK):
+        mask = start + cols < n_cols
+        x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SOFTCAP:
+            x = softcap * _tanh(x / softcap)
+        if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+                smooth += tl.sum(tl.where(mask, w * x, 0.0), 0)
+            else:
+                smooth += tl.sum(tl.where(mask, x, 0.0), 0)
+        x = tl.where(mask, x, float("-inf"))
+        block_top = tl.max(x, 0)
+        if WRITE_ACCURACY or WRITE_PREDICTED:
+            first = tl.min(tl.where(x == block_top, start + cols, n_cols), 0)
+            best = tl.where(block_top > top, first, best)
+        new_top = tl.maximum(top, block_top)
+        # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - anchor) + tl.sum(tl.exp(x - anchor), 0)
+        top = new_top
+    lse = top + tl.log(total)
+
+    hit = 1.0 - label_smoothing
+    if HAS_WEIGHT:
+        hit *= tl.load(weight_ptr + label).to(tl.float32)
+    slope = hit
+    loss = hit * (lse - x_y)
+    share = 0.0
+    if HAS_SMOOTHING:
+        share = label_smoothing / n_cols
+        weight_all = n_cols * 1.0
+        if HAS_WEIGHT:
+            weight_all = tl.load(weight_all_ptr).to(tl.float32)
+        loss += share * (weight_all * lse - smooth)
+        slope += share * weight_all
+    z = lse_square_scale * lse * lse
+    z_slope = 2.0 * lse_square_scale * lse
+    if MEAN:
+        count = tl.load(count_ptr).to(tl.float32)
+        divisor = count
+        if HAS_WEIGHT:
+            divisor = tl.load(weight_total_ptr).to(tl.float32)
+        loss /= divisor
+        slope /= divisor
+        hit /= divisor
+        share /= divisor
+        z /= count
+        z_slope /= count
+    loss += z
+    slope += z_slope
+    if TOKEN_SCALING:
+        probability = tl.exp(x_y - lse)
+        loss *= probability
+        z *= probability
+        slope *= probability
+        hit *= probability
+        share *= probability
+
+    tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
+    if WRITE_Z_LOSS:
+        tl.store(z_loss_ptr + row, z.to(z_loss_ptr.dtype.element_ty))
+    if WRITE_ACCURACY:
+        tl.store(accuracy_ptr + row, tl.where(best == y, 1.0, 0.0))
+    if WRITE_PREDICTED:
+        tl.store(predicted_ptr + row, best.to(tl.int64))
+
+    if WRITE_GRAD:
+        if HAS_ROW_SCALE:
+            row_scale = tl.load(row_scale_ptr + row).to(tl.float32)
+            slope *= row_scale
+            hit *= row_scale
+            share *= row_scale
+        slope = tl.where(in_range, slope, float("nan"))
+        hit_at = tl.where(in_range, y, -1).to(tl.int32)
+        n_blocks = tl.cdiv(n_cols, BLOCK)
+        for i in range(0, n_blocks):
+            # last block first: it is the one most likely still in the cache
+            start = (n_blocks - 1 - i) * BLOCK
+            mask = start + cols < n_cols
+            x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            cap_slope = 1.0
+            if HAS_SOFTCAP:
+                t = _tanh(x / softcap)
+                x = softcap * t
+                cap_slope = 1.0 - t * t
+            g = slope * tl.exp(x - lse)
+            if HAS_SMOOTHING:
+                if HAS_WEIGHT:
+                    w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+                    g -= share * w
+                else:
+                    g -= share
+            g = tl.where(start + cols == hit_at, g - hit, g) * cap_slope
+            tl.store(grad_row + start + cols, g.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scale_one(x_ptr, n, factor, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = tl.cast(tile, tl.int64) * BLOCK + lanes
+        x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32) * factor
+        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _scale(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    factor_ptr,
+    a_size,
+    b_size,
+    c_size,
+    HAS_B: tl.constexpr,
+    HAS_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """a, b, c *= factor, and nothing at all where factor is 1. A program owns every n-th block of each buffer."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        _scale_one(a_ptr, a_size, factor, BLOCK)
+        if HAS_B:
+            _scale_one(b_ptr, b_size, factor, BLOCK)
+        if HAS_C:
+            _scale_one(c_ptr, c_size, factor, BLOCK)
+
+
+def step(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    totals: Totals,
+    options: Options,
+    out: Rows,
+    grad: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
+    n_rows, n_cols = logits.shape
+    if not n_rows:
+        return
+    config = Config.of(n_cols)
+    with device_guard(logits.device):
+        _cross_entropy[(n_rows,)](
+            logits,
+            grad,
+            target,
+            weight,
+            out.loss,
+            out.z_loss,
+            out.accuracy,
+            out.predicted,
+            totals.count,
+            totals.weight,
+            totals.weight_all,
+            row_scale,
+            logits.stride(0),
+            0 if grad is None else grad.stride(0),
+            n_cols,
+            options.ignore_index,
+            options.lse_square_scale,
+            options.label_smoothing,
+            options.softcap or 0.0,
+            MEAN=options.reduction == "mean",
+            HAS_WEIGHT=weight is not None,
+            HAS_SMOOTHING=options.label_smoothing != 0,
+            HAS_SOFTCAP=options.softcap is not None,
+            HAS_ROW_SCALE=row_scale is not None,
+            TOKEN_SCALING=options.token_scaling,
+            WRITE_GRAD=grad is not None,
+            WRITE_Z_LOSS=out.z_loss is not None,
+            WRITE_ACCURACY=out.accuracy is not None,
+            WRITE_PREDICTED=out.predicted is not None,
+            BLOCK=config.block,
+            num_warps=config.warps,
+        )
+
+
+def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
+    found = [buffer for buffer in buffers if buffer is not None and buffer.numel()]
+    if not found:
+        return
+    block = 4096
+    largest = max(buffer.numel() for buffer in found)
+    programs = min(cdiv(largest, block), 8 * processor_count(factor.device))
+    a, b, c = (*found, None, None)[:3]
+    with device_guard(factor.device):
+        _scale[(programs,)](
+            a,
+            b,
+            c,
+            factor,
+            a.numel(),
+            0 if b is None else b.numel(),
+            0 if c is None else c.numel(),
+            HAS_B=b is not None,
+            HAS_C=c is not None,
+            BLOCK=block,
+            num_warps=8,
+        )
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    lse_square_scale: float,
+    label_smoothing: float,
+    reduction: str,
+    softcap: float | None,
+    return_z_loss: bool,
+    return_token_accuracy: bool,
+    return_predicted_tokens: bool,
+    needs: Sequence[bool],
+) -> tuple[Outputs, tuple[Tensor | None, ...]]:
+    options = Options(ignore_index, lse_square_scale, label_smoothing, reduction, softcap)
+    totals = Totals.of(target, weight, options, return_token_accuracy)
+    out = Rows.empty(
+        target, torch.float32, return_z_loss, return_token_accuracy, return_predicted_tokens
+    )
+    rows = as_rows(logits)
+    grad = None
+    if needs[0] and reduction != "none":
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    step(rows, target, weight, totals, options, out, grad)
+    loss, z_loss, accuracy, predicted = out.reduced(options, totals)
+    outputs = (
+        loss.to(logits.dtype),
+        None if z_loss is None else z_loss.to(logits.dtype),
+        accuracy,
+        predicted,
+    )
+    return outputs, (rows, target, weight) if reduction == "none" else (grad,)
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    options: tuple[int, float, float, str, float | None, bool, bool, bool],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * len(needs)
+    if options[3] != "none":
+        (grad,) = saved
+        scale_((grad,), grads[0])
+        return grad, None, None
+    logits, target, weight = saved
+    chosen = Options(*options[:5])
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = Rows.empty(target, torch.float32, False, False, False)
+    totals = Totals.of(target, weight, chosen, False)
+    step(logits, target, weight, totals, chosen, out, grad, grads[0].contiguous())
+    return grad, None, None

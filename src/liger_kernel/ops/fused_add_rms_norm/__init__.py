@@ -1,0 +1,122 @@
+"""The residual addition and the RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.checks import (
+    check_choice,
+    check_floating,
+    check_last_dim,
+    check_same_device,
+)
+from liger_kernel.backends import implementation
+from liger_kernel.ops.fused_add_rms_norm import reference
+from liger_kernel.ops.rms_norm import CASTING_MODES, mode_name, triton_kernels
+
+
+def fused_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    """`s = x + residual` and `y = s / sqrt(mean(s^2) + eps) * (offset + weight)`.
+
+    Args:
+        x, residual: (..., N), one floating dtype, any strides; they get the same gradient.
+        weight, eps, offset, casting_mode: as in `rms_norm`.
+
+    Returns: (y, s), each (..., N) in the dtype of x. y is computed from s as rounded; where only one of the two is
+        used, backward spends nothing on the other.
+    Raises: ValueError for an unknown mode, or shapes or dtypes that do not fit; TypeError for integer tensors.
+    """
+    check_choice("casting_mode", casting_mode, CASTING_MODES)
+    check_floating(x=x, residual=residual, weight=weight)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"x and residual must have one shape and dtype, got {x.dtype} {tuple(x.shape)} and {residual.dtype} "
+            f"{tuple(residual.shape)}; expand or convert one of them."
+        )
+    check_last_dim("weight", weight, x.shape[-1], "x")
+    check_same_device(x=x, residual=residual, weight=weight)
+    if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
+        return reference.fused_add_rms_norm(x, residual, weight, eps, offset, casting_mode)
+    return _FusedAddRMSNorm.apply(x, residual, weight, eps, offset, casting_mode)
+
+
+class _FusedAddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        offset: float,
+        casting_mode: str,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        impl = implementation("fused_add_rms_norm", x.device.type)
+        return run_forward(ctx, impl, (x, residual, weight), (eps, offset, casting_mode))
+
+    backward = staticmethod(run_backward)
+
+
+class LigerFusedAddRMSNormFunction:
+    """`apply` in the argument order of the incumbent; `in_place` is accepted and changes nothing."""
+
+    @staticmethod
+    def apply(
+        X: Tensor,
+        R: Tensor,
+        W: Tensor | None,
+        eps: float,
+        offset: float = 0.0,
+        casting_mode: str = "llama",
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        return fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
+
+
+def fused_add_rms_norm_forward(
+    X: Tensor, R: Tensor, W: Tensor | None, eps: float, offset: float, casting_mode: str | int
+) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
+    """(Y, S, rstd, block size, warps, stages, mode code) for the backward helper: the Triton kernel without autograd.
+
+    Raises ValueError for an unknown mode, RuntimeError where Triton cannot run.
+    """
+    mode = mode_name(casting_mode)
+    check_last_dim("W", W, X.shape[-1], "X")
+    impl = triton_kernels("fused_add_rms_norm", X)
+    (y, s), (_, _, rstd) = impl.forward(X, R, W, eps, offset, mode, needs=(True, True, True))
+    config = impl.Config.of(X.shape[-1])
+    return y, s, rstd, config.block, config.warps, 2, CASTING_MODES[mode]
+
+
+def fused_add_rms_norm_backward(
+    dY: Tensor,
+    dS_out: Tensor | None,
+    S: Tensor,
+    W: Tensor | None,
+    RSTD: Tensor,
+    offset: float,
+    casting_mode: str | int,
+    BLOCK_SIZE: int,
+    num_warps: int,
+    num_stages: int,
+    in_place: bool,
+    needs_dw: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dX, the same dX as gradient of R, dW or None), in fresh memory: `in_place` and the launch configuration change
+    nothing."""
+    needs = (True, True, W is not None and needs_dw is not False)
+    options = (0.0, offset, mode_name(casting_mode))
+    impl = triton_kernels("fused_add_rms_norm", S)
+    return impl.backward((dY, dS_out), (S, W, RSTD), options, needs)

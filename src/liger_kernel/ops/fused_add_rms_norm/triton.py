@@ -1,0 +1,56 @@
+"""Add + RMSNorm by the kernels of `rms_norm`: forward moves 4 n elements (x, residual, y, s), backward 4 n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from liger_kernel._core.launch import as_rows
+from liger_kernel.ops.rms_norm.triton import Config as Config
+from liger_kernel.ops.rms_norm.triton import norm_backward, norm_forward
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    casting_mode: str,
+    needs: Sequence[bool],
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None, ...]]:
+    rounded = casting_mode == "llama"
+    y, s, _, _, rstd = norm_forward(
+        x, residual, weight, None, eps, offset, centered=False, rounded=rounded
+    )
+    # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
+    return (y, s), (s, weight, rstd)
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    options: tuple[float, float, str],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    s, weight, rstd = saved
+    _, offset, casting_mode = options
+    dy, ds = grads
+    needs_dx = needs[0] or needs[1]
+    if dy is None:
+        dx, dw = ds, None
+    else:
+        dx, dw, _ = norm_backward(
+            dy,
+            ds,
+            as_rows(s),
+            weight,
+            None,
+            None,
+            rstd,
+            offset,
+            (needs_dx, needs[2], False),
+            rounded=casting_mode == "llama",
+        )
+    return dx if needs[0] else None, dx if needs[1] else None, dw

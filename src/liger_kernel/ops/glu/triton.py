@@ -1,0 +1,215 @@
+"""Gated activation kernels. Forward moves 3 n elements (gate and up in, y out), backward 5 n (3 in, 2 out)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.launch import as_rows, cdiv, device_guard, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Config:
+    """One program owns a tile of (rows, cols), 4096 elements."""
+
+    rows: int
+    cols: int
+    warps: int
+
+    @staticmethod
+    def of(n_cols: int) -> Config:
+        cols = min(next_power_of_2(n_cols), 1024)  # most intermediate sizes are multiples of 512
+        return Config(rows=4096 // cols, cols=cols, warps=8)
+
+    def programs(self, n_rows: int, n_cols: int) -> int:
+        return cdiv(n_rows, self.rows) * cdiv(n_cols, self.cols)
+
+
+@triton.jit
+def _activation(x, ACTIVATION: tl.constexpr):
+    """f(x) = x P(x) and f'(x) = P + x P', P the normal CDF ("gelu") or sigmoid(z(x)).
+
+    "silu": z = x. "gelu_tanh": z = 2 sqrt(2/pi) (x + 0.044715 x^3), since (1 + tanh u) / 2 = sigmoid(2 u).
+    sigmoid' is P Q with Q = exp(-z) P; 1 - P for Q cancels (fp32 gelu_tanh: 10 times the error, twice that of torch).
+    """
+    if ACTIVATION == "gelu":
+        p = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = p + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        z = x
+        dz = 1.0
+        if ACTIVATION == "gelu_tanh":
+            z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+            dz = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        e = tl.exp(tl.minimum(-z, 80.0))  # finite, so that e p stays a number
+        p = 1.0 / (1.0 + e)
+        slope = p + x * p * (e * p) * dz
+    return x * p, slope
+
+
+@triton.jit
+def _tile(n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows (ROWS, 1) as int64, columns (1, COLS) and the mask of this program's tile; tiles go along the row first."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    pid = tl.program_id(0)
+    rows = (pid // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (pid % col_tiles) * COLS + tl.arange(0, COLS)[None, :]
+    return rows, cols, (rows < n_rows) & (cols < n_cols)
+
+
+@triton.jit
+def _glu_fwd(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_stride,
+    up_stride,
+    n_rows,
+    n_cols,
+    gate_multiplier,
+    down_multiplier,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """y = f(gate gate_multiplier) up down_multiplier, f rounded before the products. One program owns one tile."""
+    rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
+    dtype = y_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _activation(gate * gate_multiplier, ACTIVATION)
+    y = value.to(dtype).to(tl.float32) * up * down_multiplier
+    tl.store(y_ptr + rows * n_cols + cols, y.to(dtype), mask=mask)
+
+
+@triton.jit
+def _glu_bwd(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    dgate_stride,
+    dup_stride,
+    n_rows,
+    n_cols,
+    gate_multiplier,
+    down_multiplier,
+    NEEDS_DGATE: tl.constexpr,
+    NEEDS_DUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """With d = dy down_multiplier: dup = d f(gate gate_multiplier), f rounded as in the forward, and
+    dgate = d up f'(gate gate_multiplier) gate_multiplier. One program owns one tile.
+    """
+    rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
+    dtype = gate_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    dy *= down_multiplier
+    value, slope = _activation(gate * gate_multiplier, ACTIVATION)
+    if NEEDS_DGATE:
+        up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        dgate = dy * up * slope * gate_multiplier
+        tl.store(dgate_ptr + rows * dgate_stride + cols, dgate.to(dtype), mask=mask)
+    if NEEDS_DUP:
+        dup = dy * value.to(dtype).to(tl.float32)
+        tl.store(dup_ptr + rows * dup_stride + cols, dup.to(dtype), mask=mask)
+
+
+def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate and the up half of (..., 2F), each an (R, F) view with row stride 2F."""
+    gate, up = as_rows(packed).chunk(2, -1)
+    return gate, up
+
+
+def forward(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    gate_multiplier: float,
+    down_multiplier: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    if up is None:
+        rows = as_rows(gate)
+        saved: tuple[Tensor | None, ...] = (rows, None)
+        gate_rows, up_rows = _halves(rows)
+    else:
+        gate_rows, up_rows = as_rows(gate), as_rows(up)  # (R, F)
+        saved = (gate_rows, up_rows if needs[0] else None)
+    n_rows, n_cols = gate_rows.shape
+    y = torch.empty((*gate.shape[:-1], n_cols), dtype=gate.dtype, device=gate.device)
+    config = Config.of(n_cols)
+    if n_rows:
+        with device_guard(gate.device):
+            _glu_fwd[(config.programs(n_rows, n_cols),)](
+                gate_rows,
+                up_rows,
+                y,
+                gate_rows.stride(0),
+                up_rows.stride(0),
+                n_rows,
+                n_cols,
+                gate_multiplier,
+                down_multiplier,
+                ACTIVATION=activation,
+                ROWS=config.rows,
+                COLS=config.cols,
+                num_warps=config.warps,
+            )
+    return y, saved
+
+
+def backward(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
+    options: tuple[str, float, float],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    gate, up = saved
+    activation, gate_multiplier, down_multiplier = options
+    needs_dgate, needs_dup = needs
+    dy = as_rows(grads[0])
+    n_rows, n_cols = dy.shape
+    shape = grads[0].shape
+    if needs_dgate and up is None:  # packed: one gradient, written in halves
+        needs_dup = True
+        gate, up = _halves(gate)
+        found = (gate.new_empty(*shape[:-1], 2 * n_cols), None)
+        dgate, dup = _halves(found[0])
+    else:
+        found = tuple(gate.new_empty(shape) if need else None for need in needs)
+        dgate, dup = (None if t is None else as_rows(t) for t in found)
+    config = Config.of(n_cols)
+    if n_rows:
+        with device_guard(dy.device):
+            _glu_bwd[(config.programs(n_rows, n_cols),)](
+                dy,
+                gate,
+                up,
+                dgate,
+                dup,
+                *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
+                n_rows,
+                n_cols,
+                gate_multiplier,
+                down_multiplier,
+                NEEDS_DGATE=needs_dgate,
+                NEEDS_DUP=needs_dup,
+                ACTIVATION=activation,
+                ROWS=config.rows,
+                COLS=config.cols,
+                num_warps=config.warps,
+            )
+    return found

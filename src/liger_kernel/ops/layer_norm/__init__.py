@@ -1,0 +1,90 @@
+"""LayerNorm over the last dimension (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.launch import as_rows
+from liger_kernel.backends import implementation
+from liger_kernel.ops.layer_norm import reference
+from liger_kernel.ops.rms_norm import on_row_shards, triton_kernels
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm: `(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias` over the last dimension.
+
+    Args:
+        x: (..., N), any floating dtype, any strides. A DTensor is normalised shard by shard, whole rows at a time.
+        weight, bias: (N,) each, or None.
+        eps: added to the variance.
+
+    Returns: (..., N) in the dtype of x, computed in fp32 and rounded once, whatever the dtypes of weight and bias.
+    Raises: ValueError for a weight or bias that does not fit; TypeError for integer tensors.
+    """
+    check_floating(x=x, weight=weight, bias=bias)
+    check_last_dim("weight", weight, x.shape[-1], "x")
+    check_last_dim("bias", bias, x.shape[-1], "x")
+    check_same_device(x=x, weight=weight, bias=bias)
+    if torch.compiler.is_compiling():  # Inductor fuses the norm with its neighbours
+        return reference.layer_norm(x, weight, bias, eps)
+    if is_dtensor(x) or is_dtensor(weight) or is_dtensor(bias):
+        return on_row_shards(lambda x, w, b: layer_norm(x, w, b, eps), x, weight, bias)
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        impl = implementation("layer_norm", x.device.type)
+        return run_forward(ctx, impl, (x, weight, bias), (eps,))
+
+    backward = staticmethod(run_backward)
+
+
+class LigerLayerNormFunction:
+    """`apply` in the argument order of the incumbent."""
+
+    @staticmethod
+    def apply(X: Tensor, W: Tensor | None, B: Tensor | None, eps: float) -> Tensor:
+        return layer_norm(X, W, B, eps)
+
+
+def layer_norm_forward(
+    X: Tensor, W: Tensor | None, B: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """(Y, X as rows, mean, rstd, block size, warps), both statistics fp32: the Triton kernel without autograd.
+
+    Raises ValueError for a W or B that does not fit, RuntimeError where Triton cannot run.
+    """
+    check_last_dim("W", W, X.shape[-1], "X")
+    check_last_dim("B", B, X.shape[-1], "X")
+    impl = triton_kernels("layer_norm", X)
+    y, (rows, _, _, mean, rstd) = impl.forward(X, W, B, eps, needs=(True, True, True))
+    config = impl.Config.of(X.shape[-1])
+    return y, rows, mean, rstd, config.block, config.warps
+
+
+def layer_norm_backward(
+    dY: Tensor,
+    X: Tensor,
+    W: Tensor | None,
+    B: Tensor | None,
+    Mean: Tensor,
+    RSTD: Tensor,
+    needs_dw: bool | None = None,
+    needs_db: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dX, dW or None, dB or None) from what `layer_norm_forward` returned; dX in the shape of dY."""
+    needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
+    saved = (as_rows(X), W, B, Mean, RSTD)
+    return triton_kernels("layer_norm", X).backward((dY,), saved, (0.0,), needs)

@@ -1,0 +1,478 @@
+"""Kernels that normalise rows: RMSNorm, add + RMSNorm and LayerNorm are one forward and one backward kernel.
+
+What an op does not have, a constexpr takes out: the residual, the weight, the bias, the mean (CENTERED). Forward moves
+2 n elements (x in, y out), backward 3 n (dy and x in, dx out); a residual adds 2 n to the one and n to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.kernels import column_sums
+from liger_kernel._core.launch import (
+    as_rows,
+    cdiv,
+    device_guard,
+    next_power_of_2,
+    processor_count,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of (rows, block) elements; `looped` walks rows too long for the registers block by block."""
+
+    rows: int
+    block: int
+    looped: bool
+    warps: int
+    programs_per_processor: int
+
+    @staticmethod
+    def of(n_cols: int) -> Config:
+        block = min(next_power_of_2(n_cols), 16384)
+        rows = max(1, 2048 // block)
+        return Config(
+            rows=rows,
+            block=block,
+            looped=n_cols > block,
+            warps=min(16, max(4, rows * block // 512)),
+            programs_per_processor=max(1, 8192 // (rows * block)),
+        )
+
+
+@triton.jit
+def _load_input(x_ptr, r_ptr, x_at, r_at, mask, HAS_RESIDUAL: tl.constexpr):
+    """x, or x + residual as the dtype of x holds it."""
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(r_ptr + r_at, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _normed(x, rstd, ROUND: tl.constexpr, dtype: tl.constexpr):
+    normed = x * rstd[:, None]
+    return normed.to(dtype).to(tl.float32) if ROUND else normed
+
+
+@triton.jit
+def _store_output(
+    y_ptr,
+    w_ptr,
+    b_ptr,
+    normed,
+    y_at,
+    cols,
+    offset,
+    row_mask,
+    N: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """y = normed (offset + w) + b."""
+    if HAS_WEIGHT:
+        normed = normed * (tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset)
+    if HAS_BIAS:
+        normed = normed + tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + y_at + cols, normed.to(y_ptr.dtype.element_ty), mask=row_mask & (cols < N))
+
+
+@triton.jit
+def _norm_fwd(
+    x_ptr,
+    r_ptr,
+    w_ptr,
+    b_ptr,
+    y_ptr,
+    s_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_stride,
+    r_stride,
+    n_rows,
+    eps,
+    offset,
+    N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CENTERED: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
+):
+    """s = x + residual, y = (s - mean) rstd (offset + w) + b, rstd = 1 / sqrt(mean((s - mean)^2) + eps).
+
+    Without CENTERED the mean is left out. One program owns ROWS rows.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = (rows < n_rows)[:, None]
+    x_at = (rows * x_stride)[:, None]
+    r_at = (rows * r_stride)[:, None]
+    y_at = (rows * N)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    dtype = x_ptr.dtype.element_ty
+    mean = tl.zeros((ROWS,), tl.float32)
+    if LOOPED:
+        if CENTERED:
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+            for start in range(0, N, BLOCK):
+                at = start + cols
+                mask = row_mask & (at < N)
+                total += _load_input(x_ptr, r_ptr, x_at + at, r_at + at, mask, HAS_RESIDUAL)
+            mean = tl.sum(total, 1) / N
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, N, BLOCK):
+            at = start + cols
+            mask = row_mask & (at < N)
+            x = _load_input(x_ptr, r_ptr, x_at + at, r_at + at, mask, HAS_RESIDUAL)
+            if HAS_RESIDUAL:
+                tl.store(s_ptr + y_at + at, x.to(dtype), mask=mask)
+            x = tl.where(mask, x - mean[:, None], 0.0)
+            squares += x * x
+        rstd = tl.rsqrt(tl.sum(squares, 1) / N + eps)
+        for start in range(0, N, BLOCK):
+            at = start + cols
+            # the residual is added again: a read of s would have to wait for the stores of other threads
+            x = _load_input(x_ptr, r_ptr, x_at + at, r_at + at, row_mask & (at < N), HAS_RESIDUAL)
+            y = _normed(x - mean[:, None], rstd, ROUND, dtype)
+            _store_output(
+                y_ptr, w_ptr, b_ptr, y, y_at, at, offset, row_mask, N, HAS_WEIGHT, HAS_BIAS
+            )
+    else:
+        mask = row_mask & (cols < N)
+        x = _load_input(x_ptr, r_ptr, x_at + cols, r_at + cols, mask, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(s_ptr + y_at + cols, x.to(dtype), mask=mask)
+        if CENTERED:
+            mean = tl.sum(x, 1) / N
+            x = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / N + eps)
+        y = _normed(x, rstd, ROUND, dtype)
+        _store_output(y_ptr, w_ptr, b_ptr, y, y_at, cols, offset, row_mask, N, HAS_WEIGHT, HAS_BIAS)
+    if CENTERED:
+        tl.store(mean_ptr + rows, mean, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _load_centered(x_ptr, mean_ptr, rows, x_at, row_mask, mask, CENTERED: tl.constexpr):
+    """x - mean; outside the mask it is whatever: every use multiplies it with a dy of zero."""
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    if CENTERED:
+        x -= tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    return x
+
+
+@triton.jit
+def _norm_bwd(
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    dy_stride,
+    ds_stride,
+    x_stride,
+    n_rows,
+    offset,
+    N: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    CENTERED: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = rstd (m - n mean(m n) - mean(m)) + ds, dw = sum over rows of dy n, db = sum over rows of dy,
+    with n = (x - mean) rstd and m = dy (offset + w); without CENTERED both means of values are left out.
+
+    A program walks the tiles pid, pid + programs, ... and keeps its share of dw and db in registers until the end; it
+    owns row `pid` of each of the (programs, N) tables in partial_ptr, fp32: first dw, then db, where they are needed.
+    """
+    pid = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    cols = tl.arange(0, BLOCK)[None, :]
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(pid, tl.cdiv(n_rows, ROWS), n_programs):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < n_rows)[:, None] & (cols < N)
+        x_at = (rows * x_stride)[:, None] + cols
+        x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED)
+        dy_at = (rows * dy_stride)[:, None] + cols
+        dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        if NEEDS_DX:
+            normed = x * rstd[:, None]
+            m = dy * w if HAS_WEIGHT else dy
+            dx = m - normed * (tl.sum(m * normed, 1) / N)[:, None]
+            if CENTERED:
+                dx -= (tl.sum(m, 1) / N)[:, None]
+            dx *= rstd[:, None]
+            if HAS_DS:
+                ds_at = (rows * ds_stride)[:, None] + cols
+                dx += tl.load(ds_ptr + ds_at, mask=mask, other=0.0).to(tl.float32)
+            dx_at = (rows * N)[:, None] + cols
+            tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DW:
+            dw += dy * _normed(x, rstd, ROUND, x_ptr.dtype.element_ty)
+        if NEEDS_DB:
+            db += dy
+    cols_1d = tl.arange(0, BLOCK)
+    if NEEDS_DW:
+        tl.store(partial_ptr + pid * N + cols_1d, tl.sum(dw, 0), mask=cols_1d < N)
+        partial_ptr += n_programs * N
+    if NEEDS_DB:
+        tl.store(partial_ptr + pid * N + cols_1d, tl.sum(db, 0), mask=cols_1d < N)
+
+
+@triton.jit
+def _norm_bwd_dx_looped(
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dy_stride,
+    ds_stride,
+    x_stride,
+    offset,
+    N: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx as in `_norm_bwd`, for a row that does not fit the registers. One program owns one row."""
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_ptr + row)
+    mean = tl.load(mean_ptr + row) if CENTERED else 0.0
+    cols = tl.arange(0, BLOCK)
+    products = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        at = start + cols
+        mask = at < N
+        x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32) - mean
+        m = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            m *= tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32) + offset
+        products += m * x
+        if CENTERED:
+            total += m
+    mean_product = tl.sum(products, 0) * rstd / N
+    mean_m = tl.sum(total, 0) / N
+    for start in range(0, N, BLOCK):
+        at = start + cols
+        mask = at < N
+        x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32) - mean
+        m = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            m *= tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32) + offset
+        dx = rstd * (m - x * rstd * mean_product - mean_m)
+        if HAS_DS:
+            dx += tl.load(ds_ptr + row * ds_stride + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * N + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_bwd_partial_looped(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,
+    dy_stride,
+    x_stride,
+    n_rows,
+    N: tl.constexpr,
+    CENTERED: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dw and db for long rows: program (r, c) owns BLOCK columns of every tile of ROWS rows, r modulo programs."""
+    pid = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(pid, tl.cdiv(n_rows, ROWS), n_programs):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
+        dy_at = (rows * dy_stride)[:, None] + cols[None, :]
+        dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
+        if NEEDS_DW:
+            x_at = (rows * x_stride)[:, None] + cols[None, :]
+            x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED)
+            rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+            dw += dy * _normed(x, rstd, ROUND, x_ptr.dtype.element_ty)
+        if NEEDS_DB:
+            db += dy
+    if NEEDS_DW:
+        tl.store(partial_ptr + pid * N + cols, tl.sum(dw, 0), mask=cols < N)
+        partial_ptr += n_programs * N
+    if NEEDS_DB:
+        tl.store(partial_ptr + pid * N + cols, tl.sum(db, 0), mask=cols < N)
+
+
+def norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    *,
+    centered: bool,
+    rounded: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """(y, x + residual, x as rows, mean, rstd); `rounded`: to the dtype of x before the weight."""
+    rows = as_rows(x)  # (R, N)
+    r_rows = None if residual is None else as_rows(residual)
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    n_rows, n_cols = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device) if centered else None
+    config = Config.of(n_cols)
+    if n_rows:
+        with device_guard(x.device):
+            _norm_fwd[(cdiv(n_rows, config.rows),)](
+                rows,
+                r_rows,
+                weight,
+                bias,
+                y,
+                s,
+                mean,
+                rstd,
+                rows.stride(0),
+                0 if r_rows is None else r_rows.stride(0),
+                n_rows,
+                eps,
+                offset,
+                N=n_cols,
+                HAS_RESIDUAL=residual is not None,
+                HAS_WEIGHT=weight is not None,
+                HAS_BIAS=bias is not None,
+                CENTERED=centered,
+                ROUND=rounded,
+                ROWS=config.rows,
+                BLOCK=config.block,
+                LOOPED=config.looped,
+                num_warps=config.warps,
+            )
+    return y, s, rows, mean, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    needs: tuple[bool, bool, bool],
+    *,
+    rounded: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, db) of y as computed by `norm_forward`; `grad_sum` is the gradient of x + residual."""
+    needs_dx, needs_dw, needs_db = needs
+    weight = None if weight is None else weight.contiguous()
+    n_rows, n_cols = rows.shape
+    config = Config.of(n_cols)
+    dy = as_rows(grad)
+    ds = None if grad_sum is None else as_rows(grad_sum)
+    ds_stride = 0 if ds is None else ds.stride(0)
+    dx = torch.empty(grad.shape, dtype=rows.dtype, device=rows.device) if needs_dx else None
+    parameters = ((weight, needs_dw), (bias, needs_db))
+    dtypes = [p.dtype for p, need in parameters if need and p is not None]
+    programs = processor_count(rows.device) * config.programs_per_processor
+    programs = max(1, min(cdiv(n_rows, config.rows), programs))
+    shape = (len(dtypes), programs, n_cols)
+    partial = torch.empty(shape, dtype=torch.float32, device=rows.device) if dtypes else None
+    for_dx = {"HAS_DS": ds is not None, "HAS_WEIGHT": weight is not None}
+    for_sums = {"NEEDS_DW": needs_dw, "NEEDS_DB": needs_db, "ROUND": rounded}
+    shared = {"N": n_cols, "CENTERED": mean is not None}
+    tile = {"BLOCK": config.block, "num_warps": config.warps}
+    strides = (dy.stride(0), ds_stride, rows.stride(0))
+    with device_guard(rows.device):
+        if not config.looped:
+            inputs = (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset)
+            flags = for_dx | for_sums | shared | tile
+            _norm_bwd[(programs,)](*inputs, NEEDS_DX=needs_dx, ROWS=config.rows, **flags)
+        else:
+            if needs_dx and n_rows:
+                inputs = (dy, ds, rows, weight, mean, rstd, dx, *strides, offset)
+                _norm_bwd_dx_looped[(n_rows,)](*inputs, **for_dx, **shared, **tile)
+            if dtypes:
+                inputs = (dy, rows, mean, rstd, partial, dy.stride(0), rows.stride(0), n_rows)
+                tile = {"ROWS": 2, "BLOCK": 2048, "num_warps": 8}
+                grid = (programs, cdiv(n_cols, 2048))
+                _norm_bwd_partial_looped[grid](*inputs, **for_sums, **shared, **tile)
+        sums = iter(() if partial is None else column_sums(partial, dtypes))
+    return dx, next(sums) if needs_dw else None, next(sums) if needs_db else None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    casting_mode: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    rounded = casting_mode == "llama"
+    y, _, rows, _, rstd = norm_forward(
+        x, None, weight, None, eps, offset, centered=False, rounded=rounded
+    )
+    return y, (rows, weight, rstd)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    options: tuple[float, float, str],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    rows, weight, rstd = saved
+    _, offset, casting_mode = options
+    dx, dw, _ = norm_backward(
+        grads[0],
+        None,
+        rows,
+        weight,
+        None,
+        None,
+        rstd,
+        offset,
+        (needs[0], needs[1], False),
+        rounded=casting_mode == "llama",
+    )
+    return dx, dw

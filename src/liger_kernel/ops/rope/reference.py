@@ -1,0 +1,49 @@
+"""Rotary position embedding in plain PyTorch: the specification."""
+
+import torch
+from torch import Tensor
+
+
+def rope(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int,
+    rotary_dim: int | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotates each pair (a, b) of the first R = `rotary_dim` columns to (a cos - b sin, b cos + a sin); (q', k').
+
+    Pair i is columns (i, i + R/2), or (2i, 2i + 1) if interleaved. Its angle is column i of cos and sin, or column 2i
+    where they are interleaved and at least R wide. Computed in fp32 (float64 for float64), rounded once.
+    """
+    if rotary_dim is None:
+        rotary_dim = min(cos.shape[-1], q.shape[-1])
+    half = rotary_dim // 2
+    step = 2 if interleaved and cos.shape[-1] >= rotary_dim else 1
+    cos, sin = (_at_heads(t, unsqueeze_dim)[..., : half * step : step] for t in (cos, sin))
+
+    def rotated(x: Tensor) -> Tensor:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        c, s, values = cos.to(compute), sin.to(compute), x[..., :rotary_dim].to(compute)
+        if interleaved:
+            a, b = values[..., 0::2], values[..., 1::2]
+            turned = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+        else:
+            a, b = values[..., :half], values[..., half:]
+            turned = torch.cat((a * c - b * s, b * c + a * s), -1)
+        return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), -1)
+
+    return rotated(q), None if k is None else rotated(k)
+
+
+def _at_heads(angles: Tensor, unsqueeze_dim: int) -> Tensor:
+    """(S, R), (B, S, R) or 4-D with one axis of size 1 for the heads -> 4-D, that axis at `unsqueeze_dim`."""
+    if angles.ndim == 4:
+        angles = angles.squeeze(
+            unsqueeze_dim if angles.shape[unsqueeze_dim] == 1 else 3 - unsqueeze_dim
+        )
+    if angles.ndim == 2:
+        angles = angles.unsqueeze(0)
+    return angles.unsqueeze(unsqueeze_dim)

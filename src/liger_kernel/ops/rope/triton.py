@@ -1,0 +1,284 @@
+"""Rotary position embedding: q and k in one launch, 2 n elements moved; backward is the same kernel with -sin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.launch import cdiv, device_guard, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program owns all heads of `tokens` tokens and walks them `heads` at a time."""
+
+    tokens: int
+    heads: tuple[int, ...]
+    block_half: int
+    block_rest: int
+    warps: int = 4
+
+    @staticmethod
+    def of(n_heads: Sequence[int], head_dim: int, rotary_dim: int) -> Config:
+        block_half = next_power_of_2(rotary_dim // 2)
+        rest = head_dim - rotary_dim
+        block_rest = next_power_of_2(rest) if rest else 0
+        widest = max(2 * block_half, block_rest)
+        budget = max(1, 4096 // widest)  # (token, head) rows in one tile
+        heads = tuple(min(next_power_of_2(n), budget) for n in n_heads)
+        tokens = min(16, max(1, budget // max(heads)))
+        return Config(tokens, heads, block_half, block_rest)
+
+
+@triton.jit
+def _rotate(
+    x_ptr,
+    out_ptr,
+    batch,
+    position,
+    token_mask,
+    cos,
+    sin,
+    x_batch,
+    x_token,
+    x_head,
+    x_col,
+    out_batch,
+    out_token,
+    out_head,
+    out_col,
+    N_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """out = x rotated by (TOKENS, 1, BLOCK_HALF) cosines and sines, for all heads of TOKENS tokens."""
+    dtype = out_ptr.dtype.element_ty
+    x_tokens = x_ptr + (batch * x_batch + position * x_token)[:, None, None]
+    out_tokens = out_ptr + (batch * out_batch + position * out_token)[:, None, None]
+    for start in range(0, N_HEADS, HEADS):
+        heads = (start + tl.arange(0, HEADS)).to(tl.int64)
+        row_mask = token_mask[:, None, None] & (heads < N_HEADS)[None, :, None]
+        x_rows = x_tokens + (heads * x_head)[None, :, None]
+        out_rows = out_tokens + (heads * out_head)[None, :, None]
+        if INTERLEAVED:
+            cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            mask = row_mask & (cols < ROTARY)
+            x = tl.load(x_rows + cols * x_col, mask=mask, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, (TOKENS, HEADS, BLOCK_HALF, 2)))
+            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+            turned = tl.reshape(turned, (TOKENS, HEADS, 2 * BLOCK_HALF))
+            tl.store(out_rows + cols * out_col, turned.to(dtype), mask=mask)
+        else:
+            cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+            mask = row_mask & (cols < ROTARY // 2)
+            a = tl.load(x_rows + cols * x_col, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x_rows + (cols + ROTARY // 2) * x_col, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_rows + cols * out_col, (a * cos - b * sin).to(dtype), mask=mask)
+            out_rows_b = out_rows + (cols + ROTARY // 2) * out_col
+            tl.store(out_rows_b, (b * cos + a * sin).to(dtype), mask=mask)
+        if BLOCK_REST:
+            cols = ROTARY + tl.arange(0, BLOCK_REST)[None, None, :]
+            mask = row_mask & (cols < D)
+            x = tl.load(x_rows + cols * x_col, mask=mask, other=0.0)
+            tl.store(out_rows + cols * out_col, x, mask=mask)
+
+
+@triton.jit
+def _rope(
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    sign,
+    n_tokens,
+    seq,
+    cos_batch,
+    cos_token,
+    q_batch,
+    q_token,
+    q_head,
+    q_col,
+    q_out_batch,
+    q_out_token,
+    q_out_head,
+    q_out_col,
+    k_batch,
+    k_token,
+    k_head,
+    k_col,
+    k_out_batch,
+    k_out_token,
+    k_out_head,
+    k_out_col,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COS_STEP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """(a, b) -> (a cos - b sin, b cos + a sin), sin times `sign`. One program owns all heads of TOKENS tokens."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token_mask = tokens < n_tokens
+    batch = (tokens // seq).to(tl.int64)
+    position = (tokens % seq).to(tl.int64)
+    half = tl.arange(0, BLOCK_HALF)[None, None, :]
+    angle_at = (batch * cos_batch + position * cos_token)[:, None, None] + half * COS_STEP
+    mask = token_mask[:, None, None] & (half < ROTARY // 2)
+    cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32) * sign
+    _rotate(
+        q_ptr,
+        q_out_ptr,
+        batch,
+        position,
+        token_mask,
+        cos,
+        sin,
+        q_batch,
+        q_token,
+        q_head,
+        q_col,
+        q_out_batch,
+        q_out_token,
+        q_out_head,
+        q_out_col,
+        Q_HEADS,
+        D,
+        ROTARY,
+        INTERLEAVED,
+        TOKENS,
+        Q_BLOCK,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+    if K_HEADS:
+        _rotate(
+            k_ptr,
+            k_out_ptr,
+            batch,
+            position,
+            token_mask,
+            cos,
+            sin,
+            k_batch,
+            k_token,
+            k_head,
+            k_col,
+            k_out_batch,
+            k_out_token,
+            k_out_head,
+            k_out_col,
+            K_HEADS,
+            D,
+            ROTARY,
+            INTERLEAVED,
+            TOKENS,
+            K_BLOCK,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+
+
+def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, int, int, int]:
+    """Strides of (batch, token, head, column)."""
+    return x.stride(0), x.stride(3 - unsqueeze_dim), x.stride(unsqueeze_dim), x.stride(3)
+
+
+def _rotated(
+    tensors: Sequence[Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    sign: float,
+    options: tuple[int, int, bool],
+) -> list[Tensor | None]:
+    """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
+    unsqueeze_dim, rotary_dim, interleaved = options
+    given = [x for x in tensors if x is not None]
+    outs = [torch.empty_like(x) for x in given]
+    head_dim, seq = given[0].shape[3], given[0].shape[3 - unsqueeze_dim]
+    n_tokens = given[0].shape[0] * seq
+    heads = [x.shape[unsqueeze_dim] for x in given]
+    config = Config.of(heads, head_dim, rotary_dim)
+    strides = [
+        stride
+        for x in zip(given, outs, strict=True)
+        for t in x
+        for stride in _strides(t, unsqueeze_dim)
+    ]
+    if n_tokens:
+        with device_guard(cos.device):
+            _rope[(cdiv(n_tokens, config.tokens),)](
+                given[0],
+                given[-1],
+                outs[0],
+                outs[-1],
+                cos,
+                sin,
+                sign,
+                n_tokens,
+                seq,
+                0 if cos.shape[0] == 1 else cos.stride(0),
+                cos.stride(1),
+                *strides,
+                *(() if len(given) == 2 else (0,) * 8),
+                Q_HEADS=heads[0],
+                K_HEADS=heads[1] if len(given) == 2 else 0,
+                D=head_dim,
+                ROTARY=rotary_dim,
+                INTERLEAVED=interleaved,
+                COS_STEP=2 if interleaved and cos.shape[2] >= rotary_dim else 1,
+                TOKENS=config.tokens,
+                Q_BLOCK=config.heads[0],
+                K_BLOCK=config.heads[-1],
+                BLOCK_HALF=config.block_half,
+                BLOCK_REST=config.block_rest,
+                num_warps=config.warps,
+            )
+    rotated = iter(outs)
+    return [None if x is None else next(rotated) for x in tensors]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    needs: Sequence[bool],
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor]]:
+    """cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension."""
+    outs = _rotated((q, k), cos, sin, 1.0, (unsqueeze_dim, rotary_dim, interleaved))
+    return tuple(outs), (cos, sin)
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    saved: tuple[Tensor, Tensor],
+    options: tuple[int, int, bool],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    if all(grad is None for grad in wanted):
+        return None, None, None, None
+    dq, dk = _rotated(wanted, *saved, -1.0, options)
+    return dq, dk, None, None

@@ -1,0 +1,113 @@
+"""Calling an op of an `OpSpec` the way every test and benchmark does: inputs, cotangents, outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel.backends import use_implementation
+from liger_kernel.testing.cases import Make, OpCase, OpSpec
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def wanted_inputs(spec: OpSpec, inputs: tuple[Tensor | None, ...]) -> set[int]:
+    """Positions of every input that is there and may ask for a gradient."""
+    return {i for i in spec.differentiable if inputs[i] is not None}
+
+
+def leaves(
+    inputs: tuple[Tensor | None, ...], wanted: set[int], dtype: torch.dtype | None = None
+) -> list[Any]:
+    """The inputs with their own strides (floats in `dtype`), those in `wanted` as leaves that ask for a gradient."""
+    result: list[Any] = []
+    for i, t in enumerate(inputs):
+        if t is not None and t.is_floating_point():
+            t = t.detach().to(dtype or t.dtype)
+        result.append(t.requires_grad_() if i in wanted and t is not None else t)
+    return result
+
+
+def cotangents(
+    spec: OpSpec, case: OpCase, outputs: tuple[Any, ...], make: Make
+) -> dict[int, Tensor]:
+    """A random gradient for every output that carries one."""
+    without = (*spec.outputs_without_grad, *case.outputs_without_grad)
+    return {
+        i: make.randn(1, *out.shape)[0].to(out.dtype)
+        for i, out in enumerate(outputs)
+        if isinstance(out, Tensor) and out.is_floating_point() and i not in without
+    }
+
+
+def drawn(
+    spec: OpSpec, case: OpCase, make: Make
+) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor]]:
+    """Inputs of `case` and a cotangent for every output that carries a gradient."""
+    inputs = case.inputs(make)
+    return inputs, cotangents(spec, case, output_shapes(spec, case, inputs), make)
+
+
+def output_shapes(spec: OpSpec, case: OpCase, inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """What the reference returns, on the meta device: a reference at full size may not fit the memory."""
+    shadows = tuple(t if t is None else t.detach().to("meta") for t in inputs)
+    with torch.device("meta"), use_implementation("reference"):
+        return as_tuple(spec.reference(*shadows, **case.options))
+
+
+def backward(
+    outputs: tuple[Any, ...], inputs: list[Any], grads: dict[int, Tensor], **options: Any
+) -> dict[int, Tensor]:
+    """The gradient of every input that asks for one."""
+    wanted = {i: t for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
+    roots = [
+        (outputs[i], g.to(outputs[i].dtype)) for i, g in grads.items() if outputs[i].requires_grad
+    ]
+    if not wanted or not roots:
+        return {i: torch.zeros_like(t) for i, t in wanted.items()}
+    found = torch.autograd.grad(
+        [out for out, _ in roots],
+        list(wanted.values()),
+        [g for _, g in roots],
+        allow_unused=True,
+        **options,
+    )
+    return {
+        i: torch.zeros_like(t) if g is None else g
+        for (i, t), g in zip(wanted.items(), found, strict=True)
+    }
+
+
+def call(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    inputs: list[Any],
+    grads: dict[int, Tensor],
+) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
+    """Outputs, and the gradient of every input that asks for one."""
+    outputs = as_tuple(function(*inputs, **options))
+    return outputs, backward(outputs, inputs, grads)
+
+
+class DeviceMake(Make):
+    """Draws on the device itself: other numbers than `Make`, but gigabytes of them in no time.
+
+    Made by `drawing_on`, which also makes the device the default of torch's factories.
+    """
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator(self.device).manual_seed(self.seed)
+
+
+@contextmanager
+def drawing_on(
+    device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> Iterator[DeviceMake]:
+    with torch.device(device):
+        yield DeviceMake(dtype, device, seed)

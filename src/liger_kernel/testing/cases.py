@@ -1,0 +1,95 @@
+"""Named inputs of an op, read by the tests and by the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Make:
+    """Draws the inputs of one case: everything it returns is on `device`, and floats are in `dtype`."""
+
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    _generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        # drawn on the CPU: the same numbers on every machine
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        drawn = torch.randn(*shape, generator=self._generator) * scale + shift
+        return drawn.to(self.device, self.dtype)
+
+    def strided(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A view with a row stride larger than the row: columns 1..n of a wider tensor."""
+        return self.randn(*shape[:-1], shape[-1] + 3, scale=scale)[..., 1:-2]
+
+    def transposed(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A view whose last dimension is not the contiguous one."""
+        return self.randn(*shape[:-2], shape[-1], shape[-2], scale=scale).transpose(-1, -2)
+
+    def expanded(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A view with stride 0 along the first dimension."""
+        return self.randn(1, *shape[1:], scale=scale).expand(*shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator).to(self.device)
+
+    def labels(self, rows: int, classes: int, ignored: float = 0.0, ignore_index: int = -100) -> Tensor:
+        """int64 labels in [0, classes), a share `ignored` of them (1.0: all) replaced by `ignore_index`."""
+        labels = torch.randint(classes, (rows,), generator=self._generator)
+        drop = torch.rand(rows, generator=self._generator) < ignored
+        return labels.masked_fill(drop, ignore_index).to(self.device)
+
+    def peaked(self, rows: int, classes: int, labels: Tensor, height: float = 60.0) -> Tensor:
+        """Logits that are certain: even rows right (p -> 1), odd rows wrong (loss ~ height)."""
+        logits = torch.randn(rows, classes, generator=self._generator)
+        at = labels.cpu().clamp(min=0)
+        at = torch.where(torch.arange(rows) % 2 == 0, at, (at + 1) % classes)
+        logits[torch.arange(rows), at] += height
+        return logits.to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One named input of an op.
+
+    `inputs(make)` returns the positional tensors (or None); `options` are the keyword arguments after them. `why` says
+    what the case is there to catch. `bytes_moved(element_size)` and `flops` are the least the forward and backward
+    together must do (0: not meaningful). `large` cases are for the GPU: too slow for the CPU suite.
+    `outputs_without_grad`: positions of outputs that nobody uses in this case, beyond those of the spec.
+    """
+
+    id: str
+    why: str
+    inputs: Callable[[Make], tuple[Tensor | None, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bytes_moved: Callable[[int], int] | None = None
+    flops: int = 0
+    large: bool = False
+    outputs_without_grad: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op under test: how to call it, its reference with the same arguments, and its cases.
+
+    `function(*inputs, **options)` and `reference(*inputs, **options)` return a tensor or a tuple of tensors and Nones.
+    `differentiable`: positions of the inputs that may ask for a gradient. `outputs_without_grad`: positions of outputs
+    that carry none. `elementwise`: positions of outputs compared element by element.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    cases: tuple[OpCase, ...]
+    differentiable: tuple[int, ...]
+    outputs_without_grad: tuple[int, ...] = ()
+    elementwise: tuple[int, ...] = ()

@@ -1,0 +1,61 @@
+"""Drop-in modules, the functional API and the patches for HuggingFace models. Every name is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+#: public name -> the submodule that defines it
+_EXPORTS = {
+    "LigerBlockSparseTop2MLP": "swiglu",
+    "LigerCrossEntropyLoss": "cross_entropy",
+    "LigerFalconH1SwiGLUMLP": "swiglu",
+    "LigerFusedAddRMSNorm": "fused_add_rms_norm",
+    "LigerFusedLinearCrossEntropyLoss": "fused_linear_cross_entropy",
+    "LigerGEGLUMLP": "geglu",
+    "LigerGEGLUMLPForGemma4": "geglu",
+    "LigerHunyuanV1SwiGLUMLP": "swiglu",
+    "LigerLayerNorm": "layer_norm",
+    "LigerPhi3SwiGLUMLP": "swiglu",
+    "LigerQwen3MoeSwiGLUMLP": "swiglu",
+    "LigerRMSNorm": "rms_norm",
+    "LigerSwiGLUMLP": "swiglu",
+    "liger_rotary_pos_emb": "rope",
+}
+#: names that need HuggingFace transformers; so do all that start with `_APPLY`
+_PATCHING = {
+    "AutoLigerKernelForCausalLM": "auto_model",
+    "_apply_liger_kernel": "monkey_patch",
+    "_apply_liger_kernel_to_instance": "monkey_patch",
+}
+_APPLY = "apply_liger_kernel_to_"
+
+
+def is_transformers_available() -> bool:
+    """Whether HuggingFace transformers is installed; does not import it."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+__all__ = [*_EXPORTS, "is_transformers_available"]
+if is_transformers_available():
+    __all__ += _PATCHING
+
+
+def __getattr__(name: str) -> Any:
+    home = _EXPORTS.get(name)
+    if home is None and (name in _PATCHING or name.startswith(_APPLY)):
+        if not is_transformers_available():
+            raise ImportError(
+                f"{__name__}.{name} needs HuggingFace transformers: pip install liger-kernel[transformers]"
+            )
+        home = _PATCHING.get(name, "monkey_patch")
+    if home is None:
+        if name == "functional" or name in _EXPORTS.values():  # a submodule nobody has imported yet
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

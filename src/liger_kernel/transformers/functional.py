@@ -1,0 +1,194 @@
+"""The functional API: the argument names and order of the incumbent over the public functions of `liger_kernel.ops`.
+
+Every op is looked up in its module at the call, so that replacing it there takes effect here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import liger_kernel.ops.cross_entropy as _cross_entropy
+import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
+import liger_kernel.ops.fused_linear_cross_entropy as _fused_linear_cross_entropy
+import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.rms_norm as _rms_norm
+import liger_kernel.ops.rope as _rope
+from liger_kernel._core.dtensor import is_dtensor
+
+#: as it was before anybody installed `liger_cross_entropy` in its place
+_torch_cross_entropy = torch.nn.functional.cross_entropy
+
+
+@dataclass
+class CrossEntropyOutput:
+    """What a cross entropy returns when it is asked for more than the loss; None for what was not asked."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def liger_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """`torch.nn.functional.cross_entropy`, with z-loss, soft-capping, accuracy and predictions on request.
+
+    Computes (BT, V) logits with (BT,) int64 labels itself and leaves everything else that torch accepts to torch:
+    other shapes, class probabilities, DTensors, `size_average` and `reduce`, float64 without the extra options.
+
+    Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
+    Raises: ValueError if an option that torch does not know meets an input that we leave to torch.
+    """
+    extras: dict[str, Any] = {
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "return_z_loss": return_z_loss,
+        "return_token_accuracy": return_token_accuracy,
+        "return_predicted_tokens": return_predicted_tokens,
+    }
+    asked = [name for name, value in extras.items() if value]
+    ours = (
+        input.ndim == 2
+        and target.ndim == 1
+        and target.dtype == torch.int64
+        and size_average is None
+        and reduce is None
+        and not is_dtensor(input)
+    )
+    if not asked and (not ours or input.dtype == torch.float64):
+        return _torch_cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if not ours:
+        raise ValueError(
+            f"{', '.join(asked)} needs plain (BT, V) logits and (BT,) int64 labels without size_average and reduce; "
+            f"got input {tuple(input.shape)} and target {tuple(target.shape)} of {target.dtype}. Flatten them first."
+        )
+    found = _cross_entropy.cross_entropy(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        **extras,
+    )
+    flags = return_z_loss or return_token_accuracy or return_predicted_tokens
+    return CrossEntropyOutput(*found) if flags else found[0]
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+) -> Tensor | CrossEntropyOutput:
+    """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
+
+    Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
+    """
+    found = _fused_linear_cross_entropy.fused_linear_cross_entropy(
+        input,
+        weight,
+        target,
+        bias=bias,
+        class_weight=ce_weight,
+        ignore_index=ignore_index,
+        lse_square_scale=lse_square_scale,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        softcap=softcap,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+        accum_dtype=accum_dtype,
+        use_token_scaling=use_token_scaling,
+        chunk_size=chunk_size,
+        memory_budget=memory_budget,
+    )
+    flags = return_z_loss or return_token_accuracy or return_predicted_tokens
+    return CrossEntropyOutput(*found) if flags else found[0]
+
+
+def liger_rms_norm(
+    X: Tensor,
+    W: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> Tensor:
+    """`rms_norm`; `in_place` is accepted and changes nothing."""
+    return _rms_norm.rms_norm(X, W, eps, offset, casting_mode)
+
+
+def liger_fused_add_rms_norm(
+    X: Tensor,
+    R: Tensor,
+    W: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of X + R, X + R); `in_place` is accepted and changes nothing."""
+    return _fused_add_rms_norm.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
+
+
+def liger_layer_norm(X: Tensor, W: Tensor | None, B: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` over the last dimension."""
+    return _layer_norm.layer_norm(X, W, B, eps)
+
+
+def liger_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`rope`; `position_ids` is unused, as in HF: cos and sin are already gathered."""
+    return _rope.rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, rotary_dim=rotary_dim)
+
+
+def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """`silu(a) * b`."""
+    return _glu.glu(a, b, "silu")
+
+
+def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
+    """`gelu_tanh(a) * b`."""
+    return _glu.glu(a, b, "gelu_tanh")

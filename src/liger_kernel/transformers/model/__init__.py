@@ -1,0 +1,1 @@
+"""Pieces of the public API that the incumbent keeps under `transformers.model`."""

@@ -1,0 +1,144 @@
+"""The entry points that frameworks call: thin doors to `liger_kernel.patch`, one per row of `models/families.py`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from liger_kernel.transformers.models.families import FAMILIES, OPTION_OF, Family
+from liger_kernel.transformers.patching import norms, patch
+from liger_kernel.transformers.patching.classes import patch_classes, patch_rope_globally, unpatch_classes
+from liger_kernel.transformers.patching.mlps import find_plan as find_mlp_plan
+from liger_kernel.transformers.patching.mlps import install as install_mlp
+from liger_kernel.transformers.patching.options import Options
+from liger_kernel.transformers.patching.report import PatchReport
+from liger_kernel.transformers.patching.state import State, state_of
+from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
+
+logger = logging.getLogger(__name__)
+
+ApplyFunction = Callable[..., None]
+
+
+def _modeling_name(family: Family) -> str:
+    return f"transformers.models.{family.modeling}.modeling_{family.modeling}"
+
+
+def _patch_instance(model: nn.Module, options: dict[str, Any], modeling_name: str) -> None:
+    """Patch one model; rope goes onto the modeling file, where HF's own tests and other libraries look for it."""
+    rope = options["rope"]
+    patch(model, **{**options, "rope": False})
+    if rope:
+        state = state_of(model)
+        held = patch_rope_globally(importlib.import_module(modeling_name))
+        if held is not None and state is not None:
+            state.handles.append(held)
+
+
+def _entry_point(family: Family) -> ApplyFunction:
+    def apply(*args: Any, **kwargs: Any) -> None:
+        bound = apply.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
+        flags = dict(bound.arguments)
+        model = flags.pop("model", None)
+        options = family.options(flags)
+        Options.of(**options)  # flags that exclude each other are refused before anything changes
+        name = _modeling_name(family)
+        if model is None:
+            patch_classes(name, options["rope"], lambda built: _patch_instance(built, options, name))
+        else:
+            _patch_instance(model, options, name)
+
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, keyword, default=d, annotation=bool) for n, d in family.flags.items()]
+    parameters.append(inspect.Parameter("model", keyword, default=None, annotation=nn.Module | None))
+    apply.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    apply.__name__ = apply.__qualname__ = f"apply_liger_kernel_to_{family.name}"
+    apply.__doc__ = (
+        f"Patch `model`, or without one every {family.name} model built from now on (until "
+        f"`revert_liger_kernel_to_{family.name}()`).\n\nFlags given as None or False leave that kind alone. "
+        "Raises ValueError if cross_entropy and fused_linear_cross_entropy are both True, TypeError for unknown flags."
+    )
+    return apply
+
+
+def _exit_point(family: Family) -> Callable[[], None]:
+    def revert() -> None:
+        unpatch_classes(_modeling_name(family))
+
+    revert.__name__ = revert.__qualname__ = f"revert_liger_kernel_to_{family.name}"
+    revert.__doc__ = f"Take back `apply_liger_kernel_to_{family.name}()`; models already built stay patched."
+    return revert
+
+
+#: `config.model_type` -> entry point
+MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, ApplyFunction] = {}
+for _row in FAMILIES:
+    _apply = _entry_point(_row)
+    globals()[_apply.__name__] = _apply
+    globals()[f"revert_liger_kernel_to_{_row.name}"] = _exit_point(_row)
+    MODEL_TYPE_TO_APPLY_LIGER_FN.update(dict.fromkeys(_row.model_types, _apply))
+
+
+def _known_flags(function: ApplyFunction, given: dict[str, Any]) -> dict[str, Any]:
+    accepted = inspect.signature(function).parameters
+    return {name: value for name, value in given.items() if name in accepted and name != "model"}
+
+
+def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
+    """Patch the classes of a model type; an unknown type or flag is logged and ignored, as HF's callers expect."""
+    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type or "")
+    if function is None:
+        logger.info("No entry point for model type %r; build the model and call liger_kernel.patch(model).", model_type)
+        return
+    function(**_known_flags(function, kwargs))
+
+
+def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
+    """Patch one model by its `config.model_type`; other types are patched by structure. Safe to call again."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type or "")
+    if function is not None:
+        function(**_known_flags(function, kwargs), model=model)
+        return
+    logger.info("No entry point for model type %r; patching by structure.", model_type)
+    patch(model, **{OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF})
+
+
+def _patch_rms_norm_module(
+    module: nn.Module,
+    offset: float = 0.0,
+    eps: float = 1e-6,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+    row_mode: bool | None = None,
+) -> None:
+    """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
+    name = next((n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon")
+    if not getattr(module, name, None):
+        module.variance_epsilon = eps  # type: ignore[assignment]
+    norms.install(module, norms.NormPlan("rms_norm", name, offset, casting_mode, mixed=True), _unrecorded())
+
+
+def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
+    """Make one module a LayerNorm by decree, without a proof."""
+    name = next((n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon")
+    if not getattr(module, name, None):
+        module.variance_epsilon = eps  # type: ignore[assignment]
+    norms.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
+
+
+def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None = None) -> None:
+    """Fuse the gated product of one MLP; ValueError if it is not proven to be one."""
+    plan = find_mlp_plan(module)
+    if plan is None:
+        raise ValueError(f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is.")
+    install_mlp(module, plan, _unrecorded())
+
+
+def _unrecorded() -> State:
+    return State(Options(), PatchReport(""))

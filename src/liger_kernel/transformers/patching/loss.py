@@ -1,0 +1,228 @@
+"""The loss site: finds the head, arms it while the model runs with labels, and runs the fused loss in its place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liger_kernel.transformers import functional
+from liger_kernel.transformers.model.output_classes import with_metrics
+from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS
+from liger_kernel.transformers.patching.state import State, state_of
+
+#: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
+METRICS = ("return_token_accuracy", "return_predicted_tokens")
+CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS)
+
+
+@dataclass
+class Frame:
+    """One running forward of a patched model."""
+
+    model: nn.Module
+    armed: bool
+    asked: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest) -> Tensor:
+        """Called from inside the head's forward, where its weight is whole."""
+        fused = request.fused
+        if fused.scale != 1.0:
+            hidden = hidden * fused.scale
+            bias = None if bias is None else bias * fused.scale
+        result = functional.liger_fused_linear_cross_entropy(
+            hidden, weight, request.target, bias, **request.arguments, **self.asked
+        )
+        if not isinstance(result, functional.CrossEntropyOutput):
+            return result
+        for name in ("token_accuracy", "predicted_tokens"):
+            value = getattr(result, name)
+            if value is not None:
+                self.found[name] = value
+        return result.loss
+
+
+_frames: list[Frame] = []
+
+
+class FusedHead:
+    """Mixed into the class of a head: hands on deferred logits while its model is armed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _frames and _frames[-1].armed and len(args) == 1 and not kwargs:
+            return DeferredLogits(self, args[0], _frames[-1].run)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Tensor:
+        if request is None:
+            return super().forward(hidden)  # type: ignore[misc]
+        return request.run(hidden, self.weight, self.bias, request)  # type: ignore[attr-defined]
+
+
+class LigerLMHead(FusedHead, nn.Linear):
+    """The usual head; a class of its own so that a patched model can be pickled."""
+
+
+@functools.cache
+def _fused_class(cls: type) -> type:
+    return LigerLMHead if cls is nn.Linear else type(f"Liger{cls.__name__}", (FusedHead, cls), {})
+
+
+def find_heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The output embedding(s): `get_output_embeddings()` with PEFT's saved copies, else a Linear onto the vocabulary."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            head = None
+    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    found = []
+    for path, module in model.named_modules():
+        if head is not None:
+            inside = module is head or any(module is child for child in head.modules())
+            if inside and (module is head or isinstance(module, nn.Linear)):
+                found.append((path, module))
+        elif type(module) is nn.Linear and vocab is not None and module.out_features == vocab:
+            found.append((path, module))
+    return found
+
+
+def unsuitable(head: nn.Module) -> str | None:
+    """Why the fused loss cannot stand in for this head; None if it can."""
+    if getattr(type(head), "forward", None) not in (nn.Linear.forward, FusedHead.forward):
+        return f"{type(head).__name__} does not compute a plain linear map"
+    if "forward" in head.__dict__:
+        return "its forward was already replaced by someone else"
+    weight = head._parameters.get("weight")
+    if weight is None or hasattr(weight, "quant_state"):
+        return "its weight is not a plain parameter"
+    return None
+
+
+def patch_loss(model: nn.Module, state: State) -> None:
+    heads = find_heads(model)
+    if not heads:
+        state.report.add("loss", type(model).__name__, reason="no head onto the vocabulary")
+        return
+    usable = []
+    for path, head in heads:
+        reason = unsuitable(head)
+        if reason is None:
+            usable.append((path, head))
+        elif len(heads) == 1 or not list(head.children()):
+            state.report.add("loss", path, reason=reason)
+    wraps_adapter = len(heads) > 1 and any("lora" in name for name, _ in heads[0][1].named_parameters())
+    if wraps_adapter:
+        state.report.add("loss", heads[0][0], reason="an adapter adds to its output")
+        return
+    for path, head in usable:
+        if not isinstance(head, FusedHead):
+            state.set_class(head, _fused_class(type(head)))
+        state.report.add("loss", path, by="fused linear cross entropy")
+    if usable:
+        state.handles += [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        ]
+
+
+@functools.cache
+def _position_of_labels(cls: type) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return names.index("labels") if "labels" in names else None
+
+
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    asked = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
+    skip_logits = asked.pop("skip_logits", None)
+    labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
+    if labels is None:
+        at = _position_of_labels(type(model))
+        labels = args[at] if at is not None and at < len(args) else None
+    if labels is None and shift_labels is not None:
+        kwargs["labels"] = labels = shift_labels  # HF's forward asks only `labels` whether to compute a loss
+    if skip_logits and labels is None:
+        raise ValueError("skip_logits=True needs labels or shift_labels, got neither; pass one, or skip_logits=False.")
+    state = state_of(model)
+    wanted = {name: value for name, value in asked.items() if value}
+    armed = state is not None and labels is not None and not getattr(model, "_is_replica", False)
+    if skip_logits is not None and not wanted:
+        armed = armed and bool(skip_logits)
+    elif not wanted:
+        armed = armed and model.training
+    if armed and state is not None:
+        options = {name: getattr(state.options, name) for name in LOSS_OPTIONS}
+        wanted |= {name: value for name, value in options.items() if value is not None}
+    frame = Frame(model, armed, wanted)
+    frame.found["skip"] = bool(skip_logits)  # type: ignore[assignment]
+    _frames.append(frame)
+    return args, kwargs
+
+
+def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    if not _frames or _frames[-1].model is not model:
+        return None  # the pre-hook itself raised
+    frame = _frames.pop()
+    skip = frame.found.pop("skip")
+    if not frame.armed or output is None:
+        return None
+    as_tuple = isinstance(output, tuple)
+    entries = list(enumerate(output)) if as_tuple else list(output.items())
+    for key, value in entries:
+        if not isinstance(value, DeferredLogits):
+            continue
+        if skip or torch.compiler.is_compiling():
+            logits = None
+        else:
+            logits = value if model.training else value.materialize()
+        if as_tuple:
+            output = (*output[:key], logits, *output[key + 1 :])
+        elif logits is not value:
+            output = type(output)(**{**dict(output), key: logits})
+    if frame.found:
+        output = (*output, *frame.found.values()) if as_tuple else with_metrics(output, **frame.found)
+    return output
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The loss of a causal LM over existing logits, by the fused cross entropy: `patch(model, cross_entropy=True)`."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    loss = functional.liger_cross_entropy(
+        logits.float().view(-1, vocab_size),
+        shift_labels.reshape(-1).to(logits.device),
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+def patch_cross_entropy(model: nn.Module, state: State) -> None:
+    """Fuse the loss alone; the logits stay."""
+    kind = getattr(model, "loss_type", None)
+    if kind != "ForCausalLM":
+        reason = f"its loss is {kind!r}, not that of a causal LM"
+        state.report.add("loss", type(model).__name__, reason=reason)
+        return
+    state.set(model, "_loss_function", causal_lm_loss)
+    state.report.add("loss", type(model).__name__, by="cross entropy")

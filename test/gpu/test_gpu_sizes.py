@@ -1,0 +1,212 @@
+"""Tensors of more than 2^31 elements, and more than 65,535 along every dimension that could land on a grid axis.
+
+Only the last rows get a gradient, so that even gradients summed over all rows depend on nothing else, and a reference
+on those rows alone is the truth for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from liger_kernel.ops import OPS
+from liger_kernel.testing import Make, OpSpec, assert_no_worse
+from liger_kernel.testing.calls import as_tuple, backward, call, drawing_on, leaves, wanted_inputs
+
+pytestmark = pytest.mark.xdist_group("memory")
+
+BF16 = torch.bfloat16
+TAIL = 3
+WIDE = (65_540, 32_776)  # long rows
+TALL = (16_777_221, 128)  # many rows
+
+
+@dataclass(frozen=True)
+class Huge:
+    """`axes`: along which axis each input has rows (None: it has none, or too few); outputs have them along `axis`."""
+
+    op: str
+    id: str
+    inputs: Callable[[Make], tuple[Tensor | None, ...]]
+    axes: tuple[int | None, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    axis: int = 0
+
+
+def rows_of(op: str, shape: tuple[int, int], vectors: int, **options: Any) -> Huge:
+    """A norm: one matrix and `vectors` weights or biases."""
+
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(*shape), *(make.randn(shape[1]) for _ in range(vectors))
+
+    return Huge(op, f"{shape[0]}x{shape[1]}", inputs, (0, *(None,) * vectors), options)
+
+
+def pair_of(op: str, shape: tuple[int, int], weight: bool, **options: Any) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(*shape), make.randn(*shape), *((make.randn(shape[1]),) if weight else ())
+
+    return Huge(op, f"{shape[0]}x{shape[1]}", inputs, (0, 0, *((None,) if weight else ())), options)
+
+
+def rope(id: str, batch: int, heads: int, tokens: int, head_dim: int, axis: int) -> Huge:
+    """Queries as models make them: (B, S, heads, D) seen as (B, heads, S, D)."""
+
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        q, k = (
+            make.randn(batch, tokens, h, head_dim).transpose(1, 2)
+            for h in (heads, max(1, heads // 4))
+        )
+        angles = make.randn(batch if axis == 0 else 1, tokens, head_dim)
+        return q, k, angles.cos(), angles.sin()
+
+    of_angles = {0: 0, 1: None, 2: 1}[axis]
+    return Huge("rope", id, inputs, (axis, axis, of_angles, of_angles), ROPE, axis)
+
+
+def cross_entropy(rows: int, classes: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        return make.randn(rows, classes), make.labels(rows, classes), None
+
+    return Huge("cross_entropy", f"{rows}x{classes}", inputs, (0, 0, None), {"reduction": "none"})
+
+
+def linear_cross_entropy(rows: int, hidden: int, classes: int) -> Huge:
+    """Summed: all but the last rows are ignored."""
+
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        labels = make.labels(rows, classes)
+        labels[:-TAIL] = -100
+        return (
+            make.randn(rows, hidden),
+            make.randn(classes, hidden, scale=hidden**-0.5),
+            labels,
+            None,
+            None,
+        )
+
+    axes = (0, None, 0, None, None) if rows > classes else (None,) * 5
+    return Huge(
+        "fused_linear_cross_entropy",
+        f"{rows}x{hidden}x{classes}",
+        inputs,
+        axes,
+        {"reduction": "sum"},
+    )
+
+
+NORM = {"eps": 1e-6, "offset": 0.0, "casting_mode": "llama"}
+GLU = {"activation": "silu", "gate_multiplier": 1.0, "down_multiplier": 1.0}
+ROPE = {"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False}
+HUGE = (
+    rows_of("rms_norm", WIDE, 1, **NORM),
+    rows_of("rms_norm", TALL, 1, **NORM),
+    rows_of("layer_norm", WIDE, 2, eps=1e-5),
+    rows_of("layer_norm", TALL, 2, eps=1e-5),
+    pair_of("fused_add_rms_norm", WIDE, True, **NORM),
+    pair_of("fused_add_rms_norm", TALL, True, **NORM),
+    pair_of("glu", WIDE, False, **GLU),
+    pair_of("glu", TALL, False, **GLU),
+    Huge("glu", "packed", lambda m: (m.randn(65_540, 2 * 16_388), None), (0, None), GLU),
+    rope("tokens", 1, 32, 524_291, 128, axis=2),
+    rope("batch", 65_541, 4, 64, 128, axis=0),
+    rope("heads", 1, 262_148, 64, 128, axis=1),
+    cross_entropy(515, 4_194_307),
+    cross_entropy(16_650_001, 129),
+    linear_cross_entropy(524_291, 4_100, 64),
+    linear_cross_entropy(64, 8_200, 262_145),
+)
+MANY = (
+    rope("70001-tokens", 1, 2, 70_001, 8, axis=2),
+    rope("70001-sequences", 70_001, 2, 3, 8, axis=0),
+    rope("70001-heads", 1, 70_001, 3, 8, axis=1),
+    cross_entropy(3, 70_001 * 16),
+    cross_entropy(70_001, 16),
+    linear_cross_entropy(70_001, 16, 24),
+    linear_cross_entropy(8, 16, 70_001),
+    rows_of("rms_norm", (3, 65_536 * 16 + 1), 1, **NORM),
+    rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
+    pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
+    pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
+)
+
+
+def last(t: Tensor, axis: int | None) -> Tensor:
+    return t if axis is None or not t.ndim else t.narrow(axis, t.shape[axis] - TAIL, TAIL)
+
+
+def check(case: Huge) -> None:
+    spec: OpSpec = importlib.import_module(f"liger_kernel.ops.{case.op}.cases").SPEC
+    with drawing_on("cuda", BF16) as make:
+        inputs = case.inputs(make)
+        wanted = wanted_inputs(spec, inputs)
+        args = leaves(inputs, wanted)
+        outputs = as_tuple(spec.function(*args, **case.options))
+        whole = all(axis is None for axis in case.axes)
+        out_axis = None if whole else case.axis
+        grads, tail_grads = {}, {}
+        for i, out in enumerate(outputs):
+            if out is not None and i not in spec.outputs_without_grad:
+                grads[i] = torch.zeros_like(out)
+                tail = last(grads[i], out_axis)
+                tail.copy_(make.randn(1, *tail.shape)[0])
+                tail_grads[i] = tail.clone()
+    found = backward(outputs, args, grads)
+    ours = tuple(None if out is None else last(out.detach(), out_axis).clone() for out in outputs)
+    ends = {i: edge(last(g, case.axes[i])).clone() for i, g in found.items()}
+    del outputs, found, grads, args
+
+    small = tuple(
+        t if t is None else last(t, axis).clone() for t, axis in zip(inputs, case.axes, strict=True)
+    )
+    del inputs
+    high, high_grads = call(
+        spec.reference, case.options, leaves(small, wanted, torch.float64), tail_grads
+    )
+    high_grads = {i: edge(g) for i, g in high_grads.items()}
+    low, low_grads = call(spec.reference, case.options, leaves(small, wanted), tail_grads)
+    for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
+        if a is not None:
+            assert_no_worse(f"output {i}", a, b, c, elementwise=i in spec.elementwise)
+    for i in ends:
+        assert_no_worse(f"gradient of input {i}", ends[i], high_grads[i], edge(low_grads[i]))
+
+
+def edge(t: Tensor) -> Tensor:
+    """All of it, or of a large matrix the end."""
+    return t if t.numel() < 2**26 else t[-64:]
+
+
+@pytest.mark.parametrize("case", HUGE, ids=lambda case: f"{case.op}-{case.id}")
+def test_more_than_2_31_elements(case: Huge) -> None:
+    with torch.device("meta"):
+        sizes = [t.numel() for t in case.inputs(Meta(BF16, "meta")) if t is not None]
+    assert max(sizes) > 2**31
+    check(case)
+
+
+class Meta(Make):
+    """Draws shapes only."""
+
+    def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return torch.empty(*shape)
+
+    def labels(
+        self, rows: int, classes: int, ignored: float = 0.0, ignore_index: int = -100
+    ) -> Tensor:
+        return torch.empty(rows, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("case", MANY, ids=lambda case: f"{case.op}-{case.id}")
+def test_more_than_a_grid_axis_holds(case: Huge) -> None:
+    check(case)
+
+
+def test_every_op_is_here() -> None:
+    assert {case.op for case in HUGE} == set(OPS)

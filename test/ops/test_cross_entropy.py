@@ -1,0 +1,207 @@
+"""Cross entropy beyond the cases: what must raise, what must not be computed, and what happens under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from liger_kernel import backends
+from liger_kernel.ops.cross_entropy import (
+    LigerCrossEntropyFunction,
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    rows,
+)
+from liger_kernel.ops.cross_entropy import triton as kernels
+from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
+from liger_kernel.testing import Make, assert_no_worse
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> object:
+    with backends.use_implementation(request.param):
+        yield request.param
+
+
+def drawn(
+    n: int = 5, classes: int = 40, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    make = Make(dtype, DEVICE)
+    return make.randn(n, classes, scale=3).requires_grad_(), make.labels(n, classes, 0.2)
+
+
+def test_agrees_with_torch() -> None:
+    logits, target = drawn()
+    weight = torch.rand(40, device=DEVICE) + 0.1
+    for reduction in ("mean", "sum", "none"):
+        options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
+        ours = cross_entropy(logits, target, **options)[0]
+        high, low = (
+            torch.nn.functional.cross_entropy(
+                x, target, **{**options, "weight": weight.to(x.dtype)}
+            )
+            for x in (logits.double(), logits)
+        )
+        assert_no_worse(reduction, ours, high, low)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_a_certain_label_is_rounded_once(dtype: torch.dtype) -> None:
+    """p - 1 for p near 1: rounding p first would give 0."""
+    logits = torch.zeros(1, 64, dtype=dtype, device=DEVICE)
+    logits[0, 3] = 12.0
+    logits.requires_grad_()
+    cross_entropy(logits, torch.tensor([3], device=DEVICE), reduction="sum")[0].backward()
+    truth = torch.softmax(logits.detach().double(), -1)[0, 3] - 1
+    assert logits.grad is not None
+    error = (logits.grad[0, 3].double() - truth).abs() / truth.abs()
+    assert logits.grad[0, 3] != 0
+    assert error <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("step", [rows.step, kernels.step], ids=["plain", "triton"])
+def test_label_out_of_range_gives_nan(step: object) -> None:
+    """On a GPU nobody checks the labels: such a row must not read outside of its logits, nor pass for a good one."""
+    for label in (40, 2**40, -1):
+        logits = Make(torch.float32, DEVICE).randn(3, 40)
+        target = torch.tensor([1, label, -100], device=DEVICE)
+        options, grad = Options(), torch.empty_like(logits)
+        out = Rows.empty(target, torch.float32, True, True, True)
+        step(logits, target, None, Totals.of(target, None, options, True), options, out, grad)  # type: ignore[operator]
+        assert out.loss.isnan().tolist() == [False, True, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False]
+        assert out.accuracy is not None
+        assert out.accuracy[1] == 0
+
+
+def test_step_may_overwrite_its_logits(implementation: str) -> None:
+    logits, target = drawn(6, 16384 + 70)
+    step = kernels.step if implementation == "triton" else rows.step
+    options = Options(label_smoothing=0.1, softcap=5.0, lse_square_scale=1e-3)
+    totals = Totals.of(target, None, options, False)
+    found = []
+    for in_place in (False, True):
+        x = logits.detach().clone()
+        grad = x if in_place else torch.empty_like(x)
+        step(
+            x, target, None, totals, options, Rows.empty(target, x.dtype, False, False, False), grad
+        )
+        found.append(grad)
+    assert torch.equal(*found)
+
+
+def test_backward_scales_and_happens_once() -> None:
+    logits, target = drawn()
+    unit, scaled = (cross_entropy(logits, target)[0] for _ in range(2))
+    (once,) = torch.autograd.grad(unit, logits)
+    (half,) = torch.autograd.grad(scaled * 0.5, logits, retain_graph=True)
+    assert torch.equal(half, once * 0.5)
+    with pytest.raises(RuntimeError, match="second backward"):
+        torch.autograd.grad(scaled, logits)
+
+
+def test_none_can_go_backward_twice() -> None:
+    logits, target = drawn()
+    loss = cross_entropy(logits, target, reduction="none")[0]
+    first, second = (
+        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_no_gradient_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    plain = kernels.step
+    monkeypatch.setattr(kernels, "step", lambda *a: (asked.append(a[6]), plain(*a)))
+    logits, target = drawn()
+    with torch.no_grad(), backends.use_implementation("triton"):
+        assert not cross_entropy(logits, target)[0].requires_grad
+    assert asked == [None]
+
+
+def test_only_the_loss_carries_a_gradient() -> None:
+    logits, target = drawn()
+    outputs = cross_entropy(logits, target, None, -100, 1e-3, 0.0, "mean", None, True, True, True)
+    assert [o is not None and o.requires_grad for o in outputs] == [True, False, False, False]
+
+
+def test_labels_of_any_integer_dtype() -> None:
+    logits, target = drawn()
+    expected = cross_entropy(logits, target)[0]
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        assert torch.equal(cross_entropy(logits, target.to(dtype))[0], expected)
+
+
+def test_compiles_to_one_graph() -> None:
+    logits, target = drawn()
+    options = {"label_smoothing": 0.1, "softcap": 5.0, "return_token_accuracy": True}
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    ours, plain = compiled(logits, target, **options), cross_entropy(logits, target, **options)
+    with backends.use_implementation("reference"):
+        high = cross_entropy(logits.double(), target, **options)[0]
+    assert_no_worse("loss", ours[0], high, plain[0])
+    assert torch.equal(ours[2], plain[2])
+    assert torch.autograd.grad(ours[0], logits)[0].isfinite().all()
+
+
+def test_arguments_are_checked() -> None:
+    logits, target = drawn()
+    for error, words, change in (
+        (ValueError, r"\(5, 40\).*\(4,\)", {"target": target[:4]}),
+        (ValueError, r"\(5, 8, 5\)", {"logits": logits.detach().view(5, 8, 5)}),
+        (ValueError, "'avg'.*'mean', 'sum', 'none'", {"reduction": "avg"}),
+        (ValueError, "label_smoothing=1.5", {"label_smoothing": 1.5}),
+        (ValueError, "softcap=0", {"softcap": 0.0}),
+        (ValueError, r"weight.*\(39,\).*40", {"weight": torch.ones(39, device=DEVICE)}),
+        (TypeError, "weight.*int64", {"weight": torch.ones(40, dtype=torch.int64, device=DEVICE)}),
+        (TypeError, "target.*float32", {"target": target.float()}),
+        (TypeError, "logits.*int64", {"logits": torch.ones(5, 40, dtype=torch.int64)}),
+    ):
+        with pytest.raises(error, match=words):
+            cross_entropy(**{"logits": logits, "target": target, **change})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="checked where it needs no synchronisation")
+def test_label_out_of_range_raises_on_the_cpu() -> None:
+    logits, target = drawn()
+    for wrong in (40, -1):
+        with pytest.raises(IndexError, match=f"target {wrong} is out of bounds for 40 classes"):
+            cross_entropy(logits, torch.full_like(target, wrong))
+    assert cross_entropy(logits, torch.full_like(target, -1), ignore_index=-1)[0] == 0
+
+
+def test_legacy_functions() -> None:
+    logits, target = drawn()
+    loss, z_loss, accuracy, predicted = LigerCrossEntropyFunction.apply(
+        logits, target, None, -100, 1e-4, 0.1, "sum", 30.0, True, False, False
+    )
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert z_loss is not None
+    assert accuracy is None
+    assert predicted is None
+    *again, made = cross_entropy_forward(logits, target, None, -100, 1e-4, 0.1, "sum", 30.0, True)
+    assert torch.equal(again[0], loss)
+    assert torch.equal(made, grad)
+    assert torch.equal(cross_entropy_backward(made, torch.tensor(2.0)), 2 * grad)
+    per_row = torch.arange(5.0, device=DEVICE)
+    assert torch.equal(cross_entropy_backward(made, per_row), per_row[:, None] * grad)
+    assert cross_entropy_forward(logits.detach(), target)[4] is None
+
+
+def test_scaling_kernel() -> None:
+    """Three buffers of other sizes in one launch; a factor of 1 leaves every bit."""
+    make = Make(torch.float32, DEVICE)
+    buffers = [make.randn(3, 5), make.randn(9000), make.randn(2)]
+    before = [b.clone() for b in buffers]
+    for scale_ in (rows.scale_, kernels.scale_):
+        for factor in (1.0, 0.25):
+            scale_(buffers, torch.tensor(factor, device=DEVICE))
+            before = [b * factor for b in before]
+            assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+        scale_((None, buffers[2], torch.empty(0, device=DEVICE)), torch.tensor(2.0, device=DEVICE))
+        before[2] *= 2
+        assert torch.equal(buffers[2], before[2])

@@ -1,0 +1,99 @@
+"""Every op x case x dtype x implementation: outputs and all gradients against float64, and the rules of the house."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from liger_kernel import backends
+from liger_kernel.ops import OPS
+from liger_kernel.testing import Make, OpCase, OpSpec, assert_no_worse
+from liger_kernel.testing.calls import as_tuple, call, drawn, leaves, wanted_inputs
+
+SPECS: list[OpSpec] = [importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAIRS = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.id}")
+    for spec in SPECS
+    for case in spec.cases
+    if not case.large  # those are checked where they are timed, by benchmark/run.py
+]
+
+
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Any:
+    with backends.use_implementation(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec, case", PAIRS)
+def test_as_exact_as_pytorch(spec: OpSpec, case: OpCase, dtype: torch.dtype) -> None:
+    inputs, grads = drawn(spec, case, Make(dtype, DEVICE))
+    wanted = wanted_inputs(spec, inputs)
+    before = [None if t is None else t.clone() for t in (*inputs, *grads.values())]
+
+    ours, our_grads = call(spec.function, case.options, leaves(inputs, wanted), grads)
+    high, high_grads = call(spec.reference, case.options, leaves(inputs, wanted, torch.float64), grads)
+    low, low_grads = call(spec.reference, case.options, leaves(inputs, wanted), grads)
+
+    for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
+        assert (a is None) == (b is None), f"output {i}"
+        if a is not None:
+            assert_no_worse(f"output {i}", a, b, c, elementwise=i in spec.elementwise)
+    assert our_grads.keys() == high_grads.keys()
+    for i in our_grads:
+        assert_no_worse(f"gradient of input {i}", our_grads[i], high_grads[i], low_grads[i])
+    for i, (t, was) in enumerate(zip((*inputs, *grads.values()), before, strict=True)):
+        assert t is None or torch.equal(t.nan_to_num(), was.nan_to_num()), f"tensor {i} was changed"
+
+
+@pytest.mark.parametrize("spec, case", PAIRS)
+def test_gradients_for_exactly_what_asks(spec: OpSpec, case: OpCase) -> None:
+    """Every subset of inputs that require a gradient gives the same gradients as asking for all, bit by bit."""
+    inputs, grads = drawn(spec, case, Make(torch.float32, DEVICE))
+    wanted = [i for i in spec.differentiable if inputs[i] is not None]
+    outputs, everything = call(spec.function, case.options, leaves(inputs, set(wanted)), grads)
+    again, everything_again = call(spec.function, case.options, leaves(inputs, set(wanted)), grads)
+    for i, (a, b) in enumerate(zip(outputs, again, strict=True)):
+        assert a is None or torch.equal(a.nan_to_num(), b.nan_to_num()), f"output {i} is not deterministic"
+    for i in wanted:
+        assert torch.equal(everything[i], everything_again[i]), f"gradient {i} is not deterministic"
+    for size in range(len(wanted)):
+        for subset in itertools.combinations(wanted, size):
+            outputs, some = call(spec.function, case.options, leaves(inputs, set(subset)), grads)
+            assert some.keys() == set(subset)
+            if not subset:
+                assert not any(isinstance(o, Tensor) and o.requires_grad for o in outputs)
+            for i in subset:
+                assert torch.equal(some[i], everything[i]), f"gradient {i} with only {subset} asked"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_second_backward_is_right_or_refused(spec: OpSpec) -> None:
+    case = spec.cases[0]
+    inputs, grads = drawn(spec, case, Make(torch.float32, DEVICE))
+    args = leaves(inputs, {i for i in spec.differentiable if inputs[i] is not None})
+    outputs = as_tuple(spec.function(*args, **case.options))
+    wanted = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    roots = [(outputs[i], g) for i, g in grads.items() if outputs[i].requires_grad]
+
+    def backward() -> list[Tensor]:
+        return list(
+            torch.autograd.grad([r for r, _ in roots], wanted, [g for _, g in roots], retain_graph=True)
+        )
+
+    first = [g.clone() for g in backward()]
+    try:
+        second = backward()
+    except RuntimeError as error:
+        assert "second backward" in str(error)
+        return
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,226 @@
+"""The benchmark's own logic, on the CPU: what it refuses, what it merges, what it prints. Times mean nothing here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from liger_kernel.ops import OPS
+from liger_kernel.testing import OpSpec
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
+sys.path.insert(0, str(BENCHMARK))
+
+import e2e  # noqa: E402
+import measure  # noqa: E402
+import providers  # noqa: E402
+import results  # noqa: E402
+import run as runner  # noqa: E402
+import tables  # noqa: E402
+import workload  # noqa: E402
+
+LIMITS = measure.Ceilings(copy_gb_s=4000.0, gemm_tflop_s=800.0)
+SPECS: dict[str, OpSpec] = {
+    op: importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "ceilings", lambda device: LIMITS)
+
+
+def benchmark(tmp_path: Path, *argv: str) -> tuple[int, list[dict[str, Any]]]:
+    path = tmp_path / "results.json"
+    code = runner.main([*argv, "--device", "cpu", "--quick", "--json", str(path)])
+    return code, json.loads(path.read_text())["ops"]
+
+
+def test_a_rate_is_measured_against_the_ceiling_that_binds() -> None:
+    copy = measure.rate(ms=2.0, nbytes=4e9, flops=1e9, limits=LIMITS)
+    assert copy is not None
+    assert (copy.unit, copy.value, copy.percent) == ("GB/s", 2000.0, 50.0)
+    product = measure.rate(ms=10.0, nbytes=1e6, flops=2e12, limits=LIMITS)
+    assert product is not None
+    assert (product.unit, product.value, product.percent) == ("TFLOP/s", 200.0, 25.0)
+    assert measure.rate(1.0, 0, 0, LIMITS) is None
+
+
+def test_ops_are_named_with_or_without_a_flag() -> None:
+    assert runner.arguments(["rms_norm", "glu", "--device", "cpu"]).ops == ["rms_norm", "glu"]
+    assert runner.arguments(["--op", "rms_norm", "--device", "cpu"]).ops == ["rms_norm"]
+    assert runner.arguments(["--device", "cpu"]).ops == []
+
+
+def test_percentiles() -> None:
+    timing = measure.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (timing.ms, timing.p20, timing.p80) == (3.5, 2.0, 5.0)
+    assert measure.Timing.of([7.0]) == measure.Timing(7.0, 7.0, 7.0)
+
+
+def test_forward_and_backward_share_the_bytes_of_the_full_call() -> None:
+    spec = SPECS["rms_norm"]
+    case = next(case for case in spec.cases if case.id == "llama")  # 37 x 96
+    work = workload.Workload(spec, case, torch.bfloat16, "cpu")
+    n = 2 * 37 * 96
+    weight = 2 * 96
+    assert work.work("full") == (5 * n, 0)
+    assert work.work("fwd") == (2 * n + weight, 0)
+    assert work.work("bwd") == (3 * n - weight, 0)
+
+
+def test_a_scalar_loss_gets_the_gradient_of_loss_backward() -> None:
+    work = workload.Workload(
+        SPECS["cross_entropy"], SPECS["cross_entropy"].cases[0], torch.bfloat16, "cpu"
+    )
+    assert {i: g.tolist() for i, g in work.grads.items()} == {0: 1.0}
+
+
+def test_a_sample_holds_the_first_and_the_last_row() -> None:
+    t = torch.arange(3 * workload.SAMPLE).reshape(-1, 64)
+    kept = workload.sample(t)
+    assert kept.numel() == workload.SAMPLE
+    assert torch.equal(kept[0], t[0])
+    assert torch.equal(kept[-1], t[-1])
+
+
+def test_rows_are_measured_and_kept(tmp_path: Path) -> None:
+    code, rows = benchmark(
+        tmp_path, "rms_norm", "--providers", "ours,eager,torch", "--mode", "full,fwd"
+    )
+    assert code == 0
+    assert {(row["provider"], row["mode"]) for row in rows} == {
+        (provider, mode) for provider in ("ours", "eager", "torch") for mode in ("fwd", "full")
+    }
+    for row in rows:
+        assert row["compared"] == "all rows"
+        assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+        assert row["unit"] == "GB/s"
+
+
+@pytest.mark.parametrize("provider", ["ours", "torch"])
+def test_wrong_numbers_get_no_speed_of_ours_and_a_mark_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: str
+) -> None:
+    wrong = providers.Provider("wrong", lambda spec, case: lambda x, weight: x * weight)
+    monkeypatch.setitem(providers.PROVIDERS, provider, wrong)
+    code, rows = benchmark(tmp_path, "rms_norm", "--providers", provider, "--mode", "fwd")
+    if provider == "ours":
+        assert code == 1
+        assert "wrong numbers" in rows[0]["error"]
+        assert "ms" not in rows[0]
+    else:
+        assert code == 0
+        assert rows[0]["compared"].startswith("worse")
+        assert "†" in tables.time_cell(rows[0], None)
+
+
+def test_one_failing_provider_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: Any, case: Any) -> Any:
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setitem(providers.PROVIDERS, "ours", providers.Provider("fails", fail))
+    code, rows = benchmark(tmp_path, "rms_norm", "--providers", "ours,eager", "--mode", "fwd")
+    assert code == 1
+    by_provider = {row["provider"]: row for row in rows}
+    assert by_provider["ours"]["error"] == "RuntimeError: no such kernel"
+    assert by_provider["eager"]["ms"] > 0
+
+
+def test_a_peer_with_our_name_runs_in_its_own_process(tmp_path: Path) -> None:
+    """The stand-in multiplies wrongly on purpose, so that it cannot be mistaken for ours."""
+    package = tmp_path / "site" / "liger_kernel" / "transformers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "functional.py").write_text(
+        "print('noise')\ndef liger_rms_norm(X, W, eps, offset, casting_mode): return X * W\n"
+    )
+    metadata = tmp_path / "site" / "liger_kernel-0.8.5.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.8.5\n")
+    site = str(tmp_path / "site")
+    code, rows = benchmark(
+        tmp_path, "rms_norm", "--providers", "liger", "--mode", "fwd", "--peer-site", site
+    )
+    assert code == 0
+    (row,) = rows
+    assert (row["provider"], row["version"]) == ("liger", "0.8.5")
+    assert row["compared"].startswith("worse")
+
+
+@pytest.mark.parametrize("name", ["TORCH", "LIGER"])
+def test_adapters_compute_the_op(name: str) -> None:
+    """The incumbent's functions have the names and signatures of ours, so ours stand in for them."""
+    pytest.importorskip("liger_kernel.transformers.functional")
+    table = getattr(providers, name)
+    assert set(table) <= set(OPS)
+    for op, adapter in table.items():
+        bound = 0
+        for case in SPECS[op].cases[:4]:
+            function = adapter(case.options)
+            if function is not None:
+                work = workload.Workload(SPECS[op], case, torch.float32, "cpu")
+                work.check(function, exact_dtype=False)
+                bound += 1
+        assert bound or (op == "fused_linear_cross_entropy" and name == "TORCH"), f"no case of {op}"
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {
+        "op": "a",
+        "case": "c",
+        "dtype": "bfloat16",
+        "provider": "ours",
+        "mode": "full",
+        "ms": 2.0,
+        **more,
+    }
+
+
+def test_results_merge_by_key_and_forget_unused_runs() -> None:
+    first = {"gpu": "G", "date": "d1", "commit": "c" * 40}
+    second = {**first, "date": "d2"}
+    empty = results.load(Path("/nonexistent.json"))
+    content = results.merge(empty, "ops", first, [row(), row(mode="fwd")])
+    content = results.merge(content, "ops", second, [row(ms=1.0)])
+    assert [(r["mode"], r["ms"], r["run"][:2]) for r in content["ops"]] == [
+        ("full", 1.0, "d2"),
+        ("fwd", 2.0, "d1"),
+    ]
+    content = results.merge(content, "ops", second, [row(mode="fwd")])
+    assert list(content["runs"]) == ["d2 " + "c" * 10]
+    with pytest.raises(ValueError, match=r"'G'.*'other'"):
+        results.merge(content, "ops", {**first, "gpu": "other"}, [])
+
+
+def test_tables_replace_what_is_between_their_markers() -> None:
+    run = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "date": "d", "commit": "c"}
+    rows = [row(), row(provider="eager", ms=4.0, gpu_ms=3.0), row(case="d", provider="eager")]
+    content = results.merge(results.load(Path("/nonexistent.json")), "ops", run, rows)
+    markers = [
+        f"<!-- benchmark:{kind} -->STALE<!-- /benchmark:{kind} -->" for kind in ("ops", "e2e")
+    ]
+    text = "\n".join(["before", *markers, "after"])
+    filled = tables.filled(text, content)
+    assert "STALE" not in filled
+    assert filled.startswith("before\n")
+    assert "| c | full | **2** | 4 (3) |" in filled
+    assert "| d | full |  | **2** |" in filled
+    assert tables.filled(filled, content) == filled
+
+
+def test_the_shapes_are_the_models_they_are_named_after() -> None:
+    pytest.importorskip("transformers")
+    assert {shape for shape, *_ in e2e.TABLE} <= set(e2e.SHAPES)
+    for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
+        model = e2e.build(shape, 64, False, "meta")
+        assert sum(p.numel() for p in model.parameters()) == parameters

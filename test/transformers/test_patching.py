@@ -1,0 +1,471 @@
+"""`patch(model)` on tiny models of every family: the same numbers, nothing else touched, all of it reversible."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import liger_kernel
+from liger_kernel import backends
+from liger_kernel.testing import assert_no_worse
+from liger_kernel.transformers.patching.deferred import DeferredLogits
+from test.transformers.tiny import CONFIGS, batch, build
+
+FAMILIES = sorted(CONFIGS)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
+    """How often each op's implementation ran."""
+    counts: collections.Counter[str] = collections.Counter()
+    original = backends._implementation
+
+    def counting(op: str, *args: Any) -> Any:
+        counts[op] += 1
+        return original(op, *args)
+
+    monkeypatch.setattr(backends, "_implementation", counting)
+    yield counts
+
+
+def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Outputs and all parameter gradients of one training step."""
+    model.train()
+    model.zero_grad()
+    outputs = model(**inputs)
+    loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+    loss.backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def steps(model: nn.Module, context: Any = contextlib.nullcontext, **inputs: Any) -> dict[str, torch.Tensor]:
+    """Losses and gradients of several batches, stacked.
+
+    In 16 bits one batch may be near the truth, or far from it, by luck, and all gradients with it; eight are not.
+    """
+    found: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
+    for seed in range(8):
+        with context():
+            outputs, grads = step(model, **{**inputs, **batch(seed=seed)})
+        for name, value in {"loss": outputs.loss.detach(), **grads}.items():
+            found[name].append(value)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def assert_same_step(
+    model_type: str, dtype: torch.dtype, patched: nn.Module, build: Any = build, **inputs: Any
+) -> None:
+    """Loss and every parameter's gradient; in 16 bits over several batches."""
+    runs = []
+    for model in (patched, build(model_type, torch.float64), build(model_type, dtype)):
+        if dtype == torch.float32:
+            outputs, grads = step(model, **(inputs or batch()))
+            runs.append({"loss": outputs.loss.detach(), **grads})
+        else:
+            runs.append(steps(model, **inputs))
+    assert_all_no_worse(*runs)
+
+
+def assert_all_no_worse(ours: Any, high: Any, low: Any) -> None:
+    assert ours.keys() == high.keys() == low.keys()
+    for name, value in ours.items():
+        assert_no_worse(name, value, high[name], low[name])
+
+
+def snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Every attribute of every module, and its class; the tables of parameters, children and hooks by content."""
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        found[path, "__class__"] = type(module)
+        for name, value in vars(module).items():
+            if name != "training":
+                found[path, name] = dict(value) if name.startswith("_") and isinstance(value, dict) else value
+    return found
+
+
+def assert_identical(before: dict[Any, Any], after: dict[Any, Any]) -> None:
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if isinstance(key, tuple) and isinstance(value, dict) and isinstance(after[key], dict):
+            assert value.keys() == after[key].keys(), key
+            assert all(value[k] is after[key][k] for k in value), key
+        else:
+            assert value is after[key], key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_loss_and_every_gradient(model_type: str, dtype: torch.dtype, calls: collections.Counter[str]) -> None:
+    model = build(model_type, dtype)
+    report = liger_kernel.patch(model)
+    assert not report.skipped, str(report)
+    layers = model.config.num_hidden_layers
+    kinds = collections.Counter(row.kind for row in report.replaced)
+    assert kinds["loss"] == 1
+    assert kinds["mlp"] == kinds["rope"] == layers
+    assert kinds["norm"] >= 2 * layers + 1
+    calls.clear()
+    model.train()
+    model(**batch())
+    assert calls["fused_linear_cross_entropy"] + calls["cross_entropy"] >= 1
+    assert calls["rms_norm"] == kinds["norm"]
+    assert calls["glu"] == calls["rope"] == layers
+    assert_same_step(model_type, dtype, model)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_micro_batches_equal_one_batch(model_type: str) -> None:
+    """With `num_items_in_batch`, the gradients of uneven micro-batches add up to those of the whole batch."""
+    whole = batch(rows=4)
+    items = (whole["labels"][:, 1:] != -100).sum()
+    model = build(model_type)
+    liger_kernel.patch(model)
+    model.train()
+    losses = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        loss = model(**{k: v[rows] for k, v in whole.items()}, num_items_in_batch=items).loss
+        loss.backward()
+        losses.append(loss.detach())
+    high, high_grads = step(build(model_type, torch.float64), **whole)
+    low, low_grads = step(build(model_type), **whole)
+    assert_no_worse("loss", sum(losses), high.loss, low.loss)
+    for name, p in model.named_parameters():
+        assert_no_worse(name, p.grad, high_grads[name], low_grads[name])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_second_model_is_untouched(model_type: str) -> None:
+    other, model = build(model_type), build(model_type)
+    outputs, grads = step(other, **batch())
+    modules = [sys.modules[type(other).__module__], torch.nn, torch.nn.functional, torch]
+    globals_before = [dict(vars(m)) for m in modules]
+    other_before = snapshot(other)
+    liger_kernel.patch(model)
+    step(model, **batch())
+    for module, before in zip(modules, globals_before, strict=True):
+        assert_identical(before, dict(vars(module)))
+    after, grads_after = step(other, **batch())
+    assert torch.equal(outputs.loss, after.loss)
+    assert torch.equal(outputs.logits, after.logits)
+    assert all(torch.equal(grads[n], grads_after[n]) for n in grads)
+    assert_identical(other_before, snapshot(other))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_unpatch_restores_everything(model_type: str) -> None:
+    model = build(model_type)
+    before = snapshot(model)
+    liger_kernel.patch(model)
+    assert snapshot(model).keys() != before.keys()
+    liger_kernel.unpatch(model)
+    assert_identical(before, snapshot(model))
+    liger_kernel.unpatch(model)  # of an unpatched model: nothing
+    with liger_kernel.patched(model) as report:
+        assert report.replaced
+    assert_identical(before, snapshot(model))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_generate_gives_the_same_tokens(model_type: str) -> None:
+    inputs = {k: v for k, v in batch(rows=2, length=6).items() if k != "labels"}
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    model = build(model_type).eval()
+    expected = model.generate(**inputs, **arguments)
+    liger_kernel.patch(model)
+    assert torch.equal(model.generate(**inputs, **arguments), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+class TestForwardContract:
+    """Every way to call the forward gives what the unpatched model gives."""
+
+    @pytest.fixture
+    def model(self, model_type: str) -> nn.Module:
+        model = build(model_type)
+        liger_kernel.patch(model)
+        return model
+
+    @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
+    def test_gradient_checkpointing(self, model_type: str, model: nn.Module, checkpointing: dict[str, bool]) -> None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        assert_same_step(model_type, torch.float32, model, **batch(), use_cache=False)
+
+    def test_shift_labels_alone(self, model_type: str, model: nn.Module) -> None:
+        inputs = batch()
+        shifted = F.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:].contiguous()
+        high, _ = step(build(model_type, torch.float64), **batch())
+        low, _ = step(build(model_type), **batch())
+        for training in (True, False):
+            model.train(training)
+            loss = model(**inputs, shift_labels=shifted).loss
+            assert_no_worse(f"training={training}", loss, high.loss, low.loss)
+        both = model(**inputs, labels=shifted, shift_labels=shifted).loss
+        assert_no_worse("shift_labels win", both, high.loss, low.loss)
+
+    def test_eval_gives_real_logits(self, model_type: str, model: nn.Module) -> None:
+        expected = build(model_type).eval()(**batch())
+        ours = model.eval()(**batch())
+        assert isinstance(ours.logits, torch.Tensor)
+        high = build(model_type, torch.float64).eval()(**batch())
+        assert_no_worse("logits", ours.logits, high.logits, expected.logits)
+        assert_no_worse("loss", ours.loss, high.loss, expected.loss)
+
+    def test_skip_logits(self, model_type: str, model: nn.Module, calls: collections.Counter[str]) -> None:
+        expected = build(model_type).eval()(**batch())
+        high = build(model_type, torch.float64).eval()(**batch())
+        ours = model.eval()(**batch(), skip_logits=True)
+        assert ours.logits is None
+        assert calls["fused_linear_cross_entropy"] + calls["cross_entropy"] >= 1
+        assert_no_worse("loss", ours.loss, high.loss, expected.loss)
+        calls.clear()
+        kept = model.train()(**batch(), skip_logits=False)
+        assert isinstance(kept.logits, torch.Tensor)
+        assert not calls["fused_linear_cross_entropy"] and not calls["cross_entropy"]
+        with pytest.raises(ValueError, match="skip_logits=True needs labels"):
+            model(input_ids=batch()["input_ids"], skip_logits=True)
+        assert model.train()(**batch()).loss.requires_grad  # the refused call left nothing behind
+
+    def test_logits_on_demand(self, model_type: str, model: nn.Module) -> None:
+        expected = build(model_type).train()(**batch()).logits
+        high = build(model_type, torch.float64).train()(**batch()).logits
+        lazy = model.train()(**batch()).logits
+        assert isinstance(lazy, DeferredLogits)
+        assert lazy.shape == expected.shape
+        assert_no_worse("materialize()", lazy.materialize(), high, expected)
+        assert_no_worse("used as a tensor", torch.softmax(lazy, -1), high.softmax(-1), expected.softmax(-1))
+        assert torch.equal(lazy.argmax(-1), lazy.materialize().argmax(-1))
+        assert (lazy + 0.0).shape == expected.shape
+
+    def test_tuple_output(self, model_type: str, model: nn.Module) -> None:
+        expected = build(model_type).train()(**batch(), return_dict=False)
+        ours = model.train()(**batch(), return_dict=False)
+        assert isinstance(ours, tuple)
+        assert len(ours) == len(expected)
+        assert ours[1].shape == expected[1].shape
+
+    def test_logits_to_keep(self, model_type: str, model: nn.Module) -> None:
+        inputs = batch()
+        shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:][:, -4:].contiguous()
+        arguments = {**inputs, "shift_labels": shifted, "logits_to_keep": 4}
+        assert_same_step(model_type, torch.float32, model, **arguments)
+        assert model.eval()(inputs["input_ids"], logits_to_keep=2).logits.shape[1] == 2
+
+    def test_hidden_states(self, model_type: str, model: nn.Module) -> None:
+        expected = build(model_type).train()(**batch(), output_hidden_states=True).hidden_states
+        ours = model.train()(**batch(), output_hidden_states=True).hidden_states
+        assert [h.shape for h in ours] == [h.shape for h in expected]
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_accuracy_and_predictions(self, model_type: str, model: nn.Module, training: bool) -> None:
+        inputs = batch()
+        logits = build(model_type).train(training)(**inputs).logits[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        ours = model.train(training)(**inputs, return_token_accuracy=True, return_predicted_tokens=True)
+        hits = (logits.argmax(-1) == labels)[labels != -100].float().mean()
+        assert_no_worse("accuracy", ours.token_accuracy, hits.double(), hits)
+        predicted = ours.predicted_tokens.view(3, -1)[:, :-1]
+        assert torch.equal(predicted[labels != -100], logits.argmax(-1)[labels != -100])
+        assert "token_accuracy" in ours
+        rebuilt = type(ours)(dict(ours))  # what accelerate does
+        assert rebuilt.token_accuracy is ours.token_accuracy
+        as_tuple = model(**inputs, return_token_accuracy=True, return_dict=False)
+        assert torch.equal(as_tuple[-1], ours.token_accuracy)
+
+    def test_loss_survives_in_place_use(self, model_type: str, model: nn.Module) -> None:
+        loss = model.train()(**batch()).loss
+        expected = 2 * loss.detach()
+        loss *= 2
+        loss.backward()
+        assert torch.equal(loss.detach(), expected)
+
+    def test_labels_given_by_position(self, model_type: str, model: nn.Module) -> None:
+        inputs = batch()
+        position = list(type(model).forward.__wrapped__.__code__.co_varnames).index("labels") - 1
+        args = [inputs["input_ids"], inputs["attention_mask"], *[None] * (position - 2), inputs["labels"]]
+        assert isinstance(model.train()(*args).logits, DeferredLogits)
+
+    def test_an_exception_inside_disarms(self, model_type: str, model: nn.Module) -> None:
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            model.train()(labels=batch()["labels"])
+        assert isinstance(model.lm_head(torch.randn(1, 2, model.config.hidden_size)), torch.Tensor)
+
+    def test_deepcopy_and_pickle(self, model_type: str, model: nn.Module) -> None:
+        twin = copy.deepcopy(model)
+        liger_kernel.unpatch(twin)
+        assert isinstance(model.train()(**batch()).logits, DeferredLogits)
+        assert isinstance(twin.train()(**batch()).logits, torch.Tensor)
+        again = pickle.loads(pickle.dumps(model))
+        ours, loaded = step(model, **batch())[0], step(again, **batch())[0]
+        assert torch.equal(ours.loss, loaded.loss)
+
+    def test_autocast(self, model_type: str, model: nn.Module) -> None:
+        def autocast() -> Any:
+            return torch.autocast("cpu", dtype=torch.bfloat16)
+
+        low = steps(build(model_type), autocast)
+        assert_all_no_worse(steps(model, autocast), steps(build(model_type, torch.float64)), low)
+
+
+def test_frozen_body_and_frozen_head() -> None:
+    for frozen in ("model.", "lm_head"):
+        reference, model = build("llama"), build("llama")
+        for m in (reference, model):
+            for name, p in m.named_parameters():
+                p.requires_grad_(not name.startswith(frozen))
+        liger_kernel.patch(model)
+        _, expected = step(reference, **batch())
+        _, ours = step(model, **batch())
+        assert ours.keys() == expected.keys() and ours
+
+
+def test_report_reads_as_a_table() -> None:
+    text = str(liger_kernel.patch(build("llama")))
+    assert "model.layers.*.mlp" in text
+    assert "LigerSwiGLU" in text
+    assert "lm_head" in text
+    assert "x2" in text
+
+
+def test_patching_twice_is_patching_once() -> None:
+    model = build("llama")
+    first = liger_kernel.patch(model)
+    after_first = snapshot(model)
+    assert liger_kernel.patch(model) is first
+    assert_identical(after_first, snapshot(model))
+    second = liger_kernel.patch(model, mlp=False)
+    assert {row.kind for row in second.replaced} == {"loss", "norm", "rope"}
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_what_someone_else_replaced_is_left_alone() -> None:
+    model = build("llama")
+    model.model.norm.forward = lambda x: x
+    skipped = liger_kernel.patch(model).skipped
+    assert [row.path for row in skipped] == ["model.norm"]
+    assert "already replaced" in skipped[0].reason
+
+
+def test_a_module_that_computes_something_else_is_refused() -> None:
+    """The proof is numerical: a class that looks right but is not stays."""
+    model = build("llama")
+
+    class Odd(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * 1.001
+
+    class OddMLP(type(model.model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1.0) * self.up_proj(x))
+
+    model.model.norm.__class__ = Odd
+    model.model.layers[1].mlp.__class__ = OddMLP
+    report = liger_kernel.patch(model)
+    assert {row.path for row in report.skipped} == {"model.norm", "model.layers.1.mlp"}
+
+
+def test_a_scaled_head_is_fused_with_its_scale() -> None:
+    """Granite divides its logits; the fused loss must too."""
+    model = build("granite", logits_scaling=1.7)
+    report = liger_kernel.patch(model)
+    assert any(row.kind == "loss" for row in report.replaced)
+    assert_same_step_of("granite", model, logits_scaling=1.7)
+
+
+def assert_same_step_of(model_type: str, patched: nn.Module, **overrides: Any) -> None:
+    high, high_grads = step(build(model_type, torch.float64, **overrides), **batch())
+    low, low_grads = step(build(model_type, **overrides), **batch())
+    ours, our_grads = step(patched, **batch())
+    assert isinstance(ours.logits, DeferredLogits)
+    assert_no_worse("loss", ours.loss, high.loss, low.loss)
+    for name, grad in our_grads.items():
+        assert_no_worse(name, grad, high_grads[name], low_grads[name])
+
+
+def test_no_logits_are_ever_made() -> None:
+    """The largest tensor of a training step is far smaller than the logits would be."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    Largest.size = max(Largest.size, t.untyped_storage().nbytes() // t.element_size())
+            return out
+
+    model = build("llama", max_position_embeddings=2048, vocab_size=2000)
+    liger_kernel.patch(model, chunk_size=64)
+    with Largest():
+        step(model, **batch(rows=4, length=150), use_cache=False)
+    assert Largest.size < 4 * 150 * 2000 / 2
+
+
+def test_options_are_checked() -> None:
+    model = build("llama")
+    with pytest.raises(TypeError, match=r"no_such.*known: .*rms_norm"):
+        liger_kernel.patch(model, no_such=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        liger_kernel.patch(model, cross_entropy=True)
+    with pytest.raises(ValueError, match="chunk_size=1 and memory_budget=2"):
+        liger_kernel.patch(model, chunk_size=1, memory_budget=2)
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        liger_kernel.patch("llama")
+    with pytest.raises(ValueError, match="strict=True"):
+        liger_kernel.patch(nn.Linear(2, 2), strict=True)
+    assert not liger_kernel.patch(nn.Linear(2, 2)).replaced
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_cross_entropy_alone(model_type: str, calls: collections.Counter[str]) -> None:
+    model = build(model_type)
+    liger_kernel.patch(model, cross_entropy=True, fused_linear_cross_entropy=False)
+    calls.clear()
+    assert_same_step(model_type, torch.float32, model)
+    assert calls["cross_entropy"] == 1
+    assert isinstance(model.train()(**batch()).logits, torch.Tensor)
+
+
+class TestPeft:
+    def lora(self, model: nn.Module, **options: Any) -> nn.Module:
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        made = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options))
+        return made
+
+    @pytest.mark.parametrize("patch_first", [True, False])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["q_proj", "gate_proj", "down_proj"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            {"target_modules": ["q_proj", "lm_head"]},
+        ],
+        ids=["body", "saved head", "LoRA on the head"],
+    )
+    def test_adapters_get_their_gradients(self, options: dict[str, Any], patch_first: bool) -> None:
+        reference = self.lora(build("llama"), **options)
+        model = build("llama")
+        if patch_first:
+            liger_kernel.patch(model)
+        model = self.lora(model, **options)
+        if not patch_first:
+            liger_kernel.patch(model)
+        high, high_grads = step(copy.deepcopy(reference).double(), **batch())
+        low, low_grads = step(reference, **batch())
+        ours, our_grads = step(model, **batch())
+        assert_no_worse("loss", ours.loss, high.loss, low.loss)
+        assert our_grads.keys() == low_grads.keys()
+        for name, grad in our_grads.items():
+            assert_no_worse(name, grad, high_grads[name], low_grads[name])
