@@ -21,7 +21,8 @@ from liger_kernel.ops.fused_linear_cross_entropy import (
     loop,
     reference,
 )
-from liger_kernel.ops.fused_linear_cross_entropy.loop import MIB, POLICY
+from liger_kernel.ops.fused_linear_cross_entropy.loop import MIB, POLICY, Settings
+from liger_kernel.ops.cross_entropy.rows import Options
 from liger_kernel.testing import Make, assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,23 +163,25 @@ def test_error_does_not_grow_with_the_chunks(plain_implementation: None) -> None
 def test_policy() -> None:
     """The rows per chunk that the table of measurements in the policy's docstring names, and its limits."""
 
-    def rows(n: int, hidden: int, classes: int, **options: Any) -> int:
+    def rows(n: int, hidden: int, classes: int, needs_dw: bool = True, **options: Any) -> int:
         weight = torch.empty(classes, hidden, dtype=torch.bfloat16, device="meta")
-        return POLICY.rows(
-            n, weight, torch.bfloat16, **{"chunk_size": None, "memory_budget": None, **options}
-        )
+        chosen = {"accum_dtype": None, "chunk_size": None, "memory_budget": None, **options}
+        return POLICY.rows(n, weight, Settings(Options(), False, False, False, torch.bfloat16, **chosen), needs_dw)
 
-    assert rows(8192, 4096, 128256) == 2048
+    assert rows(8192, 4096, 128256, needs_dw=False) == 2048
     assert rows(16384, 2048, 151936) == 2048
     assert rows(8192, 4096, 32000) == 4096
-    assert rows(4096, 2304, 256000) == 1024
+    assert rows(4096, 2304, 256000, needs_dw=False) == 1024
     assert rows(2048, 896, 151936) == 1024
     assert rows(2**20, 4096, 128256) == 2048
     assert rows(10, 4096, 128256) == 10
     assert rows(2100, 4096, 128256) == 1280  # two even chunks, not 2048
-    assert 52
     assert rows(0, 4096, 128256) == 1
     assert rows(8192, 4096, 128256, chunk_size=17) == 17
+    # two large chunks instead of a running sum in fp32, where that is smaller
+    assert rows(8192, 4096, 128256) == 4096
+    assert rows(8192, 4096, 128256, accum_dtype=torch.bfloat16) == 2048
+    assert rows(4096, 2304, 256000) == 2048
     for budget in (2**19, 50 * MIB, 300 * MIB):
         chosen = rows(8192, 4096, 128256, memory_budget=budget)
         assert chosen * 128256 * 2 <= budget < 2 * (chosen + 256) * 128256 * 2

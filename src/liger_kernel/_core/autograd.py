@@ -32,6 +32,11 @@ def run_forward(
 
 def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Call `impl.backward`; the gradients come back padded with None to the number of forward arguments."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The fused ops have no second derivative (backward ran with create_graph=True); "
+            "unpatch the model, or compute this part with plain PyTorch."
+        )
     got = ctx.impl.backward(grads, ctx.saved_tensors, ctx.options, ctx.needs)
     return (*got, *(None,) * (len(ctx.needs_input_grad) - len(got)))
 

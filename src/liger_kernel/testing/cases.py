@@ -24,7 +24,7 @@ class Make:
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        drawn = torch.randn(*shape, generator=self._generator) * scale + shift
+        drawn = torch.randn(shape, generator=self._generator) * scale + shift
         return drawn.to(self.device, self.dtype)
 
     def strided(self, *shape: int, scale: float = 1.0) -> Tensor:

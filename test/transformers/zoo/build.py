@@ -6,6 +6,8 @@ purpose: soft caps and logit scales far from 1, router losses on, no norm weight
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,6 +72,7 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
     (r".*_lora_rank|.*_rank|hc_lowrank", 16),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_(start|end)_index", 1),
     (r"(.*_)?vocab_size|vocab_size_per_layer_input", VOCAB),
+    (r".*_group_vocab", 500),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length", 128),
     (r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|.*chunk_length", 8),
     (r"(mamba_)?chunk_size|block_size|index_topk|index_block_size", 8),
@@ -237,6 +240,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "doge": _NO_ROUTER_LOSS,
     "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [6, 6, 4]},
+    "florence2": {
+        "vision_config.depths": (1, 1),
+        "vision_config.embed_dim": (32, 64),
+        "vision_config.num_heads": (2, 4),
+        "vision_config.num_groups": (2, 4),
+        "vision_config.patch_size": (7, 3),
+        "vision_config.patch_stride": (4, 2),
+        "vision_config.patch_padding": (3, 1),
+        "vision_config.patch_prenorm": (False, True),
+    },
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": _GEMMA3N,
     "glm46v": _MROPE,
@@ -260,12 +273,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 48, "rope_parameters.partial_rotary_factor": 1 / 3},
     "mllama": {"text_config.cross_attention_layers": [1]},
     "paddleocr_vl": _MROPE,
+    "pp_formulanet": {"vision_config.post_conv_in_channels": 128},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151, **_MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 151, **_MROPE},
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": (32, 96), "axial_pos_shape": (4, 4)},
+    "reformer": {"axial_pos_embds_dim": (32, 96), "axial_pos_shape": (4, 4), "hash_seed": 0},
     "step3p7": {"text_config.sliding_window": 8},
     "udop": {"decoder_start_token_id": 0},
     "vipllava": {"vision_feature_layers": (-1, -2)},
@@ -275,19 +289,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_hidden_size": 256, "attention_head_dim": 64},
     "zamba2": {"attention_hidden_size": 256, "attention_head_dim": 64, "num_query_groups": 4},
 }
-#: model types that cannot be built or trained here, and why
 _ASSISTANT = "drafts from the keys and values of another model, computes no loss"
-_TIMM = "its vision tower comes from timm"
+_NO_TIMM = "its vision tower needs the package timm"
+_NO_SCIPY = "needs the package scipy"
+#: model types that cannot be built or trained here, and why
 UNBUILT: dict[str, str] = {
-    "fast_vlm": _TIMM,
-    "gemma3n": _TIMM,
-    "perception_lm": _TIMM,
-    "inkling_mm_model": "needs scipy",
     "diffusion_gemma": "its forward computes no loss",
+    "fast_vlm": _NO_TIMM,
+    "gemma3n": _NO_TIMM,
     "gemma4_assistant": _ASSISTANT,
     "gemma4_unified_assistant": _ASSISTANT,
+    "inkling_mm_model": _NO_SCIPY,
+    "perception_lm": _NO_TIMM,
     "pi0": "a policy that predicts actions: its loss is not over a vocabulary",
 }
+
+
+def needs_a_package() -> set[str]:
+    """The types of `UNBUILT` that only wait for a package, which is there now."""
+    there = {p for p in ("timm", "scipy") if importlib.util.find_spec(p)}
+    return {name for name, reason in UNBUILT.items() if reason.rsplit(" ", 1)[-1] in there}
 
 
 def _set(owner: Any, path: str, value: Any) -> None:
@@ -301,7 +322,7 @@ def _set(owner: Any, path: str, value: Any) -> None:
 
 
 def config_for(entry: Entry) -> PreTrainedConfig:
-    config = AutoConfig.for_model(entry.model_type, **ARGUMENTS.get(entry.model_type, {}))
+    config = AutoConfig.for_model(entry.model_type, **copy.deepcopy(ARGUMENTS.get(entry.model_type, {})))
     shrink(config, {})
     if hasattr(config, "is_decoder") and entry.task == "causal":
         config.is_decoder = True

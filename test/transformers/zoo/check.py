@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import sys
 import time
@@ -22,8 +23,8 @@ from liger_kernel.transformers.patching.state import state_of
 from test.transformers.zoo.build import Entry, build
 
 LOSS_OPS = ("fused_linear_cross_entropy", "cross_entropy")
-#: a float64 run that differs from the float32 one by more than this (routing flipped, say) is no yardstick
-LOOSE = 1e-3
+#: a float64 run that differs from the plain one by more than this (routing flipped, say) is no yardstick
+LOOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 Gradients = dict[str, Tensor]
 
@@ -65,15 +66,15 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Gradients, A
     return outputs.loss.detach(), grads, outputs
 
 
-def check(entry: Entry, inputs: dict[str, Any], stock: nn.Module, result: Result) -> None:
-    """Fill in `result`; raises AssertionError where the patched model is wrong."""
+def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
+    """Fill in `result`; raises AssertionError where the patched model is wrong. `fresh` itself is never run."""
+    stock, model = copy.deepcopy(fresh), copy.deepcopy(fresh)
     low_loss, low_grads, _ = step(stock, inputs)
-    high_loss, high_grads, lows = _truth(stock, inputs, (low_loss, low_grads), result)
-    model = build(entry)
+    high_loss, high_grads, lows = _truth(fresh, inputs, (low_loss, low_grads), result)
     step(model, inputs)  # HF installs some hooks on the first forward
-    model.zero_grad(set_to_none=True)
-    stock.zero_grad(set_to_none=True)
     bystander, globals_before, before = _snapshot(stock), _globals(stock), _snapshot(model)
+    step(stock, inputs)
+    changing = _changed(bystander, _snapshot(stock))  # by HF itself at every step
     report = liger_kernel.patch(model)
     for row in report.replaced:
         by = result.replaced.setdefault(row.kind, {})
@@ -83,24 +84,34 @@ def check(entry: Entry, inputs: dict[str, Any], stock: nn.Module, result: Result
         loss, grads, outputs = step(model, inputs)
     result.lazy_logits = any(isinstance(v, DeferredLogits) for v in outputs.values())
     result.loss = "fused" if any(result.calls.get(op) for op in LOSS_OPS) else "not fused"
+    _assert_told(result)
     del outputs
     try:
         _compare(loss, grads, (high_loss, high_grads), lows)
     except AssertionError:  # a gradient of few numbers may be lucky in one or two runs
-        lows += [_moved(stock, inputs, seed) for seed in range(1, 9)]
+        lows += [_moved(fresh, inputs, seed) for seed in range(1, 9)]
         _compare(loss, grads, (high_loss, high_grads), lows)
     liger_kernel.unpatch(model)
-    model.zero_grad(set_to_none=True)
-    stock.zero_grad(set_to_none=True)
     assert state_of(model) is None
-    _assert_identical("unpatch left behind", before, _snapshot(model))
-    _assert_identical("the other model changed", bystander, _snapshot(stock))
-    _assert_identical("a module global changed", globals_before, _globals(stock))
+    for what, was, now in (
+        ("unpatch left behind", before, _snapshot(model)),
+        ("the other model changed", bystander, _snapshot(stock)),
+        ("a module global changed", globals_before, _globals(stock)),
+    ):
+        changed = _changed(was, now) - changing
+        assert not changed, f"{what}: {sorted(changed)[:4]}"
     for name, again in (("after unpatch", step(model, inputs)), ("the other model", step(stock, inputs))):
         assert torch.equal(again[0], low_loss), f"{name}: loss {again[0]} != {low_loss}"
         assert again[1].keys() == low_grads.keys(), name
         unequal = [key for key, grad in again[1].items() if not torch.equal(grad, low_grads[key])]
         assert not unequal, f"{name}: gradients differ: {unequal[:3]}"
+
+
+def _assert_told(result: Result) -> None:
+    """The report names every kind of op that ran."""
+    kinds = {"rms_norm": "norm", "layer_norm": "norm", "glu": "mlp", "rope": "rope", **dict.fromkeys(LOSS_OPS, "loss")}
+    untold = {op for op in result.calls if kinds.get(op, op) not in result.replaced}
+    assert not untold, f"ran, but not reported: {untold}"
 
 
 def _compare(loss: Tensor, grads: Gradients, high: tuple[Tensor, Gradients], lows: list[tuple[Tensor, Gradients]]) -> None:
@@ -121,19 +132,24 @@ def _compare(loss: Tensor, grads: Gradients, high: tuple[Tensor, Gradients], low
 
 
 def _truth(
-    stock: nn.Module, inputs: dict[str, Any], low: tuple[Tensor, Gradients], result: Result
+    fresh: nn.Module, inputs: dict[str, Any], low: tuple[Tensor, Gradients], result: Result
 ) -> tuple[Tensor, Gradients, list[tuple[Tensor, Gradients]]]:
     """(loss, gradients) in float64, and the float32 runs that say how far eager may be from them.
 
     One float32 run alone can be exact by luck, so a second one starts from weights moved by one rounding error. Where a
     model does not run in float64, the float32 run is the truth, and the moved one says what rounding does.
     """
-    noisy = _moved(stock, inputs, seed=0)
-    try:
-        double = {k: v.double() if _floats(v) else v for k, v in inputs.items()}
-        high = step(copy.deepcopy(stock).double(), double)[:2]
-    except (RuntimeError, TypeError, ValueError) as error:
-        result.notes.append(f"no float64 ({str(error)[:40]})")
+    noisy = _moved(fresh, inputs, seed=0)
+    double = {k: v.double() if _floats(v) else v for k, v in inputs.items()}
+    for widened in (_float_means_double(), contextlib.nullcontext()):
+        try:
+            with widened:
+                high = step(copy.deepcopy(fresh).double(), double)[:2]
+            break
+        except (RuntimeError, TypeError, ValueError) as error:
+            said = str(error)
+    else:
+        result.notes.append(f"no float64 ({said[:40]})")
         return *low, [noisy]
     if not high[0].isfinite() or high[1].keys() != low[1].keys():
         result.notes.append(f"float64 gives {high[0]}")
@@ -142,15 +158,26 @@ def _truth(
     apart = max(
         float((low[1][n].double() - g).abs().max()) / (float(g.abs().max()) + 1e-4 * largest) for n, g in high[1].items()
     )
-    if apart > LOOSE:
+    if apart > LOOSE[next(fresh.parameters()).dtype]:
         result.notes.append(f"float64 takes another path ({apart:.1g})")
         return *low, [noisy]
     return *high, [low, noisy]
 
 
-def _moved(stock: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, Gradients]:
+@contextmanager
+def _float_means_double() -> Iterator[None]:
+    """HF rounds logits (and norms) with `.float()`, which would leave a float32 loss as the truth."""
+    original = Tensor.float
+    Tensor.float = Tensor.double  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Tensor.float = original  # type: ignore[method-assign]
+
+
+def _moved(fresh: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, Gradients]:
     """The step of a copy whose parameters are each moved by one rounding error."""
-    moved = copy.deepcopy(stock)
+    moved = copy.deepcopy(fresh)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in moved.parameters():
@@ -200,24 +227,31 @@ def _globals(model: nn.Module) -> dict[tuple[str, str], Any]:
     return {(name, key): value for name in files for key, value in vars(sys.modules[name]).items()}
 
 
-def _assert_identical(what: str, before: dict[Any, Any], after: dict[Any, Any]) -> None:
-    changed = [k for k in before.keys() | after.keys() if before.get(k, before) is not after.get(k, after)]
-    assert not changed, f"{what}: {sorted(changed)[:4]}"
+def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
+    return {k for k in before.keys() | after.keys() if before.get(k, before) is not after.get(k, after)}
 
 
-def run(entry: Entry, make_inputs: Any, kind: str = "text") -> Result:
+def run(
+    entry: Entry,
+    make_inputs: Any,
+    kind: str = "text",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Result:
     """Build, check and time one entry; what goes wrong is in the result."""
     result = Result(str(entry), entry.class_name, kind)
     start = time.perf_counter()
     try:
-        stock = build(entry)
-        inputs = make_inputs(entry, stock)
-        step(stock, inputs)
+        fresh = build(entry)
+        inputs = make_inputs(entry, copy.deepcopy(fresh))
+        fresh = fresh.to(device, dtype)
+        inputs = {k: v.to(device, dtype if _floats(v) else None) for k, v in inputs.items()}
+        step(copy.deepcopy(fresh), inputs)
     except Exception as error:
         result.status, result.detail = "unbuilt", _said(error)
     else:
         try:
-            check(entry, inputs, stock, result)
+            check(fresh, inputs, result)
         except AssertionError as error:
             result.status, result.detail = "wrong", str(error)
         except Exception as error:

@@ -128,7 +128,7 @@ def step(
         z, z_slope = z / totals.count, z_slope / totals.count
     loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
     if o.token_scaling:
-        probability = torch.exp(x_y - lse)
+        probability = x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
         loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
         factor = factor * probability
 
@@ -143,7 +143,7 @@ def step(
             out.predicted.copy_(best)
     if grad is None:
         return
-    g = (x - lse[:, None]).exp_().mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
+    g = x.softmax(-1).mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
     if smooth:
         g -= (smooth * factor)[:, None] * (1 if w is None else w)
     g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])

@@ -37,16 +37,20 @@ class Config:
 
 
 @triton.jit
-def _tanh(z):
-    """Lambert's continued fraction up to 1 (relative error 6e-8), where 1 - 2 / (exp(2 z) + 1) would cancel.
+def _tanh(z, EXACT: tl.constexpr):
+    """1 - 2 / (exp(2 |z|) + 1), absolute error 1e-7: enough for logits that were rounded to 16 bits.
 
-    The fraction is written as z minus a correction, so that its rounding counts for a quarter at most.
+    With EXACT, up to 1, where that cancels: Lambert's continued fraction (relative error 6e-8), written as z minus a
+    correction, so that its rounding counts for a quarter at most.
     """
     size = tl.abs(z)
-    s = z * z
-    near = z - z * (s * (315.0 + 14.0 * s) / (945.0 + s * (420.0 + 15.0 * s)))
     far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 1.0, near, tl.where(z < 0.0, -far, far))
+    far = tl.where(z < 0.0, -far, far)
+    if EXACT:
+        s = z * z
+        near = z - z * (s * (315.0 + 14.0 * s) / (945.0 + s * (420.0 + 15.0 * s)))
+        far = tl.where(size < 1.0, near, far)
+    return far
 
 
 @triton.jit
@@ -83,6 +87,7 @@ def _cross_entropy(
     BLOCK: tl.constexpr,
 ):
     """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ptr + row)
     x_row = x_ptr + row * x_stride
@@ -110,7 +115,7 @@ def _cross_entropy(
     label = tl.where(in_range, y, 0)
     x_y = tl.load(x_row + label).to(tl.float32)
     if HAS_SOFTCAP:
-        x_y = softcap * _tanh(x_y / softcap)
+        x_y = softcap * _tanh(x_y / softcap, EXACT)
     x_y = tl.where(in_range, x_y, float("nan"))
 
     top = float("-inf")  # the largest logit so far
@@ -121,7 +126,7 @@ def _cross_entropy(
         mask = start + cols < n_cols
         x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
-            x = softcap * _tanh(x / softcap)
+            x = softcap * _tanh(x / softcap, EXACT)
         if HAS_SMOOTHING:
             if HAS_WEIGHT:
                 w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
@@ -169,7 +174,7 @@ def _cross_entropy(
     loss += z
     slope += z_slope
     if TOKEN_SCALING:
-        probability = tl.exp(x_y - lse)
+        probability = tl.exp(x_y - top) / total
         loss *= probability
         z *= probability
         slope *= probability
@@ -190,7 +195,8 @@ def _cross_entropy(
             slope *= row_scale
             hit *= row_scale
             share *= row_scale
-        slope = tl.where(in_range, slope, float("nan"))
+        # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
+        slope = tl.where(in_range, slope / total, float("nan"))
         hit_at = tl.where(in_range, y, -1).to(tl.int32)
         n_blocks = tl.cdiv(n_cols, BLOCK)
         for i in range(0, n_blocks):
@@ -200,10 +206,10 @@ def _cross_entropy(
             x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
             cap_slope = 1.0
             if HAS_SOFTCAP:
-                t = _tanh(x / softcap)
+                t = _tanh(x / softcap, EXACT)
                 x = softcap * t
                 cap_slope = 1.0 - t * t
-            g = slope * tl.exp(x - lse)
+            g = slope * tl.exp(x - top)
             if HAS_SMOOTHING:
                 if HAS_WEIGHT:
                     w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)

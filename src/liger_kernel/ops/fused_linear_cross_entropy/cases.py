@@ -115,7 +115,7 @@ SPEC = OpSpec(
         _case(
             "all-none",
             "every option at once",
-            3,
+            5,
             16,
             77,
             reduction="none",
@@ -136,7 +136,7 @@ SPEC = OpSpec(
         _case(
             "token-scaling-all",
             "likewise, every option",
-            3,
+            5,
             16,
             60,
             use_token_scaling=True,
@@ -146,7 +146,7 @@ SPEC = OpSpec(
         _case(
             "token-scaling-none",
             "likewise, per row",
-            3,
+            5,
             16,
             60,
             use_token_scaling=True,

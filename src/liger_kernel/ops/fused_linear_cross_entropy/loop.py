@@ -80,6 +80,10 @@ class ChunkPolicy:
             # as many chunks, but no short one at the end
             even = cdiv(n_rows, cdiv(n_rows, rows) or 1)
             rows = min(rows, cdiv(even, self.multiple) * self.multiple)
+            rounded = needs_dw and settings.accum_dtype is None and weight.dtype.itemsize == 2
+            half = cdiv(cdiv(n_rows, 2), self.multiple) * self.multiple
+            if rounded and rows < half <= 2 * weight.shape[1]:
+                rows = half
         return max(1, min(rows, n_rows))
 
 
@@ -168,7 +172,7 @@ def run(
     needs_dx, needs_dw, needs_db = needs
     dtype, options = settings.dtype, settings.options
     n_rows, n_classes = hidden.shape[0], weight.shape[0]
-    rows = POLICY.rows(n_rows, weight, dtype, settings.chunk_size, settings.memory_budget)
+    rows = POLICY.rows(n_rows, weight, settings, needs_dw)
 
     totals = Totals.of(target, class_weight, options, settings.return_token_accuracy)
     out = Rows.empty(
@@ -182,31 +186,33 @@ def run(
     dw = WeightGradient(weight, cdiv(n_rows, rows), settings.accum_dtype) if needs_dw else None
     db = torch.zeros(n_classes, dtype=out.loss.dtype, device=hidden.device) if needs_db else None
 
-    slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
     w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
+    slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
+
+    def chunk(at: slice) -> None:
+        x, logits = hidden[at].to(dtype), slab[: at.stop - at.start]
+        if b is None:
+            torch.mm(x, w.t(), out=logits)
+        else:
+            torch.addmm(b, x, w.t(), out=logits)
+        scale = None if row_scale is None else row_scale[at]
+        dlogits = logits if any(needs) else None  # from here on the slab holds its own gradient
+        step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
+        if dx is not None:
+            if dx.dtype == dtype:
+                torch.mm(logits, w, out=dx[at])
+            else:
+                dx[at] = torch.mm(logits, w)
+        if dw is not None:
+            dw.add(logits, x)
+        if db is not None:
+            db.add_(logits.sum(0, dtype=db.dtype))
+
     with _no_autocast(hidden.device.type):
         for start in range(0, n_rows, rows):
-            at = slice(start, min(start + rows, n_rows))
-            x = hidden[at].to(dtype)
-            logits = slab[: at.stop - start]
-            if b is None:
-                torch.mm(x, w.t(), out=logits)
-            else:
-                torch.addmm(b, x, w.t(), out=logits)
-            scale = None if row_scale is None else row_scale[at]
-            dlogits = logits if any(needs) else None
-            step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
-            if dx is not None:
-                if dx.dtype == dtype:
-                    torch.mm(logits, w, out=dx[at])
-                else:
-                    dx[at] = torch.mm(logits, w)
-            if dw is not None:
-                dw.add(logits, x)
-            if db is not None:
-                db += logits.sum(0, dtype=db.dtype)
-        del slab  # its memory serves the rounding of dw
+            chunk(slice(start, min(start + rows, n_rows)))
+    del slab  # its memory serves the rounding of dw
     grads = (
         dx,
         None if dw is None else dw.result(),
