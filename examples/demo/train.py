@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def build_trainer(run: Run, model: Any, losses: list[Tensor]) -> Any:
             return result
 
     arguments = TrainingArguments(
-        output_dir="demo_output/trainer",
+        output_dir=str(Path(run.tokens_file).parent),  # nothing is saved
         per_device_train_batch_size=run.batch,
         max_steps=run.steps,
         learning_rate=run.learning_rate,

@@ -1,4 +1,7 @@
-"""Every model type transformers ships, patched against unpatched. A third of them; all with ZOO=all (`make test-zoo`)."""
+"""Every model type transformers ships, patched against unpatched.
+
+A third of them, and all with ZOO=all in the environment (`make test-zoo`).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,15 @@ from test.transformers.zoo import build, check, inputs, table
 #: the release for which `build.UNBUILT` and docs/models.md are exact; on others, what cannot be built is skipped
 RELEASE = "5.17.0"
 #: built and right, but their loss is computed in a way that needs real logits
-NOT_FUSED = {"prophetnet": "transposes its logits before the loss"}
+NOT_FUSED = {
+    "chameleon": "writes into its logits before the loss",
+    "idefics": "its head is two matrices, not a Linear",
+    "musicgen": "one head and one loss per codebook",
+    "musicgen_melody": "one head and one loss per codebook",
+    "prophetnet": "transposes its logits before the loss",
+}
 
 ALL = sorted(build.ENTRIES, key=str)
-#: the types with an `apply_liger_kernel_to_*` of their own are always among the third
 CHOSEN = ALL if os.environ.get("ZOO") == "all" else ALL[::3]
 IMAGES = [entry for entry in ALL if str(entry) in inputs.IMAGE_INPUTS]
 CHOSEN_IMAGES = IMAGES if os.environ.get("ZOO") == "all" else IMAGES[::3]
@@ -57,18 +65,22 @@ def test_same_loss_and_gradients(entry: build.Entry) -> None:
     assert result.status == "ok", result.line()
     assert result.loss == ("not fused" if str(entry) in NOT_FUSED else "fused"), result.line()
     if exact:
-        assert the_page_says(result), f"python -m test.transformers.zoo.table; now: {table.row(result.as_dict())}"
+        assert the_page_says(result), (
+            f"python -m test.transformers.zoo.table; now: {table.row(result.as_dict())}"
+        )
 
 
 @pytest.mark.parametrize("entry", CHOSEN_IMAGES, ids=str)
 def test_same_loss_and_gradients_with_pixels(entry: build.Entry) -> None:
     result = check.run(entry, inputs.image_inputs, "image")
     assert result.status == "ok", result.line()
-    assert result.loss == "fused", result.line()
+    assert result.loss == ("not fused" if str(entry) in NOT_FUSED else "fused"), result.line()
 
 
 def test_nearly_every_type_can_be_built() -> None:
     """233 of the 248 classes of transformers 5.17 were built by the study this test began with."""
-    assert set(build.UNBUILT) <= {str(entry) for entry in ALL} or transformers.__version__ != RELEASE
+    assert (
+        set(build.UNBUILT) <= {str(entry) for entry in ALL} or transformers.__version__ != RELEASE
+    )
     assert len({entry.class_name for entry in ALL if str(entry) not in build.UNBUILT}) >= 230
     assert len(IMAGES) >= 10

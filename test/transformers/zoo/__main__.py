@@ -27,10 +27,14 @@ DEFAULT_JSON = Path(__file__).parents[3] / "demo_output" / "zoo.json"
 def _child(entry: build.Entry, image: bool, dtype: str, memory_gib: int, answer: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_gib << 30, memory_gib << 30))
     make_inputs = inputs.image_inputs if image else inputs.inputs
-    answer.put(check.run(entry, make_inputs, "image" if image else "text", dtype=getattr(torch, dtype)))
+    answer.put(
+        check.run(entry, make_inputs, "image" if image else "text", dtype=getattr(torch, dtype))
+    )
 
 
-def run_in_process(entry: build.Entry, image: bool, dtype: str, seconds: float, memory_gib: int) -> check.Result:
+def run_in_process(
+    entry: build.Entry, image: bool, dtype: str, seconds: float, memory_gib: int
+) -> check.Result:
     """The result of one entry, from a forked process that may neither hang nor eat the memory."""
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
@@ -45,7 +49,10 @@ def run_in_process(entry: build.Entry, image: bool, dtype: str, seconds: float, 
             waited += 1
             if waited >= seconds or not process.is_alive():
                 result = check.Result(str(entry), entry.class_name, "image" if image else "text")
-                result.status, result.detail = "raises", "timed out" if process.is_alive() else "the process died"
+                result.status, result.detail = (
+                    "raises",
+                    "timed out" if process.is_alive() else "the process died",
+                )
                 break
     process.kill()
     process.join()
@@ -54,10 +61,16 @@ def run_in_process(entry: build.Entry, image: bool, dtype: str, seconds: float, 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m test.transformers.zoo", description=__doc__)
-    parser.add_argument("types", nargs="*", help="entries to run, such as llama or qwen3_5+image; default: all")
-    parser.add_argument("--image", action="store_true", help="with pixel inputs, for the types that have them")
+    parser.add_argument(
+        "types", nargs="*", help="entries to run, such as llama or qwen3_5+image; default: all"
+    )
+    parser.add_argument(
+        "--image", action="store_true", help="with pixel inputs, for the types that have them"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="results are merged into this file")
+    parser.add_argument(
+        "--json", type=Path, default=DEFAULT_JSON, help="results are merged into this file"
+    )
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--memory", type=int, default=12, metavar="GIB")
     options = parser.parse_args(arguments)
@@ -73,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     results = []
     for entry in chosen:
-        result = run_in_process(entry, options.image, options.dtype, options.seconds, options.memory)
+        result = run_in_process(
+            entry, options.image, options.dtype, options.seconds, options.memory
+        )
         if result.status == "unbuilt" and str(entry) in build.UNBUILT:
             result.status = "listed"
         print(result.line(), flush=True)

@@ -1,7 +1,8 @@
 """A tiny random model of every type that transformers' auto classes can make, by rules over names of config attributes.
 
-`ENTRIES` lists the types, `build(entry)` makes the model, `text_inputs(model)` what it eats. The settings are hard on
-purpose: soft caps and logit scales far from 1, router losses on, no norm weight and no bias left at its initial constant.
+`ENTRIES` lists the types, `build(entry)` makes the model. The settings are hard on purpose: soft
+caps and logit scales far from 1, router losses on, no norm weight and no bias left at its initial
+constant.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,20 +52,35 @@ ENTRIES: tuple[Entry, ...] = tuple(
 # -- numbers: the first pattern that matches the whole name gives the value --------------------------------------------
 
 _INTEGERS: tuple[tuple[str, int], ...] = (
-    (r"(.*_)?(num_)?(hidden_)?layers(_per_stack)?|n_layers?|depth|num_blocks|num_(en|de)coder_layers", LAYERS),
+    (
+        r"(.*_)?(num_)?(hidden_)?layers(_per_stack)?|n_layers?|depth|num_blocks|num_(en|de)coder_layers",
+        LAYERS,
+    ),
     (r"num_global_layers|resampler_depth|aligner_num_add_layers", 1),
     (r"mamba_(n|num)_heads", 8),
     (r".*(key_value_heads|kv_heads)|kv_n_heads|num_query_groups|linear_num_key_heads", 2),
     (r".*(num|n|attention|resampler|index)_heads?|num_attention_heads.*", 4),
-    (r"(index_|swa_|linear_|linear_key_|linear_value_|v_|global_)?head_dim|qk_nope_head_dim|mamba_.*head.*", 32),
+    (
+        r"(index_|swa_|linear_|linear_key_|linear_value_|v_|global_)?head_dim|qk_nope_head_dim|mamba_.*head.*",
+        32,
+    ),
     (r"qk_rope_head_dim|rotary_dim", 16),
     (r"qk_head_dim", 48),
     (r"d_kv|d_head|dim_head|attention_head_size|kv_channels|.*_head_dim|.*_dim_head", 32),
-    (r".*intermediate_size.*|.*ffn_dim|d_ff|.*ffn_hidden_size|feed_forward_size|dim_ff|dff|d_inner|mlp_dim", 96),
+    (
+        r".*intermediate_size.*|.*ffn_dim|d_ff|.*ffn_hidden_size|feed_forward_size|dim_ff|dff|d_inner|mlp_dim",
+        96,
+    ),
     (r".*share(d)?_expert.*dim|n_inner", 96),
     (r"hidden_size_per_layer_input|merged_hidden_size|decoder_hidden_size", 128),
-    (r"(.*_)?hidden_size(_global)?|d_model|n_embd|.*embed_dim|emb(edding)?_dim|.*embedding_size|lru_width", 128),
-    (r"out(put)?_dim|out_hidden_size|.*(projection|proj)_dim|output_channels|.*_(in|out)put_dim", 128),
+    (
+        r"(.*_)?hidden_size(_global)?|d_model|n_embd|.*embed_dim|emb(edding)?_dim|.*embedding_size|lru_width",
+        128,
+    ),
+    (
+        r"out(put)?_dim|out_hidden_size|.*(projection|proj)_dim|output_channels|.*_(in|out)put_dim",
+        128,
+    ),
     (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k", 2),
     (r"n_groups?|topk_group|num_expert_group|mamba_n_?groups", 1),
@@ -73,8 +88,14 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
     (r"first_k_dense_replace|num_dense_layers|moe_layer_(start|end)_index", 1),
     (r"(.*_)?vocab_size|vocab_size_per_layer_input", VOCAB),
     (r".*_group_vocab", 500),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length", 128),
-    (r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|.*chunk_length", 8),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length",
+        128,
+    ),
+    (
+        r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|.*chunk_length",
+        8,
+    ),
     (r"(mamba_)?chunk_size|block_size|index_topk|index_block_size", 8),
     (r"(mamba_)?d_state|(ssm_)?state_size|mamba_d_state", 16),
     (r"mamba_d_ssm", 256),
@@ -88,7 +109,10 @@ _INTEGERS: tuple[tuple[str, int], ...] = (
 _FLOATS: tuple[tuple[str, float], ...] = (
     (r".*(dropout|pdrop|layerdrop|drop_path|jitter).*", 0.0),
     (r".*soft_?cap(ping)?", 0.5),
-    (r"logit_scale|logits_scaling|lm_head_multiplier|output_multiplier|logits_mup_width_multiplier", 1.7),
+    (
+        r"logit_scale|logits_scaling|lm_head_multiplier|output_multiplier|logits_mup_width_multiplier",
+        1.7,
+    ),
     (r"router_aux_loss_coef|aux_loss_coef", 0.5),
 )
 
@@ -107,13 +131,17 @@ def _by_name(table: tuple[tuple[str, Any], ...], name: str, default: Any) -> Any
     return next((value for pattern, value in table if re.fullmatch(pattern, name)), default)
 
 
-_IS_TOKEN_ID = re.compile(r".*(token_ids?|token_index|_start_id|_end_id|newline_id|eod_id|mask_index)")
+_IS_TOKEN_ID = re.compile(
+    r".*(token_ids?|token_index|_start_id|_end_id|newline_id|eod_id|mask_index)"
+)
 
 
 def shrink(config: PreTrainedConfig, ids: dict[int, int]) -> None:
     """Make `config` and what it contains tiny, in place. `ids` maps large token ids to small ones, for all alike."""
     attributes = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    depths = {v for k, v in attributes.items() if type(v) is int and _by_name(_INTEGERS[:1], k, None)}
+    depths = {
+        v for k, v in attributes.items() if type(v) is int and _by_name(_INTEGERS[:1], k, None)
+    }
     kept = _kept_layers(attributes, depths)
     for name, value in attributes.items():
         new = value
@@ -136,32 +164,54 @@ def shrink(config: PreTrainedConfig, ids: dict[int, int]) -> None:
             new = len(kept) if name in _DEPTHS and kept else new
         if new is not value:
             setattr(config, name, new)
-    if "qk_nope_head_dim" in attributes:  # multi-head latent attention: as many keys as queries, heads partly rotated
-        config.num_key_value_heads, config.head_dim = config.num_attention_heads, config.qk_rope_head_dim
+    if (
+        "qk_nope_head_dim" in attributes
+    ):  # multi-head latent attention: as many keys as queries, heads partly rotated
+        config.num_key_value_heads, config.head_dim = (
+            config.num_attention_heads,
+            config.qk_rope_head_dim,
+        )
 
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
+_LISTS_LAYERS = re.compile(
+    r".*(indexes|indices|idxs|layer_ids|attention_layers|target_layers|moe_layers)"
+)
+
+
 def _kept_layers(attributes: dict[str, Any], depths: set[int]) -> list[int]:
     """Indices of layers so that every value of every per-layer list is there once, and at least `LAYERS`."""
-    lists = [v for v in attributes.values() if isinstance(v, (list, tuple)) and len(v) in depths and len(v) > LAYERS]
-    kept = sorted({next(i for i, v in enumerate(values) if v == kind) for values in lists for kind in values})
-    if lists:
-        kept = sorted({*kept, *range(LAYERS - len(kept))})
-        while len(kept) < LAYERS:
-            kept.append(kept[-1] + 1)
-    return kept
+    lists = [v for name, v in attributes.items() if _is_per_layer(name, v, depths)]
+    firsts = {values.index(kind) for values in lists for kind in values}
+    later = (i for i in range(len(lists[0])) if i not in firsts) if lists else iter(())
+    while firsts and len(firsts) < LAYERS:
+        firsts.add(next(later))
+    return sorted(firsts)
+
+
+def _lists_layers(name: str, value: Any) -> bool:
+    """Whether a list holds the indices of some layers."""
+    return bool(_LISTS_LAYERS.fullmatch(name)) and all(type(v) is int for v in value)
+
+
+def _is_per_layer(name: str, value: Any, depths: set[int]) -> bool:
+    long = isinstance(value, (list, tuple)) and len(value) in depths and len(value) > LAYERS
+    return long and not _lists_layers(name, value)
 
 
 def _shrunk_list(name: str, values: Any, depths: set[int], kept: list[int]) -> Any:
-    if kept and len(values) in depths and len(values) > LAYERS:
+    if _is_per_layer(name, values, depths):
         short = [values[i] for i in kept]
         if all(type(v) is int and v > 1 for v in short):
-            short = [_by_name(_INTEGERS, name, _by_name(_INTEGERS, name.removesuffix("_per_layer"), v)) for v in short]
+            of_one = name.removesuffix("_per_layer")
+            short = [_by_name(_INTEGERS, name, _by_name(_INTEGERS, of_one, v)) for v in short]
         return type(values)(short)
-    if re.fullmatch(r".*(indexes|indices|idxs|layer_ids|attention_layers|target_layers|moe_layers)", name) and values:
-        return type(values)(j for j, i in enumerate(kept or range(LAYERS)) if i in values or not kept)
+    if _lists_layers(name, values) and values:
+        return type(values)(
+            j for j, i in enumerate(kept or range(LAYERS)) if i in values or not kept
+        )
     return values
 
 
@@ -176,7 +226,9 @@ def _remapped(value: Any, ids: dict[int, int]) -> Any:
 def _shrunk_rope(rope: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
     """Sections and factor lists cut to the new rotary size."""
     if any(isinstance(v, dict) for v in rope.values()):
-        return {k: _shrunk_rope(v, attributes) if isinstance(v, dict) else v for k, v in rope.items()}
+        return {
+            k: _shrunk_rope(v, attributes) if isinstance(v, dict) else v for k, v in rope.items()
+        }
     rope = dict(rope)
     half = 16 * (rope.get("partial_rotary_factor") or 1.0)
     for name, value in rope.items():
@@ -199,7 +251,9 @@ def _musicgen(decoder: str) -> dict[str, Any]:
     return {name: {"model_type": model_type} for name, model_type in parts.items()}
 
 
-_NO_ROUTER_LOSS = {"output_router_logits": False}  # set in the config, it makes HF's own forward raise
+_NO_ROUTER_LOSS = {
+    "output_router_logits": False
+}  # set in the config, it makes HF's own forward raise
 _MROPE = {"text_config.rope_parameters.mrope_section": [4, 6, 6]}
 _MAMBA_THEN_ATTENTION = ["linear_attention", "full_attention"]
 _COMPASS = {
@@ -212,7 +266,11 @@ _SHARED_KV = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
 }
-_GEMMA3N = {**_SHARED_KV, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
+_GEMMA3N = {
+    **_SHARED_KV,
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+}
 
 #: model type -> what its config cannot be made without
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -257,7 +315,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
     "glm_ocr": _MROPE,
     "glmga": _MROPE,
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+    },
     "granitemoe": _NO_ROUTER_LOSS,
     "granitemoe_swa": _NO_ROUTER_LOSS,
     "granitemoehybrid": {**_NO_ROUTER_LOSS, "layer_types": _MAMBA_THEN_ATTENTION},
@@ -283,10 +345,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config.sliding_window": 8},
     "udop": {"decoder_start_token_id": 0},
     "vipllava": {"vision_feature_layers": (-1, -2)},
-    "vision-encoder-decoder": {"decoder.add_cross_attention": True, "pad_token_id": 0, "decoder_start_token_id": 1},
+    "vision-encoder-decoder": {
+        "decoder.add_cross_attention": True,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 1,
+    },
     "xlstm": {"chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_hidden_size": 256, "attention_head_dim": 64},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 256,
+        "attention_head_dim": 64,
+    },
     "zamba2": {"attention_hidden_size": 256, "attention_head_dim": 64, "num_query_groups": 4},
 }
 _ASSISTANT = "drafts from the keys and values of another model, computes no loss"
@@ -322,7 +393,9 @@ def _set(owner: Any, path: str, value: Any) -> None:
 
 
 def config_for(entry: Entry) -> PreTrainedConfig:
-    config = AutoConfig.for_model(entry.model_type, **copy.deepcopy(ARGUMENTS.get(entry.model_type, {})))
+    config = AutoConfig.for_model(
+        entry.model_type, **copy.deepcopy(ARGUMENTS.get(entry.model_type, {}))
+    )
     shrink(config, {})
     if hasattr(config, "is_decoder") and entry.task == "causal":
         config.is_decoder = True
@@ -336,7 +409,9 @@ def build(entry: Entry) -> nn.Module:
     torch.manual_seed(0)
     cls = getattr(transformers, entry.class_name)
     whole = config_for(entry)
-    config = next((c for c in (whole, *_sub_configs(whole)) if isinstance(c, cls.config_class)), whole)
+    config = next(
+        (c for c in (whole, *_sub_configs(whole)) if isinstance(c, cls.config_class)), whole
+    )
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # the grouped matmul knows no float64
     return randomize(cls._from_config(config, attn_implementation="eager").float())
@@ -355,7 +430,11 @@ def randomize(model: nn.Module) -> nn.Module:
                 if not p.is_floating_point() or p.numel() == 0:
                     continue
                 noise = torch.randn(p.shape, generator=generator)
-                if name == "weight" and p.ndim == 1 and "norm" in (type(module).__name__ + path).lower():
+                if (
+                    name == "weight"
+                    and p.ndim == 1
+                    and "norm" in (type(module).__name__ + path).lower()
+                ):
                     p.copy_(1 + 0.3 * noise)
                 elif p.ndim <= 1 and bool((p == p.flatten()[0]).all()):
                     p.add_(0.1 * noise)

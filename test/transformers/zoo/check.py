@@ -40,14 +40,18 @@ class Result:
     detail: str = ""
     loss: str = "not fused"  # or "fused"
     lazy_logits: bool = False
-    replaced: dict[str, dict[str, int]] = field(default_factory=dict)  # kind -> replacement -> modules
+    replaced: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # kind -> replacement -> modules
     skipped: dict[str, int] = field(default_factory=dict)  # "kind: reason" -> modules
     calls: dict[str, int] = field(default_factory=dict)  # op -> calls in one forward
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def line(self) -> str:
-        kinds = " ".join(f"{kind}={sum(by.values())}" for kind, by in self.replaced.items() if kind != "loss")
+        kinds = " ".join(
+            f"{kind}={sum(by.values())}" for kind, by in self.replaced.items() if kind != "loss"
+        )
         text = f"{self.status:8}{self.entry:28}{self.inputs:6}{self.loss:10}{kinds:28}{self.seconds:5.1f}s"
         return " ".join([text, *self.notes, self.detail]).rstrip()
 
@@ -62,7 +66,9 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Gradients, A
     model.zero_grad(set_to_none=True)
     outputs = model(**inputs)
     outputs.loss.backward()
-    grads = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     return outputs.loss.detach(), grads, outputs
 
 
@@ -79,7 +85,9 @@ def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
     for row in report.replaced:
         by = result.replaced.setdefault(row.kind, {})
         by[row.by or ""] = by.get(row.by or "", 0) + 1
-    result.skipped = dict(collections.Counter(f"{row.kind}: {row.reason}" for row in report.skipped))
+    result.skipped = dict(
+        collections.Counter(f"{row.kind}: {row.reason}" for row in report.skipped)
+    )
     with _counted(result.calls):
         loss, grads, outputs = step(model, inputs)
     result.lazy_logits = any(isinstance(v, DeferredLogits) for v in outputs.values())
@@ -100,7 +108,10 @@ def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
     ):
         changed = _changed(was, now) - changing
         assert not changed, f"{what}: {sorted(changed)[:4]}"
-    for name, again in (("after unpatch", step(model, inputs)), ("the other model", step(stock, inputs))):
+    for name, again in (
+        ("after unpatch", step(model, inputs)),
+        ("the other model", step(stock, inputs)),
+    ):
         assert torch.equal(again[0], low_loss), f"{name}: loss {again[0]} != {low_loss}"
         assert again[1].keys() == low_grads.keys(), name
         unequal = [key for key, grad in again[1].items() if not torch.equal(grad, low_grads[key])]
@@ -109,13 +120,26 @@ def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
 
 def _assert_told(result: Result) -> None:
     """The report names every kind of op that ran."""
-    kinds = {"rms_norm": "norm", "layer_norm": "norm", "glu": "mlp", "rope": "rope", **dict.fromkeys(LOSS_OPS, "loss")}
+    kinds = {
+        "rms_norm": "norm",
+        "layer_norm": "norm",
+        "glu": "mlp",
+        "rope": "rope",
+        **dict.fromkeys(LOSS_OPS, "loss"),
+    }
     untold = {op for op in result.calls if kinds.get(op, op) not in result.replaced}
     assert not untold, f"ran, but not reported: {untold}"
 
 
-def _compare(loss: Tensor, grads: Gradients, high: tuple[Tensor, Gradients], lows: list[tuple[Tensor, Gradients]]) -> None:
-    assert grads.keys() == lows[0][1].keys(), f"parameters with a gradient: {grads.keys() ^ lows[0][1].keys()}"
+def _compare(
+    loss: Tensor,
+    grads: Gradients,
+    high: tuple[Tensor, Gradients],
+    lows: list[tuple[Tensor, Gradients]],
+) -> None:
+    assert grads.keys() == lows[0][1].keys(), (
+        f"parameters with a gradient: {grads.keys() ^ lows[0][1].keys()}"
+    )
     failed = []
     for name in ("loss", *grads):
         ours, truth, candidates = (
@@ -123,7 +147,9 @@ def _compare(loss: Tensor, grads: Gradients, high: tuple[Tensor, Gradients], low
             if name == "loss"
             else (grads[name], high[1][name], [low[1][name] for low in lows])
         )
-        low = max(candidates, key=lambda t, truth=truth: float((t.double() - truth.double()).abs().max()))
+        low = max(
+            candidates, key=lambda t, truth=truth: float((t.double() - truth.double()).abs().max())
+        )
         try:
             assert_no_worse(name, ours, truth, low)
         except AssertionError as error:
@@ -156,7 +182,8 @@ def _truth(
         return *low, [noisy]
     largest = max(float(g.abs().max()) for g in high[1].values())
     apart = max(
-        float((low[1][n].double() - g).abs().max()) / (float(g.abs().max()) + 1e-4 * largest) for n, g in high[1].items()
+        float((low[1][n].double() - g).abs().max()) / (float(g.abs().max()) + 1e-4 * largest)
+        for n, g in high[1].items()
     )
     if apart > LOOSE[next(fresh.parameters()).dtype]:
         result.notes.append(f"float64 takes another path ({apart:.1g})")
@@ -223,12 +250,18 @@ def _snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 def _globals(model: nn.Module) -> dict[tuple[str, str], Any]:
     """The globals of every file that defines a class of `model`, and of torch."""
-    files = {type(module).__module__ for module in model.modules()} | {"torch", "torch.nn", "torch.nn.functional"}
+    files = {type(module).__module__ for module in model.modules()} | {
+        "torch",
+        "torch.nn",
+        "torch.nn.functional",
+    }
     return {(name, key): value for name in files for key, value in vars(sys.modules[name]).items()}
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
-    return {k for k in before.keys() | after.keys() if before.get(k, before) is not after.get(k, after)}
+    return {
+        k for k in before.keys() | after.keys() if before.get(k, before) is not after.get(k, after)
+    }
 
 
 def run(

@@ -63,12 +63,17 @@ def _merged(**pixels: Any) -> Callable[[nn.Module], Inputs]:
     def make(model: nn.Module) -> Inputs:
         made = {name: value(model) if callable(value) else value for name, value in pixels.items()}
         with torch.no_grad():
-            features = (model if hasattr(model, "get_image_features") else model.model).get_image_features(**made)
+            features = (
+                model if hasattr(model, "get_image_features") else model.model
+            ).get_image_features(**made)
         features = getattr(features, "pooler_output", features)
         parts = features if isinstance(features, (list, tuple)) else [features]
         rows = sum(part.shape[:-1].numel() for part in parts)
         words = _with_image_tokens(rows // ROWS, _image_token(model))
-        for name in inspect.signature(model.forward).parameters.keys() & {"mm_token_type_ids", "token_type_ids"}:
+        for name in inspect.signature(model.forward).parameters.keys() & {
+            "mm_token_type_ids",
+            "token_type_ids",
+        }:
             words[name] = (words["input_ids"] == _image_token(model)).long()
         return {**words, **made}
 
@@ -78,7 +83,11 @@ def _merged(**pixels: Any) -> Callable[[nn.Module], Inputs]:
 def _patches(model: nn.Module) -> Tensor:
     """The flattened patches of a 4 x 4 grid per row."""
     config = model.config.vision_config
-    size = config.patch_size**2 * getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1)
+    size = (
+        config.patch_size**2
+        * getattr(config, "in_channels", 3)
+        * getattr(config, "temporal_patch_size", 1)
+    )
     return _pixels(16, size).flatten(0, 1)
 
 
@@ -110,7 +119,9 @@ def _instructed(model: nn.Module) -> Inputs:
 def _instructed_by_video(model: nn.Module) -> Inputs:
     frames = 4  # as many as the model is written for
     return {
-        **_with_image_tokens(frames * model.config.num_query_tokens, model.config.video_token_index),
+        **_with_image_tokens(
+            frames * model.config.num_query_tokens, model.config.video_token_index
+        ),
         "pixel_values": _square(model).unsqueeze(1).expand(-1, frames, -1, -1, -1),
         "qformer_input_ids": text(seed=5)["input_ids"],
     }
@@ -118,20 +129,30 @@ def _instructed_by_video(model: nn.Module) -> Inputs:
 
 def _kosmos2(model: nn.Module) -> Inputs:
     inputs = _with_image_tokens(model.config.latent_query_num, FIRST_TEXT_ID)
-    at_image = (inputs["labels"] == -100) & (torch.arange(inputs["labels"].shape[1]) < model.config.latent_query_num)
+    at_image = (inputs["labels"] == -100) & (
+        torch.arange(inputs["labels"].shape[1]) < model.config.latent_query_num
+    )
     return {**inputs, "pixel_values": _square(model), "image_embeds_position_mask": at_image}
 
 
 def _idefics(model: nn.Module) -> Inputs:
     pixels = _square(model).unsqueeze(1)
-    return {**text(), "pixel_values": pixels, "image_attention_mask": torch.ones(ROWS, LENGTH, 1, dtype=torch.long)}
+    return {
+        **text(),
+        "pixel_values": pixels,
+        "image_attention_mask": torch.ones(ROWS, LENGTH, 1, dtype=torch.long),
+    }
 
 
 def _pix2struct(model: nn.Module) -> Inputs:
     config = model.config.vision_config
     patches = _pixels(9, 2 + config.patch_embed_hidden_size)
     patches[..., :2] = torch.tensor([[i // 3 + 1, i % 3 + 1] for i in range(9)])
-    return {"flattened_patches": patches, "attention_mask": torch.ones(ROWS, 9), "labels": text()["labels"]}
+    return {
+        "flattened_patches": patches,
+        "attention_mask": torch.ones(ROWS, 9),
+        "labels": text()["labels"],
+    }
 
 
 def _seq2seq(model: nn.Module) -> Inputs:
@@ -166,10 +187,18 @@ _nested = _merged(pixel_values=lambda model: _square(model).unsqueeze(1))
 
 #: types that are also checked with pixels
 IMAGE_INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
-    **{name: NEEDED[name] for name in ("blip", "blip-2", "git", "idefics", "instructblip", "kosmos-2", "pix2struct")},
-    **dict.fromkeys(("aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "internvl", "llava", "paligemma"), _plain),
+    **{
+        name: NEEDED[name]
+        for name in ("blip", "blip-2", "git", "idefics", "instructblip", "kosmos-2", "pix2struct")
+    },
+    **dict.fromkeys(
+        ("aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "internvl", "llava", "paligemma"),
+        _plain,
+    ),
     **dict.fromkeys(("vipllava", "janus", "deepseek_vl", "ovis2", "florence2"), _plain),
-    **dict.fromkeys(("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5+image"), _grid),
+    **dict.fromkeys(
+        ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5+image"), _grid
+    ),
     **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), _nested),
 }
 

@@ -51,14 +51,18 @@ class ChunkPolicy:
     multiple: int = 256
 
     def rows(
-        self,
-        n_rows: int,
-        weight: Tensor,
-        dtype: torch.dtype,
-        chunk_size: int | None,
-        memory_budget: int | None,
+        self, n_rows: int, weight: Tensor, settings: Settings, needs_dw: bool
     ) -> int:
-        """Rows per chunk, at least 1 and at most n_rows; `memory_budget` bounds the bytes of the slab."""
+        """Rows per chunk, at least 1 and at most n_rows; `memory_budget` bounds the bytes of the slab.
+
+        Where dW would otherwise need an fp32 sum (see `WeightGradient`), two large chunks are taken if their slab is
+        no larger than what that sum adds: 2.0 instead of 3.0 GiB for 8192x4096x128256.
+        """
+        dtype, chunk_size, memory_budget = (
+            settings.dtype,
+            settings.chunk_size,
+            settings.memory_budget,
+        )
         row_bytes = weight.shape[0] * dtype.itemsize
         if chunk_size is not None:
             rows = chunk_size

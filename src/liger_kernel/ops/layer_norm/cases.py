@@ -45,7 +45,7 @@ SPEC = OpSpec(
         _case("no-bias", "as Cohere's", 9, 64, bias=False),
         _case("no-weight", "a bias alone", 9, 64, weight=False),
         _case("plain", "no affine part", 9, 64, weight=False, bias=False),
-        _case("two-columns", "the shortest row that has a variance", 5, 2),
+        _case("three-columns", "the shortest row whose gradient is not zero", 5, 3),
         _case("one-row", "one row, odd width", 1, 333),
         _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 32),
         _case("long-row", "a row that does not fit one block", 2, 16384 + 40),
