@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | check | bench OP=rms_norm
+# make demo | test | test-gpu | test-zoo | check | bench OP=rms_norm
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check format bench clean
+.PHONY: help demo test test-gpu test-zoo check format bench clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -29,6 +29,10 @@ test: $(READY)
 test-gpu: $(READY)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
 	$(RUN) -m pytest $(ARGS) test/gpu test/ops
+
+# every type that transformers ships, where `make test` takes a third
+test-zoo: $(READY)
+	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) test/transformers/test_zoo.py
 
 check: $(READY)
 	$(RUN) -m ruff check .

@@ -34,30 +34,39 @@ def microseconds(function: Callable[[], Any]) -> float:
     return sorted(found)[2]
 
 
+def measured(
+    function: Callable[..., Any], options: Any, args: list[Any], grads: dict[int, torch.Tensor]
+) -> tuple[float, float]:
+    """Host time of the forward, and of the backward alone."""
+
+    def forward() -> tuple[Any, ...]:
+        return as_tuple(function(*args, **options))
+
+    def both() -> None:
+        outputs = forward()
+        torch.autograd.backward(
+            [outputs[i] for i in grads], [g.to(outputs[i].dtype) for i, g in grads.items()]
+        )
+
+    for _ in range(3):
+        both()
+    one = microseconds(forward)
+    return one, microseconds(both) - one
+
+
 def main() -> None:
-    print(f"{'op':28} {'case':16} {'ours fwd':>9} {'bwd':>7} {'eager fwd':>9} {'bwd':>7}   microseconds of host time")
+    print(
+        f"{'op':28} {'case':16} {'ours fwd':>9} {'bwd':>7} {'eager fwd':>9} {'bwd':>7}   microseconds of host time"
+    )
     for op in sys.argv[1:] or OPS:
         spec = importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC
         case = next(c for c in spec.cases if not c.large)
         with drawing_on("cuda", torch.bfloat16) as make:
             inputs, grads = drawn(spec, case, make)
         args = leaves(inputs, wanted_inputs(spec, inputs))
-        columns = []
-        for function in (spec.function, spec.reference):
-
-            def forward(function: Any = function) -> tuple[Any, ...]:
-                return as_tuple(function(*args, **case.options))
-
-            def both(forward: Any = forward) -> None:
-                outputs = forward()
-                roots = [outputs[i] for i in grads]
-                torch.autograd.backward(roots, [grads[i].to(outputs[i].dtype) for i in grads])
-
-            for _ in range(3):
-                both()
-            one = microseconds(forward)
-            columns += [one, microseconds(both) - one]
-        print(f"{op:28} {case.id:16} {columns[0]:9.1f} {columns[1]:7.1f} {columns[2]:9.1f} {columns[3]:7.1f}")
+        ours = measured(spec.function, case.options, args, grads)
+        eager = measured(spec.reference, case.options, args, grads)
+        print(f"{op:28} {case.id:16} {ours[0]:9.1f} {ours[1]:7.1f} {eager[0]:9.1f} {eager[1]:7.1f}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernel import backends
 from liger_kernel.ops import fused_linear_cross_entropy as package
+from liger_kernel.ops.cross_entropy.rows import Options
 from liger_kernel.ops.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyFunction,
     compiled,
@@ -22,7 +23,6 @@ from liger_kernel.ops.fused_linear_cross_entropy import (
     reference,
 )
 from liger_kernel.ops.fused_linear_cross_entropy.loop import MIB, POLICY, Settings
-from liger_kernel.ops.cross_entropy.rows import Options
 from liger_kernel.testing import Make, assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,7 +166,9 @@ def test_policy() -> None:
     def rows(n: int, hidden: int, classes: int, needs_dw: bool = True, **options: Any) -> int:
         weight = torch.empty(classes, hidden, dtype=torch.bfloat16, device="meta")
         chosen = {"accum_dtype": None, "chunk_size": None, "memory_budget": None, **options}
-        return POLICY.rows(n, weight, Settings(Options(), False, False, False, torch.bfloat16, **chosen), needs_dw)
+        return POLICY.rows(
+            n, weight, Settings(Options(), False, False, False, torch.bfloat16, **chosen), needs_dw
+        )
 
     assert rows(8192, 4096, 128256, needs_dw=False) == 2048
     assert rows(16384, 2048, 151936) == 2048

@@ -28,7 +28,9 @@ NAMES = [family.name for family in FAMILIES]
 
 def modeling(name: str) -> Any:
     family = next(f for f in FAMILIES if f.name == name)
-    return importlib.import_module(f"transformers.models.{family.modeling}.modeling_{family.modeling}")
+    return importlib.import_module(
+        f"transformers.models.{family.modeling}.modeling_{family.modeling}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,9 @@ def test_the_table_and_the_functions_agree() -> None:
         signature = inspect.signature(getattr(doors, f"apply_liger_kernel_to_{name}"))
         assert signature.parameters["model"].default is None
         toggles = [p for n, p in signature.parameters.items() if n != "model"]
-        assert all(isinstance(p.default, bool) and p.kind is p.POSITIONAL_OR_KEYWORD for p in toggles)
+        assert all(
+            isinstance(p.default, bool) and p.kind is p.POSITIONAL_OR_KEYWORD for p in toggles
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -91,8 +95,16 @@ def test_instance_level(name: str, dtype: torch.dtype) -> None:
 
 def test_a_bare_model_inside_another_class_is_patched_once() -> None:
     doors.apply_liger_kernel_to_llama()
-    config = AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                  num_attention_heads=2, vocab_size=50, num_labels=3, pad_token_id=0)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        num_labels=3,
+        pad_token_id=0,
+    )
     model = AutoModelForSequenceClassification.from_config(config)
     assert "LigerRMSNorm" in repr(model.model.norm)
     ids = torch.randint(3, 50, (2, 7))
@@ -153,11 +165,15 @@ def test_two_models_share_the_rope_of_their_file() -> None:
 def test_auto_class(model_type: str, tmp_path: Path) -> None:
     saved = build(model_type)
     saved.save_pretrained(tmp_path)
-    model = doors.AutoLigerKernelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    model = doors.AutoLigerKernelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
     assert "LigerRMSNorm" in repr(model.model.norm)
     assert_same(model_type, model)
     kept = {"rms_norm": False, "fused_linear_cross_entropy": False, "config": saved.config}
-    model = doors.AutoLigerKernelForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path, **kept)
+    model = doors.AutoLigerKernelForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, **kept
+    )
     assert "Liger" not in repr(model.model.norm)
     assert type(model.lm_head) is nn.Linear
     with torch.device("meta"):
@@ -194,7 +210,9 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 3}, {"label_smoothing_factor": 0.1}, {"bf16": True}], ids=str
+    "options",
+    [{}, {"gradient_accumulation_steps": 3}, {"label_smoothing_factor": 0.1}, {"bf16": True}],
+    ids=str,
 )
 def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     def trained(liger: bool, **options: Any) -> Trainer:
@@ -212,7 +230,9 @@ def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     exact = trained(False, **{**options, "bf16": False})
     high, low = (torch.tensor(losses(t)) for t in (exact, plain))
     assert_no_worse("losses", torch.tensor(losses(ours)), high.double(), low)
-    if "label_smoothing_factor" not in options:  # there HF takes the labels away and asks for no logits either
+    if (
+        "label_smoothing_factor" not in options
+    ):  # there HF takes the labels away and asks for no logits either
         evaluated = [torch.tensor(t.evaluate()["eval_loss"]) for t in (ours, exact, plain)]
         assert_no_worse("eval loss", evaluated[0], evaluated[1].double(), evaluated[2])
     before = state_of(ours.model)
@@ -222,10 +242,33 @@ def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_trainer_with_metrics(tmp_path: Path) -> None:
     seen = []
-    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, use_liger_kernel=True, max_steps=1, disable_tqdm=True)
-    trainer = Trainer(build("llama"), arguments, train_dataset=Tokens(), eval_dataset=Tokens(),
-                      compute_metrics=lambda p: seen.append(p.predictions.shape) or {})
+    arguments = TrainingArguments(
+        tmp_path, report_to=[], use_cpu=True, use_liger_kernel=True, max_steps=1, disable_tqdm=True
+    )
+    trainer = Trainer(
+        build("llama"),
+        arguments,
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(),
+        compute_metrics=lambda p: seen.append(p.predictions.shape) or {},
+    )
     trainer.train()
     trainer.evaluate()
     assert trainer.predict(Tokens()).predictions.shape == (24, 13, 131)
     assert seen[0] == (24, 13, 131)
+
+
+def test_proofs_ignore_the_defaults_of_the_moment() -> None:
+    """`from_pretrained` builds models on the meta device with a 16-bit default dtype."""
+    from liger_kernel.transformers.patching import mlps, norms, rope
+
+    for cache in (norms._plans, mlps._plans):
+        cache.clear()
+    rope.prove.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            report = liger_kernel.patch(build("llama", torch.bfloat16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not report.skipped, str(report)

@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]
         return original(op, *args)
 
     monkeypatch.setattr(backends, "_implementation", counting)
-    yield counts
+    return counts
 
 
 def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -45,10 +45,14 @@ def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]
     outputs = model(**inputs)
     loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
     loss.backward()
-    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def steps(model: nn.Module, context: Any = contextlib.nullcontext, **inputs: Any) -> dict[str, torch.Tensor]:
+def steps(
+    model: nn.Module, context: Any = contextlib.nullcontext, **inputs: Any
+) -> dict[str, torch.Tensor]:
     """Losses and gradients of several batches, stacked.
 
     In 16 bits one batch may be near the truth, or far from it, by luck, and all gradients with it; eight are not.
@@ -63,13 +67,19 @@ def steps(model: nn.Module, context: Any = contextlib.nullcontext, **inputs: Any
 
 
 def assert_same_step(
-    model_type: str, dtype: torch.dtype, patched: nn.Module, build: Any = build, **inputs: Any
+    model_type: str,
+    dtype: torch.dtype,
+    patched: nn.Module,
+    build: Any = build,
+    rename: str = "",
+    **inputs: Any,
 ) -> None:
     """Loss and every parameter's gradient; in 16 bits over several batches."""
     runs = []
     for model in (patched, build(model_type, torch.float64), build(model_type, dtype)):
         if dtype == torch.float32:
             outputs, grads = step(model, **(inputs or batch()))
+            grads = {name.removeprefix(rename): grad for name, grad in grads.items()}
             runs.append({"loss": outputs.loss.detach(), **grads})
         else:
             runs.append(steps(model, **inputs))
@@ -89,7 +99,9 @@ def snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
         found[path, "__class__"] = type(module)
         for name, value in vars(module).items():
             if name != "training":
-                found[path, name] = dict(value) if name.startswith("_") and isinstance(value, dict) else value
+                found[path, name] = (
+                    dict(value) if name.startswith("_") and isinstance(value, dict) else value
+                )
     return found
 
 
@@ -105,7 +117,9 @@ def assert_identical(before: dict[Any, Any], after: dict[Any, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_loss_and_every_gradient(model_type: str, dtype: torch.dtype, calls: collections.Counter[str]) -> None:
+def test_loss_and_every_gradient(
+    model_type: str, dtype: torch.dtype, calls: collections.Counter[str]
+) -> None:
     model = build(model_type, dtype)
     report = liger_kernel.patch(model)
     assert not report.skipped, str(report)
@@ -196,7 +210,9 @@ class TestForwardContract:
         return model
 
     @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
-    def test_gradient_checkpointing(self, model_type: str, model: nn.Module, checkpointing: dict[str, bool]) -> None:
+    def test_gradient_checkpointing(
+        self, model_type: str, model: nn.Module, checkpointing: dict[str, bool]
+    ) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         assert_same_step(model_type, torch.float32, model, **batch(), use_cache=False)
 
@@ -220,7 +236,9 @@ class TestForwardContract:
         assert_no_worse("logits", ours.logits, high.logits, expected.logits)
         assert_no_worse("loss", ours.loss, high.loss, expected.loss)
 
-    def test_skip_logits(self, model_type: str, model: nn.Module, calls: collections.Counter[str]) -> None:
+    def test_skip_logits(
+        self, model_type: str, model: nn.Module, calls: collections.Counter[str]
+    ) -> None:
         expected = build(model_type).eval()(**batch())
         high = build(model_type, torch.float64).eval()(**batch())
         ours = model.eval()(**batch(), skip_logits=True)
@@ -230,7 +248,8 @@ class TestForwardContract:
         calls.clear()
         kept = model.train()(**batch(), skip_logits=False)
         assert isinstance(kept.logits, torch.Tensor)
-        assert not calls["fused_linear_cross_entropy"] and not calls["cross_entropy"]
+        assert not calls["fused_linear_cross_entropy"]
+        assert not calls["cross_entropy"]
         with pytest.raises(ValueError, match="skip_logits=True needs labels"):
             model(input_ids=batch()["input_ids"], skip_logits=True)
         assert model.train()(**batch()).loss.requires_grad  # the refused call left nothing behind
@@ -242,7 +261,9 @@ class TestForwardContract:
         assert isinstance(lazy, DeferredLogits)
         assert lazy.shape == expected.shape
         assert_no_worse("materialize()", lazy.materialize(), high, expected)
-        assert_no_worse("used as a tensor", torch.softmax(lazy, -1), high.softmax(-1), expected.softmax(-1))
+        assert_no_worse(
+            "used as a tensor", torch.softmax(lazy, -1), high.softmax(-1), expected.softmax(-1)
+        )
         assert torch.equal(lazy.argmax(-1), lazy.materialize().argmax(-1))
         assert (lazy + 0.0).shape == expected.shape
 
@@ -266,11 +287,15 @@ class TestForwardContract:
         assert [h.shape for h in ours] == [h.shape for h in expected]
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_accuracy_and_predictions(self, model_type: str, model: nn.Module, training: bool) -> None:
+    def test_accuracy_and_predictions(
+        self, model_type: str, model: nn.Module, training: bool
+    ) -> None:
         inputs = batch()
         logits = build(model_type).train(training)(**inputs).logits[:, :-1]
         labels = inputs["labels"][:, 1:]
-        ours = model.train(training)(**inputs, return_token_accuracy=True, return_predicted_tokens=True)
+        ours = model.train(training)(
+            **inputs, return_token_accuracy=True, return_predicted_tokens=True
+        )
         hits = (logits.argmax(-1) == labels)[labels != -100].float().mean()
         assert_no_worse("accuracy", ours.token_accuracy, hits.double(), hits)
         predicted = ours.predicted_tokens.view(3, -1)[:, :-1]
@@ -291,7 +316,12 @@ class TestForwardContract:
     def test_labels_given_by_position(self, model_type: str, model: nn.Module) -> None:
         inputs = batch()
         position = list(type(model).forward.__wrapped__.__code__.co_varnames).index("labels") - 1
-        args = [inputs["input_ids"], inputs["attention_mask"], *[None] * (position - 2), inputs["labels"]]
+        args = [
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            *[None] * (position - 2),
+            inputs["labels"],
+        ]
         assert isinstance(model.train()(*args).logits, DeferredLogits)
 
     def test_an_exception_inside_disarms(self, model_type: str, model: nn.Module) -> None:
@@ -316,6 +346,19 @@ class TestForwardContract:
         assert_all_no_worse(steps(model, autocast), steps(build(model_type, torch.float64)), low)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
+def test_compiles_to_one_graph(model_type: str) -> None:
+    """The fused loss stays fused (no logits come back), and the numbers stay the same."""
+    model = build(model_type)
+    liger_kernel.patch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(**batch(), use_cache=False).logits is None
+    assert_same_step(
+        model_type, torch.float32, compiled, rename="_orig_mod.", **batch(), use_cache=False
+    )
+
+
 def test_frozen_body_and_frozen_head() -> None:
     for frozen in ("model.", "lm_head"):
         reference, model = build("llama"), build("llama")
@@ -325,7 +368,8 @@ def test_frozen_body_and_frozen_head() -> None:
         liger_kernel.patch(model)
         _, expected = step(reference, **batch())
         _, ours = step(model, **batch())
-        assert ours.keys() == expected.keys() and ours
+        assert ours.keys() == expected.keys()
+        assert ours
 
 
 def test_report_reads_as_a_table() -> None:
@@ -398,11 +442,15 @@ def test_no_logits_are_ever_made() -> None:
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, (tuple, list)) else [out]:
                 if isinstance(t, torch.Tensor):
-                    Largest.size = max(Largest.size, t.untyped_storage().nbytes() // t.element_size())
+                    Largest.size = max(
+                        Largest.size, t.untyped_storage().nbytes() // t.element_size()
+                    )
             return out
 
     model = build("llama", max_position_embeddings=2048, vocab_size=2000)

@@ -40,7 +40,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     """The same weights at every call."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **CONFIGS.get(model_type, {}), **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**_COMMON, **CONFIGS.get(model_type, {}), **overrides}
+    )
     return randomize(AutoModelForCausalLM.from_config(config)).to(dtype)
 
 
@@ -49,12 +51,22 @@ def randomize(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if "head" in name or "embed" in name else 0.15))
+            p.copy_(
+                1 + 0.3 * noise
+                if "norm" in name
+                else noise * (0.3 if "head" in name or "embed" in name else 0.15)
+            )
     return model
 
 
-def batch(rows: int = 3, length: int = 11, ignored: float = 0.3, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(
+    rows: int = 3, length: int = 11, ignored: float = 0.3, seed: int = 0
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     drop = torch.rand(rows, length, generator=generator) < ignored
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(drop, -100)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(drop, -100),
+    }

@@ -74,7 +74,7 @@ class Recompute:
             for out, grad in zip(outputs, grads, strict=True)
             if grad is not None and out is not None and out.requires_grad
         ]
-        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
         if not pairs:
             return (None,) * len(tensors)
         found = iter(

@@ -23,14 +23,14 @@ def check_last_dim(name: str, tensor: Tensor | None, size: int, of: str) -> None
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(
-            f"All tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}."
-        )
+    if len({t.device for t in tensors.values() if t is not None}) > 1:
+        found = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"All tensors must be on one device, got {found}; move them with .to().")
 
 
 def check_floating(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, got {t.dtype}; convert it with .to().")
+            raise TypeError(
+                f"{name} must have a floating dtype, got {t.dtype}; convert it with .to()."
+            )

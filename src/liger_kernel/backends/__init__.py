@@ -18,6 +18,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from liger_kernel._core.autograd import Recompute
 from liger_kernel.backends import triton as _triton
 
@@ -91,6 +94,17 @@ def _implementation(op: str, device_type: str, requested: str | None) -> Any:
     return Recompute(getattr(importlib.import_module(f"{package}.reference"), op))
 
 
-def implementation(op: str, device_type: str) -> Any:
-    """The object with `forward` and `backward` that computes `op` for tensors on `device_type`."""
-    return _implementation(op, device_type, _requested)
+def implementation(op: str, x: Tensor) -> Any:
+    """The object with `forward` and `backward` that computes `op` for tensors like `x`.
+
+    Kernels compute in fp32, so float64 is left to the reference; asking a kernel for it raises RuntimeError.
+    """
+    requested = _requested
+    if x.dtype == torch.float64:
+        if requested not in (None, REFERENCE):
+            raise RuntimeError(
+                f"LIGER_KERNEL_IMPL={requested!r} computes in float32 and cannot serve float64; "
+                f"convert the tensors with .to(), or use LIGER_KERNEL_IMPL=reference."
+            )
+        requested = REFERENCE
+    return _implementation(op, x.device.type, requested)

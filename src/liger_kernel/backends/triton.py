@@ -6,7 +6,6 @@ import importlib.util
 
 from liger_kernel._core.launch import INTERPRET
 
-
 #: served without being asked; the interpreted CPU only on request
 DEVICE_TYPES = ("cuda", "xpu")
 

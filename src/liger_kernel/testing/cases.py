@@ -42,7 +42,9 @@ class Make:
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self._generator).to(self.device)
 
-    def labels(self, rows: int, classes: int, ignored: float = 0.0, ignore_index: int = -100) -> Tensor:
+    def labels(
+        self, rows: int, classes: int, ignored: float = 0.0, ignore_index: int = -100
+    ) -> Tensor:
         """int64 labels in [0, classes), a share `ignored` of them (1.0: all) replaced by `ignore_index`."""
         labels = torch.randint(classes, (rows,), generator=self._generator)
         drop = torch.rand(rows, generator=self._generator) < ignored
@@ -82,7 +84,8 @@ class OpSpec:
     """An op under test: how to call it, its reference with the same arguments, and its cases.
 
     `function(*inputs, **options)` and `reference(*inputs, **options)` return a tensor or a tuple of tensors and Nones.
-    `differentiable`: positions of the inputs that may ask for a gradient. `outputs_without_grad`: positions of outputs
+    `differentiable`: positions of the inputs that may ask for a gradient. `one_backward`: a second one is refused.
+    `outputs_without_grad`: positions of outputs
     that carry none. `elementwise`: positions of outputs compared element by element.
     """
 
@@ -93,3 +96,4 @@ class OpSpec:
     differentiable: tuple[int, ...]
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
+    one_backward: bool = False

@@ -11,7 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from liger_kernel.transformers.models.families import OPTION_OF
-from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+from liger_kernel.transformers.monkey_patch import (
+    MODEL_TYPE_TO_APPLY_LIGER_FN,
+    _apply_liger_kernel_to_instance,
+)
 from liger_kernel.transformers.patching.classes import patched_on_init
 from liger_kernel.transformers.patching.state import state_of
 
@@ -24,11 +27,15 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
         config = kwargs.get("config")
         if config is None or isinstance(config, str):
             known = {k: v for k, v in kwargs.items() if k not in OPTION_OF and k != "config"}
-            config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **_for_config(known))
+            config = AutoConfig.from_pretrained(
+                config or pretrained_model_name_or_path, **_for_config(known)
+            )
         flags, rest = _split(config, kwargs)
         with _patch_as_built(cls, config, flags):
             model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **rest)
@@ -44,19 +51,31 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
 
 def _for_config(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What decides which configuration is loaded."""
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+    names = (
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    )
     return {name: kwargs[name] for name in (*names, "code_revision", "proxies") if name in kwargs}
 
 
 def _split(config: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(flags of the entry point, everything else)."""
     function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(config, "model_type", ""))
-    names = inspect.signature(function).parameters.keys() - {"model"} if function else OPTION_OF.keys()
+    names = (
+        inspect.signature(function).parameters.keys() - {"model"} if function else OPTION_OF.keys()
+    )
     flags = {name: value for name, value in kwargs.items() if name in names}
     return flags, {name: value for name, value in kwargs.items() if name not in names}
 
 
-def _patch_as_built(auto: Any, config: Any, flags: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+def _patch_as_built(
+    auto: Any, config: Any, flags: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
     """Patch at the end of the constructor: before quantisation, device maps and their hooks settle on the modules."""
     try:
         found = auto._model_mapping[type(config)]

@@ -9,9 +9,11 @@ from torch import nn
 
 
 class _FSDPForwardRedirection:
-    """`redirect(wrapper, function, *args)` calls `function(*args)` while `wrapper`'s pre- and post-forward hooks fire."""
+    """`redirect(wrapper, function, *args)` calls `function(*args)` while the hooks around `wrapper`'s forward fire."""
 
-    def __call__(self, wrapper_module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, wrapper_module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         if not isinstance(wrapper_module, FullyShardedDataParallel):

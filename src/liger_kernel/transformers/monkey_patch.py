@@ -12,7 +12,11 @@ from torch import nn
 
 from liger_kernel.transformers.models.families import FAMILIES, OPTION_OF, Family
 from liger_kernel.transformers.patching import norms, patch
-from liger_kernel.transformers.patching.classes import patch_classes, patch_rope_globally, unpatch_classes
+from liger_kernel.transformers.patching.classes import (
+    patch_classes,
+    patch_rope_globally,
+    unpatch_classes,
+)
 from liger_kernel.transformers.patching.mlps import find_plan as find_mlp_plan
 from liger_kernel.transformers.patching.mlps import install as install_mlp
 from liger_kernel.transformers.patching.options import Options
@@ -49,13 +53,19 @@ def _entry_point(family: Family) -> ApplyFunction:
         Options.of(**options)  # flags that exclude each other are refused before anything changes
         name = _modeling_name(family)
         if model is None:
-            patch_classes(name, options["rope"], lambda built: _patch_instance(built, options, name))
+            patch_classes(
+                name, options["rope"], lambda built: _patch_instance(built, options, name)
+            )
         else:
             _patch_instance(model, options, name)
 
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, keyword, default=d, annotation=bool) for n, d in family.flags.items()]
-    parameters.append(inspect.Parameter("model", keyword, default=None, annotation=nn.Module | None))
+    parameters = [
+        inspect.Parameter(n, keyword, default=d, annotation=bool) for n, d in family.flags.items()
+    ]
+    parameters.append(
+        inspect.Parameter("model", keyword, default=None, annotation=nn.Module | None)
+    )
     apply.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     apply.__name__ = apply.__qualname__ = f"apply_liger_kernel_to_{family.name}"
     apply.__doc__ = (
@@ -71,7 +81,9 @@ def _exit_point(family: Family) -> Callable[[], None]:
         unpatch_classes(_modeling_name(family))
 
     revert.__name__ = revert.__qualname__ = f"revert_liger_kernel_to_{family.name}"
-    revert.__doc__ = f"Take back `apply_liger_kernel_to_{family.name}()`; models already built stay patched."
+    revert.__doc__ = (
+        f"Take back `apply_liger_kernel_to_{family.name}()`; models already built stay patched."
+    )
     return revert
 
 
@@ -93,7 +105,10 @@ def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
     """Patch the classes of a model type; an unknown type or flag is logged and ignored, as HF's callers expect."""
     function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type or "")
     if function is None:
-        logger.info("No entry point for model type %r; build the model and call liger_kernel.patch(model).", model_type)
+        logger.info(
+            "No entry point for model type %r; build the model and call liger_kernel.patch(model).",
+            model_type,
+        )
         return
     function(**_known_flags(function, kwargs))
 
@@ -118,15 +133,21 @@ def _patch_rms_norm_module(
     row_mode: bool | None = None,
 ) -> None:
     """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
-    name = next((n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon")
+    name = next(
+        (n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon"
+    )
     if not getattr(module, name, None):
         module.variance_epsilon = eps  # type: ignore[assignment]
-    norms.install(module, norms.NormPlan("rms_norm", name, offset, casting_mode, mixed=True), _unrecorded())
+    norms.install(
+        module, norms.NormPlan("rms_norm", name, offset, casting_mode, mixed=True), _unrecorded()
+    )
 
 
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
-    name = next((n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon")
+    name = next(
+        (n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon"
+    )
     if not getattr(module, name, None):
         module.variance_epsilon = eps  # type: ignore[assignment]
     norms.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
@@ -136,7 +157,9 @@ def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None
     """Fuse the gated product of one MLP; ValueError if it is not proven to be one."""
     plan = find_mlp_plan(module)
     if plan is None:
-        raise ValueError(f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is.")
+        raise ValueError(
+            f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is."
+        )
     install_mlp(module, plan, _unrecorded())
 
 

@@ -89,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         options: tuple[Any, ...],
     ) -> Outputs:
-        impl = implementation("cross_entropy", logits.device.type)
+        impl = implementation("cross_entropy", logits)
         if weight is not None:
             weight = weight.contiguous()
         outputs = run_forward(ctx, impl, (logits, target, weight), options)

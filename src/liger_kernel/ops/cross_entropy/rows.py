@@ -128,7 +128,9 @@ def step(
         z, z_slope = z / totals.count, z_slope / totals.count
     loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
     if o.token_scaling:
-        probability = x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
+        probability = (
+            x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
+        )
         loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
         factor = factor * probability
 

@@ -3,6 +3,7 @@ of 128k bf16 logits (256 KB) is served by the L2 cache."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.kernels import launch
 from liger_kernel._core.launch import (
     as_rows,
     cdiv,
@@ -29,6 +31,7 @@ class Config:
     warps: int
 
     @staticmethod
+    @functools.cache
     def of(n_cols: int) -> Config:
         block = min(next_power_of_2(n_cols), 16384)
         # a work group of AMD has at most 1024 threads, 64 to a warp
@@ -267,7 +270,9 @@ def step(
         return
     config = Config.of(n_cols)
     with device_guard(logits.device):
-        _cross_entropy[(n_rows,)](
+        launch(
+            _cross_entropy,
+            (n_rows,),
             logits,
             grad,
             target,
@@ -311,7 +316,9 @@ def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
     programs = min(cdiv(largest, block), 8 * processor_count(factor.device))
     a, b, c = (*found, None, None)[:3]
     with device_guard(factor.device):
-        _scale[(programs,)](
+        launch(
+            _scale,
+            (programs,),
             a,
             b,
             c,

@@ -63,7 +63,7 @@ class _FusedAddRMSNorm(torch.autograd.Function):
         casting_mode: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        impl = implementation("fused_add_rms_norm", x.device.type)
+        impl = implementation("fused_add_rms_norm", x)
         return run_forward(ctx, impl, (x, residual, weight), (eps, offset, casting_mode))
 
     backward = staticmethod(run_backward)

@@ -68,6 +68,7 @@ def _strided(make: Make) -> tuple[Tensor | None, ...]:
 
 
 SPEC = OpSpec(
+    one_backward=True,
     name="fused_linear_cross_entropy",
     function=fused_linear_cross_entropy,
     reference=reference.fused_linear_cross_entropy,

@@ -50,9 +50,7 @@ class ChunkPolicy:
     fewest_rows_cpu: int = 256
     multiple: int = 256
 
-    def rows(
-        self, n_rows: int, weight: Tensor, settings: Settings, needs_dw: bool
-    ) -> int:
+    def rows(self, n_rows: int, weight: Tensor, settings: Settings, needs_dw: bool) -> int:
         """Rows per chunk, at least 1 and at most n_rows; `memory_budget` bounds the bytes of the slab.
 
         Where dW would otherwise need an fp32 sum (see `WeightGradient`), two large chunks are taken if their slab is
@@ -171,7 +169,7 @@ def run(
     class_weight = None if class_weight is None else class_weight.contiguous()
     # `.sum().backward()` hands an expanded scalar to backward
     row_scale = None if row_scale is None else row_scale.contiguous()
-    impl = implementation("cross_entropy", hidden.device.type)
+    impl = implementation("cross_entropy", hidden)
     step = getattr(impl, "step", plain.step)
     needs_dx, needs_dw, needs_db = needs
     dtype, options = settings.dtype, settings.options
@@ -194,8 +192,8 @@ def run(
     b = None if bias is None else bias.to(dtype)
     slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
 
-    def chunk(at: slice) -> None:
-        x, logits = hidden[at].to(dtype), slab[: at.stop - at.start]
+    def chunk(at: slice, logits: Tensor) -> None:
+        x = hidden[at].to(dtype)
         if b is None:
             torch.mm(x, w.t(), out=logits)
         else:
@@ -215,7 +213,8 @@ def run(
 
     with _no_autocast(hidden.device.type):
         for start in range(0, n_rows, rows):
-            chunk(slice(start, min(start + rows, n_rows)))
+            at = slice(start, min(start + rows, n_rows))
+            chunk(at, slab[: at.stop - start])
     del slab  # its memory serves the rounding of dw
     grads = (
         dx,
@@ -233,5 +232,5 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
 
 def scale_(buffers: Gradients, factor: Tensor) -> None:
     """Multiply what is there by the 0-d `factor`, in place."""
-    impl = implementation("cross_entropy", factor.device.type)
+    impl = implementation("cross_entropy", factor)
     getattr(impl, "scale_", plain.scale_)(buffers, factor)

@@ -92,7 +92,7 @@ class _GLU(torch.autograd.Function):
         gate_multiplier: float,
         down_multiplier: float,
     ) -> Tensor:
-        impl = implementation("glu", gate.device.type)
+        impl = implementation("glu", gate)
         return run_forward(ctx, impl, (gate, up), (activation, gate_multiplier, down_multiplier))
 
     backward = staticmethod(run_backward)
@@ -156,7 +156,7 @@ def swiglu_fused_gate_up_forward(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def swiglu_fused_gate_up_backward(y: Tensor, dc: Tensor, in_place: bool = False) -> Tensor:
     """The gradient (R, 2F) of the packed rows, always a fresh tensor."""
-    impl = implementation("glu", y.device.type)
+    impl = implementation("glu", y)
     return impl.backward((as_rows(dc),), (y, None), ("silu", 1.0, 1.0), (True, False))[0]
 
 
@@ -170,6 +170,6 @@ def _forward(
 def _backward(
     a: Tensor, b: Tensor, dc: Tensor, activation: str, gate_multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    impl = implementation("glu", a.device.type)
+    impl = implementation("glu", a)
     da, db = impl.backward((as_rows(dc),), (a, b), (activation, gate_multiplier, 1.0), (True, True))
     return da.view(dc.shape), db.view(dc.shape)

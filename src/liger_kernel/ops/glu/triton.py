@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.kernels import launch
 from liger_kernel._core.launch import as_rows, cdiv, device_guard, next_power_of_2
 
 
@@ -22,6 +24,7 @@ class Config:
     warps: int
 
     @staticmethod
+    @functools.cache
     def of(n_cols: int) -> Config:
         cols = min(next_power_of_2(n_cols), 1024)  # most intermediate sizes are multiples of 512
         return Config(rows=4096 // cols, cols=cols, warps=8)
@@ -153,7 +156,9 @@ def forward(
     config = Config.of(n_cols)
     if n_rows:
         with device_guard(gate.device):
-            _glu_fwd[(config.programs(n_rows, n_cols),)](
+            launch(
+                _glu_fwd,
+                (config.programs(n_rows, n_cols),),
                 gate_rows,
                 up_rows,
                 y,
@@ -194,7 +199,9 @@ def backward(
     config = Config.of(n_cols)
     if n_rows:
         with device_guard(dy.device):
-            _glu_bwd[(config.programs(n_rows, n_cols),)](
+            launch(
+                _glu_bwd,
+                (config.programs(n_rows, n_cols),),
                 dy,
                 gate,
                 up,

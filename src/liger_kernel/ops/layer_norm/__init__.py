@@ -45,7 +45,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        impl = implementation("layer_norm", x.device.type)
+        impl = implementation("layer_norm", x)
         return run_forward(ctx, impl, (x, weight, bias), (eps,))
 
     backward = staticmethod(run_backward)

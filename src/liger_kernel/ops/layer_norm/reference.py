@@ -17,4 +17,4 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         y = y * weight.to(compute)
     if bias is not None:
         y = y + bias.to(compute)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()  # as F.layer_norm returns it, whatever the strides of x

@@ -6,6 +6,7 @@ What an op does not have, a constexpr takes out: the residual, the weight, the b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.kernels import column_sums
+from liger_kernel._core.kernels import column_sums, launch
 from liger_kernel._core.launch import (
     as_rows,
     cdiv,
@@ -35,6 +36,7 @@ class Config:
     programs_per_processor: int
 
     @staticmethod
+    @functools.cache
     def of(n_cols: int) -> Config:
         block = min(next_power_of_2(n_cols), 16384)
         rows = max(1, 2048 // block)
@@ -361,7 +363,9 @@ def norm_forward(
     config = Config.of(n_cols)
     if n_rows:
         with device_guard(x.device):
-            _norm_fwd[(cdiv(n_rows, config.rows),)](
+            launch(
+                _norm_fwd,
+                (cdiv(n_rows, config.rows),),
                 rows,
                 r_rows,
                 weight,
@@ -426,16 +430,16 @@ def norm_backward(
         if not config.looped:
             inputs = (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset)
             flags = for_dx | for_sums | shared | tile
-            _norm_bwd[(programs,)](*inputs, NEEDS_DX=needs_dx, ROWS=config.rows, **flags)
+            launch(_norm_bwd, (programs,), *inputs, NEEDS_DX=needs_dx, ROWS=config.rows, **flags)
         else:
             if needs_dx and n_rows:
                 inputs = (dy, ds, rows, weight, mean, rstd, dx, *strides, offset)
-                _norm_bwd_dx_looped[(n_rows,)](*inputs, **for_dx, **shared, **tile)
+                launch(_norm_bwd_dx_looped, (n_rows,), *inputs, **for_dx, **shared, **tile)
             if dtypes:
                 inputs = (dy, rows, mean, rstd, partial, dy.stride(0), rows.stride(0), n_rows)
                 tile = {"ROWS": 2, "BLOCK": 2048, "num_warps": 8}
                 grid = (programs, cdiv(n_cols, 2048))
-                _norm_bwd_partial_looped[grid](*inputs, **for_sums, **shared, **tile)
+                launch(_norm_bwd_partial_looped, grid, *inputs, **for_sums, **shared, **tile)
         sums = iter(() if partial is None else column_sums(partial, dtypes))
     return dx, next(sums) if needs_dw else None, next(sums) if needs_db else None
 

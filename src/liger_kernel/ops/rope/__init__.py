@@ -112,7 +112,7 @@ class _RoPE(torch.autograd.Function):
         interleaved: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        impl = implementation("rope", q.device.type)
+        impl = implementation("rope", q)
         return run_forward(ctx, impl, (q, k, cos, sin), (unsqueeze_dim, rotary_dim, interleaved))
 
     backward = staticmethod(run_backward)

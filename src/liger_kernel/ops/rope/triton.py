@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.kernels import launch
 from liger_kernel._core.launch import cdiv, device_guard, next_power_of_2
 
 
@@ -24,7 +26,8 @@ class Config:
     warps: int = 4
 
     @staticmethod
-    def of(n_heads: Sequence[int], head_dim: int, rotary_dim: int) -> Config:
+    @functools.cache
+    def of(n_heads: tuple[int, ...], head_dim: int, rotary_dim: int) -> Config:
         block_half = next_power_of_2(rotary_dim // 2)
         rest = head_dim - rotary_dim
         block_rest = next_power_of_2(rest) if rest else 0
@@ -215,7 +218,7 @@ def _rotated(
     outs = [torch.empty_like(x) for x in given]
     head_dim, seq = given[0].shape[3], given[0].shape[3 - unsqueeze_dim]
     n_tokens = given[0].shape[0] * seq
-    heads = [x.shape[unsqueeze_dim] for x in given]
+    heads = tuple(x.shape[unsqueeze_dim] for x in given)
     config = Config.of(heads, head_dim, rotary_dim)
     strides = [
         stride
@@ -225,7 +228,9 @@ def _rotated(
     ]
     if n_tokens:
         with device_guard(cos.device):
-            _rope[(cdiv(n_tokens, config.tokens),)](
+            launch(
+                _rope,
+                (cdiv(n_tokens, config.tokens),),
                 given[0],
                 given[-1],
                 outs[0],

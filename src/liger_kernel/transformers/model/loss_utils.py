@@ -11,7 +11,9 @@ from torch import Tensor
 from liger_kernel.transformers import functional
 
 #: what may be handed on to the fused loss; fixed here, because frameworks wrap the live function
-_LOSS_ARGUMENTS = frozenset(inspect.signature(functional.liger_fused_linear_cross_entropy).parameters) - {
+_LOSS_ARGUMENTS = frozenset(
+    inspect.signature(functional.liger_fused_linear_cross_entropy).parameters
+) - {
     "input",
     "weight",
     "target",
@@ -21,12 +23,30 @@ _LOSS_ARGUMENTS = frozenset(inspect.signature(functional.liger_fused_linear_cros
 }
 
 
+def shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """`shift_labels`, or `labels` (B, S) moved one to the left with `ignore_index` at the end."""
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        raise ValueError("The loss got neither labels nor shift_labels; pass one of them.")
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def per_item(loss: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """A summed loss divided by the number of items, if one is given."""
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
 def unpack_cross_entropy_result(result: Any) -> tuple[Any, Any, Any, Any]:
     """(loss, z_loss, token_accuracy, predicted_tokens) of a tensor, a tuple or a `CrossEntropyOutput`."""
     if isinstance(result, functional.CrossEntropyOutput):
         return result.loss, result.z_loss, result.token_accuracy, result.predicted_tokens
     values = tuple(result) if isinstance(result, tuple) else (result,)
-    return (*values, None, None, None)[:4]  # type: ignore[return-value]
+    return (*values, None, None, None)[:4]
 
 
 def fixed_fused_linear_cross_entropy(
@@ -57,9 +77,7 @@ def fixed_fused_linear_cross_entropy(
     if num_items_in_batch is None:
         return result
     loss, _, token_accuracy, predicted_tokens = unpack_cross_entropy_result(result)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    loss = loss / num_items_in_batch
+    loss = per_item(loss, num_items_in_batch)
     if not isinstance(result, functional.CrossEntropyOutput):
         return loss
     return functional.CrossEntropyOutput(
@@ -67,7 +85,7 @@ def fixed_fused_linear_cross_entropy(
     )
 
 
-def LigerForCausalLMLoss(  # noqa: N802 - a public name
+def LigerForCausalLMLoss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor | None,
@@ -82,15 +100,11 @@ def LigerForCausalLMLoss(  # noqa: N802 - a public name
 
     Keyword arguments that the fused loss does not know are ignored: model forwards pass on all they were given.
     """
-    if shift_labels is None:
-        if labels is None:
-            raise ValueError("LigerForCausalLMLoss got neither labels nor shift_labels; pass one of them.")
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     known = {name: value for name, value in kwargs.items() if name in _LOSS_ARGUMENTS}
     return fixed_fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_size),
         lm_head_weight,
-        shift_labels.reshape(-1).to(hidden_states.device),
+        shifted(labels, shift_labels, ignore_index).reshape(-1).to(hidden_states.device),
         num_items_in_batch,
         ignore_index,
         final_logit_softcapping,

@@ -9,25 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 
 @functools.cache
-def _liger_class(base: type) -> type:
+def _liger_class(base: Any) -> Any:
     if base.__name__.startswith("Liger"):
         return base
-    extra = [(n, "Tensor | None", dataclasses.field(default=None)) for n in ("token_accuracy", "predicted_tokens")]
+    extra = [
+        (n, "Tensor | None", dataclasses.field(default=None))
+        for n in ("token_accuracy", "predicted_tokens")
+    ]
     name = f"Liger{base.__name__}"
-    made = dataclasses.make_dataclass(name, extra, bases=(base,), namespace={"__module__": __name__})
+    made = dataclasses.make_dataclass(
+        name, extra, bases=(base,), namespace={"__module__": __name__}
+    )
     setattr(sys.modules[__name__], name, made)  # where pickle looks for it
     return made
 
 
 def with_metrics(output: Any, **metrics: Tensor) -> Any:
     """`output` (an HF ModelOutput) as its Liger class, with `metrics` filled in."""
-    return _liger_class(type(output))(**dict(output), **metrics)
+    return _liger_class(cast(Any, type(output)))(**dict(output), **metrics)
 
 
 def __getattr__(name: str) -> type:
@@ -44,6 +49,8 @@ def __getattr__(name: str) -> type:
 def _search(name: str) -> type | None:
     """An output class that a modeling file already imported defines."""
     for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("transformers.models.") and name in getattr(module, "__dict__", {}):
+        if module_name.startswith("transformers.models.") and name in getattr(
+            module, "__dict__", {}
+        ):
             return getattr(module, name)
     return None

@@ -54,7 +54,9 @@ class Family:
         return options
 
 
-def _family(name: str, flags: Mapping[str, bool], modeling: str | None = None, *more_types: str) -> Family:
+def _family(
+    name: str, flags: Mapping[str, bool], modeling: str | None = None, *more_types: str
+) -> Family:
     return Family(name, flags, (name, *more_types), modeling or name)
 
 

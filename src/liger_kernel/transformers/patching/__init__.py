@@ -36,7 +36,9 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
         other, and with `strict=True` if nothing could be replaced.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"patch() takes an nn.Module, got {type(model).__name__}; build the model first.")
+        raise TypeError(
+            f"patch() takes an nn.Module, got {type(model).__name__}; build the model first."
+        )
     model = _unwrapped(model)
     wanted = Options.of(**options)
     before = state_of(model)
@@ -57,7 +59,9 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
         if wanted.rope:
             patch_rope(model, state)
         if wanted.strict and not state.report.replaced:
-            raise ValueError(f"strict=True, but nothing in {type(model).__name__} could be replaced.\n{state.report}")
+            raise ValueError(
+                f"strict=True, but nothing in {type(model).__name__} could be replaced.\n{state.report}"
+            )
     except BaseException:
         state.revert()
         raise

@@ -8,13 +8,13 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from liger_kernel.transformers import rope as rope_module
-from liger_kernel.transformers.patching.rope import prove
+from liger_kernel.transformers.patching.rope import Form, prove
 
 _ROPE = "apply_rotary_pos_emb"
 _building = 0  # depth of nested constructors: only the outermost model is patched
@@ -51,7 +51,9 @@ def patch_rope_globally(modeling: types.ModuleType) -> GlobalPatch | None:
     """Put the public `liger_rotary_pos_emb` on a modeling file, if it is proven to compute the same."""
     original = getattr(modeling, _ROPE, None)
     ours = rope_module.liger_rotary_pos_emb
-    if original is None or (original is not ours and (prove(original) or {}).get("interleaved", True)):
+    if original is None:
+        return None
+    if original is not ours and Form() not in [replace(f, partial=False) for f in prove(original)]:
         return None
     return GlobalPatch(modeling, _ROPE, ours)
 
@@ -67,8 +69,8 @@ def patched_on_init(classes: Iterable[type], after: Callable[[nn.Module], None])
             handle()
 
 
-def _wrap_init(cls: type, after: Callable[[nn.Module], None]) -> Callable[[], None]:
-    had, original = "__init__" in cls.__dict__, cls.__init__  # type: ignore[misc]
+def _wrap_init(cls: Any, after: Callable[[nn.Module], None]) -> Callable[[], None]:
+    had, original = "__init__" in cls.__dict__, cls.__init__
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,12 +83,12 @@ def _wrap_init(cls: type, after: Callable[[nn.Module], None]) -> Callable[[], No
         if _building == 0:
             after(self)
 
-    cls.__init__ = init  # type: ignore[misc]
+    cls.__init__ = init
 
     def restore() -> None:
         if cls.__dict__.get("__init__") is init:
             if had:
-                cls.__init__ = original  # type: ignore[misc]
+                cls.__init__ = original
             else:
                 del cls.__init__
 

@@ -55,7 +55,7 @@ class DeferredLogits:
         self._head, self._hidden, self._run, self._chain = head, hidden, run, chain
         self._fused = Fused(hidden) if root is None else fused
         self._root = self if root is None else root
-        self._dtype = hidden.dtype if root is None else root._dtype
+        self._dtype: torch.dtype = hidden.dtype if root is None else root._dtype
         self._real: Tensor | None = None
 
     # -- real logits ------------------------------------------------------------------------------------------------
@@ -73,12 +73,17 @@ class DeferredLogits:
         return self._real
 
     def _then(
-        self, operation: Callable[[Tensor], Tensor], fused: Fused | None, dtype: torch.dtype | None = None
+        self,
+        operation: Callable[[Tensor], Tensor],
+        fused: Fused | None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         """The value after one more operation; real at once where the fused loss could not express it."""
         if fused is None or self._real is not None:
             return operation(self.materialize())
-        after = DeferredLogits(self._head, self._hidden, self._run, (*self._chain, operation), fused, self._root)
+        after = DeferredLogits(
+            self._head, self._hidden, self._run, (*self._chain, operation), fused, self._root
+        )
         after._dtype = dtype or self._dtype
         return after
 
@@ -88,7 +93,8 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         if self._real is not None or self._fused is None:
             return self.materialize().shape
-        return torch.Size((*self._fused.hidden.shape[:-1], self._head.out_features))
+        vocabulary: Any = self._head.out_features
+        return torch.Size((*self._fused.hidden.shape[:-1], vocabulary))
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -155,7 +161,9 @@ class DeferredLogits:
         if self._fused is not None and isinstance(factor, (int, float)) and factor > 0:
             by = 1 / factor if inverse else factor
             if self._fused.in_tanh:  # by * tanh(scale * logits) = softcap_by(by * scale * logits)
-                fused = replace(self._fused, softcap=by, scale=self._fused.scale * by, in_tanh=False)
+                fused = replace(
+                    self._fused, softcap=by, scale=self._fused.scale * by, in_tanh=False
+                )
             elif self._fused.softcap is None:
                 fused = replace(self._fused, scale=self._fused.scale * by)
         return self._then(operation, fused)
@@ -172,8 +180,10 @@ class DeferredLogits:
 
     def tanh(self) -> Any:
         fused = self._fused
-        plain = fused is not None and fused.softcap is None and not fused.in_tanh
-        return self._then(torch.tanh, replace(fused, in_tanh=True) if plain else None)
+        if fused is not None:
+            capped = fused.softcap is not None or fused.in_tanh
+            fused = None if capped else replace(fused, in_tanh=True)
+        return self._then(torch.tanh, fused)
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +195,7 @@ class DeferredLogits:
         ignore_index: int = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: Any = 0.0,  # `float` is a method here
     ) -> Tensor:
         """`torch.nn.functional.cross_entropy(self, target, ...)`."""
         fused = self._fused
@@ -200,7 +210,14 @@ class DeferredLogits:
             or reduce is not None
         ):
             return F.cross_entropy(
-                self.materialize(), target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+                self.materialize(),
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
             )
         arguments = {
             "ce_weight": weight,
@@ -214,7 +231,11 @@ class DeferredLogits:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.cross_entropy and "input" in kwargs:
@@ -256,7 +277,11 @@ def _keeps_last_dimension(index: Any, ndim: int) -> bool:
     index = index if isinstance(index, tuple) else (index,)
     if sum(i is Ellipsis for i in index) > 1 or any(i is None for i in index):
         return False
-    consumed = sum(i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index if i is not Ellipsis)
+    consumed = sum(
+        i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+        for i in index
+        if i is not Ellipsis
+    )
     if Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
         return consumed < ndim or (consumed == ndim and index[-1] == slice(None))
     last = index[-1]
@@ -272,8 +297,10 @@ def _delegate(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "add radd sub rsub rtruediv pow neg abs matmul rmatmul lt le gt ge eq ne iter floordiv mod and or bool float int"
-).split():
+_DELEGATED = (
+    "add radd sub rsub rtruediv pow neg abs matmul rmatmul lt le "
+    "gt ge eq ne iter floordiv mod and or bool float int "
+)
+for _name in _DELEGATED.split():
     setattr(DeferredLogits, f"__{_name}__", _delegate(f"__{_name}__"))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liger_kernel.transformers import functional
+from liger_kernel.transformers.model import loss_utils
 from liger_kernel.transformers.model.output_classes import with_metrics
 from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
@@ -31,7 +32,9 @@ class Frame:
     asked: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
 
-    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest) -> Tensor:
+    def run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
+    ) -> Tensor:
         """Called from inside the head's forward, where its weight is whole."""
         fused = request.fused
         if fused.scale != 1.0:
@@ -49,15 +52,23 @@ class Frame:
         return result.loss
 
 
-_frames: list[Frame] = []
+class _Frames(threading.local):
+    """The running forwards of this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+
+
+_frames = _Frames()
 
 
 class FusedHead:
     """Mixed into the class of a head: hands on deferred logits while its model is armed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _frames and _frames[-1].armed and len(args) == 1 and not kwargs:
-            return DeferredLogits(self, args[0], _frames[-1].run)
+        stack = _frames.stack
+        if stack and stack[-1].armed and len(args) == 1 and not kwargs:
+            return DeferredLogits(cast(nn.Module, self), args[0], stack[-1].run)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Tensor:
@@ -71,19 +82,23 @@ class LigerLMHead(FusedHead, nn.Linear):
 
 
 @functools.cache
-def _fused_class(cls: type) -> type:
+def _fused_class(cls: Any) -> Any:
     return LigerLMHead if cls is nn.Linear else type(f"Liger{cls.__name__}", (FusedHead, cls), {})
 
 
 def find_heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The output embedding(s): `get_output_embeddings()` with PEFT's saved copies, else a Linear onto the vocabulary."""
-    head = None
+    """The output embedding with PEFT's saved copies, else every Linear onto the vocabulary."""
+    head: Any = None
     if hasattr(model, "get_output_embeddings"):
         try:
-            head = model.get_output_embeddings()
+            head = model.get_output_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             head = None
-    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
+    config: Any = getattr(model, "config", None)
+    text_config = (
+        config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    )
+    vocab = getattr(text_config, "vocab_size", None)
     found = []
     for path, module in model.named_modules():
         if head is not None:
@@ -119,13 +134,15 @@ def patch_loss(model: nn.Module, state: State) -> None:
             usable.append((path, head))
         elif len(heads) == 1 or not list(head.children()):
             state.report.add("loss", path, reason=reason)
-    wraps_adapter = len(heads) > 1 and any("lora" in name for name, _ in heads[0][1].named_parameters())
+    wraps_adapter = len(heads) > 1 and any(
+        "lora" in name for name, _ in heads[0][1].named_parameters()
+    )
     if wraps_adapter:
         state.report.add("loss", heads[0][0], reason="an adapter adds to its output")
         return
     for path, head in usable:
         if not isinstance(head, FusedHead):
-            state.set_class(head, _fused_class(type(head)))
+            state.set_class(head, _fused_class(cast(Any, type(head))))
         state.report.add("loss", path, by="fused linear cross entropy")
     if usable:
         state.handles += [
@@ -135,22 +152,28 @@ def patch_loss(model: nn.Module, state: State) -> None:
 
 
 @functools.cache
-def _position_of_labels(cls: type) -> int | None:
-    names = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _position_of_labels(cls: Any) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)[1:]
     return names.index("labels") if "labels" in names else None
 
 
-def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _before_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
     asked = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
     skip_logits = asked.pop("skip_logits", None)
     labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     if labels is None:
-        at = _position_of_labels(type(model))
+        at = _position_of_labels(cast(Any, type(model)))
         labels = args[at] if at is not None and at < len(args) else None
     if labels is None and shift_labels is not None:
-        kwargs["labels"] = labels = shift_labels  # HF's forward asks only `labels` whether to compute a loss
+        kwargs["labels"] = labels = (
+            shift_labels  # HF's forward asks only `labels` whether to compute a loss
+        )
     if skip_logits and labels is None:
-        raise ValueError("skip_logits=True needs labels or shift_labels, got neither; pass one, or skip_logits=False.")
+        raise ValueError(
+            "skip_logits=True needs labels or shift_labels, got neither; pass one, or skip_logits=False."
+        )
     state = state_of(model)
     wanted = {name: value for name, value in asked.items() if value}
     armed = state is not None and labels is not None and not getattr(model, "_is_replica", False)
@@ -163,14 +186,15 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         wanted |= {name: value for name, value in options.items() if value is not None}
     frame = Frame(model, armed, wanted)
     frame.found["skip"] = bool(skip_logits)  # type: ignore[assignment]
-    _frames.append(frame)
+    _frames.stack.append(frame)
     return args, kwargs
 
 
 def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    if not _frames or _frames[-1].model is not model:
+    stack = _frames.stack
+    if not stack or stack[-1].model is not model:
         return None  # the pre-hook itself raised
-    frame = _frames.pop()
+    frame = stack.pop()
     skip = frame.found.pop("skip")
     if not frame.armed or output is None:
         return None
@@ -188,7 +212,9 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
         elif logits is not value:
             output = type(output)(**{**dict(output), key: logits})
     if frame.found:
-        output = (*output, *frame.found.values()) if as_tuple else with_metrics(output, **frame.found)
+        output = (
+            (*output, *frame.found.values()) if as_tuple else with_metrics(output, **frame.found)
+        )
     return output
 
 
@@ -202,19 +228,14 @@ def causal_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """The loss of a causal LM over existing logits, by the fused cross entropy: `patch(model, cross_entropy=True)`."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    loss = functional.liger_cross_entropy(
+    target = loss_utils.shifted(labels, shift_labels, ignore_index)
+    loss: Any = functional.liger_cross_entropy(
         logits.float().view(-1, vocab_size),
-        shift_labels.reshape(-1).to(logits.device),
+        target.reshape(-1).to(logits.device),
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )
-    if num_items_in_batch is None:
-        return loss
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
+    return loss_utils.per_item(loss, num_items_in_batch)
 
 
 def patch_cross_entropy(model: nn.Module, state: State) -> None:

@@ -59,7 +59,7 @@ def _linears(module: nn.Module) -> dict[str, Any]:
     return {
         name: child
         for name, child in module._modules.items()
-        if isinstance(getattr(child, "in_features", None), int) and isinstance(getattr(child, "out_features", None), int)
+        if all(isinstance(getattr(child, n, None), int) for n in ("in_features", "out_features"))
     }
 
 
@@ -68,7 +68,11 @@ def is_candidate(module: nn.Module) -> bool:
     linears = _linears(module)
     if not 2 <= len(linears) <= 3 or any(p is not None for p in module._parameters.values()):
         return False
-    others = [child for name, child in module._modules.items() if name not in linears and child is not None]
+    others = [
+        child
+        for name, child in module._modules.items()
+        if name not in linears and child is not None
+    ]
     return all(next(child.parameters(), None) is None for child in others)
 
 
@@ -87,9 +91,13 @@ def _candidates(module: nn.Module) -> Iterator[MLPPlan]:
 def find_plan(module: nn.Module) -> MLPPlan | None:
     """The proven plan for this module, or None."""
     others = tuple(
-        (name, type(child), repr(child)) for name, child in module._modules.items() if name not in _linears(module)
+        (name, type(child), repr(child))
+        for name, child in module._modules.items()
+        if name not in _linears(module)
     )
-    functions = tuple((n, v) for n, v in module.__dict__.items() if isinstance(v, types.FunctionType))
+    functions = tuple(
+        (n, v) for n, v in module.__dict__.items() if isinstance(v, types.FunctionType)
+    )
     linears = tuple((n, getattr(c, "bias", None) is not None) for n, c in _linears(module).items())
     sizes = tuple((c.in_features, c.out_features) for c in _linears(module).values())
     key = (type(module), proof.plain_attributes(module), others, functions, linears, sizes)
@@ -106,12 +114,12 @@ def _proves(module: nn.Module, plan: MLPPlan) -> bool:
     def exact() -> bool:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            children = dict(module._modules)
+            children: dict[str, Any] = dict(module._modules)
             for name, (n_in, n_out) in sizes.items():
                 bias = getattr(getattr(module, name), "bias", None) is not None
                 children[name] = nn.Linear(n_in, n_out, bias=bias, device="cpu")
             x = 3 * torch.randn(5, 32)
-        twin = proof.clone(module, {}, children)  # type: ignore[arg-type]
+        twin = proof.clone(module, {}, children)
         parameters = [p for name in sizes for p in children[name].parameters()]
         theirs = proof.run(partial(type(module).forward, twin), [x], parameters)
         return proof.same_function(proof.run(partial(plan.compute, twin), [x], parameters), theirs)
@@ -131,7 +139,9 @@ def patch_mlps(model: nn.Module, state: State) -> None:
         if not is_candidate(module):
             continue
         if PLAN in module.__dict__:
-            state.report.add("mlp", path, by=str(module.__dict__[PLAN]))  # by an enclosing or earlier patch
+            state.report.add(
+                "mlp", path, by=str(module.__dict__[PLAN])
+            )  # by an enclosing or earlier patch
             continue
         if "forward" in module.__dict__:
             state.report.add("mlp", path, reason="its forward was already replaced")
@@ -140,5 +150,13 @@ def patch_mlps(model: nn.Module, state: State) -> None:
         if plan is not None:
             install(module, plan, state)
             state.report.add("mlp", path, by=str(plan))
-        elif len(_linears(module)) == 3:
+        elif len(_linears(module)) == 3 and _has_activation(module):
             state.report.add("mlp", path, reason=f"{type(module).__name__} computes something else")
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether three Linears are meant as a gated MLP (and not, say, as query, key and value)."""
+    names = [
+        n for n in (*module._modules, *vars(module)) if "act" in n and n not in _linears(module)
+    ]
+    return any(callable(getattr(module, name)) for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,9 @@ class NormPlan:
     def __str__(self) -> str:
         if self.kind == "layer_norm":
             return self.label
-        return f"{self.label}({self.casting_mode}{f', offset={self.offset:g}' if self.offset else ''})"
+        return (
+            f"{self.label}({self.casting_mode}{f', offset={self.offset:g}' if self.offset else ''})"
+        )
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         eps = getattr(module, self.eps)
@@ -68,8 +71,10 @@ def is_candidate(module: nn.Module) -> bool:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     if not parameters:
         return bool(_eps_names(module))
-    return "weight" in parameters and parameters.keys() <= {"weight", "bias"} and all(
-        len(proof.whole_shape(p)) == 1 for p in parameters.values()
+    return (
+        "weight" in parameters
+        and parameters.keys() <= {"weight", "bias"}
+        and all(len(proof.whole_shape(p)) == 1 for p in parameters.values())
     )
 
 
@@ -157,14 +162,24 @@ def patch_norms(model: nn.Module, state: State) -> None:
         if not is_candidate(module):
             continue
         if PLAN in module.__dict__:
-            state.report.add("norm", path, by=str(module.__dict__[PLAN]))  # by an enclosing or earlier patch
+            state.report.add(
+                "norm", path, by=str(module.__dict__[PLAN])
+            )  # by an enclosing or earlier patch
             continue
         if "forward" in module.__dict__:
             state.report.add("norm", path, reason="its forward was already replaced")
             continue
         plan = find_plan(module)
         if plan is None:
-            state.report.add("norm", path, reason=f"{type(module).__name__} computes something else")
+            state.report.add(
+                "norm", path, reason=f"{type(module).__name__} computes something else"
+            )
         elif getattr(state.options, plan.kind):
             install(module, plan, state)
-            state.report.add("norm", path, by=str(plan))
+            state.report.add("norm", path, by=str(plan) + _other_forms(module))
+
+
+def _other_forms(module: nn.Module) -> str:
+    """What the report adds where the forward takes more than the hidden states: such calls keep the original."""
+    more = list(inspect.signature(type(module).forward).parameters)[2:]
+    return f", except with {', '.join(more)}" if more else ""

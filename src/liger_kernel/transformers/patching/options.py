@@ -55,7 +55,8 @@ class Options:
                 f"Unknown option(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}."
             )
         flags = {name for name, field in known.items() if isinstance(field.default, bool)}
-        return cls(**{name: bool(v) if name in flags else v for name, v in given.items()})
+        values: dict[str, Any] = {n: bool(v) if n in flags else v for n, v in given.items()}
+        return cls(**values)
 
 
 #: options of the fused loss that are handed on to the op when they are set

@@ -32,7 +32,9 @@ def plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         sorted(
             (name, value)
             for name, value in module.__dict__.items()
-            if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name != "layer_idx"
+            if isinstance(value, (bool, int, float, str))
+            and not name.startswith("_")
+            and name != "layer_idx"
         )
     )
 
@@ -46,7 +48,9 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def clone(module: nn.Module, parameters: dict[str, Tensor | None], children: dict[str, nn.Module]) -> nn.Module:
+def clone(
+    module: nn.Module, parameters: dict[str, Tensor | None], children: dict[str, nn.Module]
+) -> nn.Module:
     """A module of the same class and plain attributes, with other parameters and children, and without hooks."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -57,7 +61,9 @@ def clone(module: nn.Module, parameters: dict[str, Tensor | None], children: dic
     return twin
 
 
-def run(function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def run(
+    function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> list[Tensor]:
     """Outputs, and gradients of inputs and parameters under a fixed cotangent."""
     leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = function(*leaves)
@@ -66,7 +72,10 @@ def run(function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequ
     cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
     wanted = [t for t in (*leaves, *parameters) if t.requires_grad]
     grads = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)
-    return [*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True))]
+    return [
+        *outputs,
+        *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)),
+    ]
 
 
 def same_function(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
@@ -88,10 +97,23 @@ def same_rounding(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def attempt(check: Callable[[], bool]) -> bool:
-    """The verdict of `check`, run on the reference implementation; False if the module cannot run this way at all."""
-    with use_implementation("reference"), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        try:
+    """The verdict of `check`, run on the reference implementation; False if the module cannot run this way at all.
+
+    On the CPU in fp32, whatever `from_pretrained` or the caller made the default while the model is being built.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            use_implementation("reference"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
             return check()
-        except Exception:
-            # a foreign module that does not even run on the clone is simply not this candidate
-            return False
+    except Exception:
+        # a foreign module that does not even run on the clone is simply not this candidate
+        return False
+    finally:
+        torch.set_default_dtype(dtype)

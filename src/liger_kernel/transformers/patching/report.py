@@ -38,11 +38,19 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [("kind", "modules", "", "replaced by")]
         for (kind, path, by, reason), count in _grouped(self.rows):
-            lines.append((kind, path, f"x{count}" if count > 1 else "", by or f"(skipped: {reason})"))
+            lines.append(
+                (kind, path, f"x{count}" if count > 1 else "", by or f"(skipped: {reason})")
+            )
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         head = f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
         return "\n".join(
-            [head, *("  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines)]
+            [
+                head,
+                *(
+                    "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]])
+                    for line in lines
+                ),
+            ]
         )
 
 

@@ -11,6 +11,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,29 +22,94 @@ from liger_kernel.transformers.patching import proof
 from liger_kernel.transformers.patching.state import State
 
 
-@functools.cache
-def prove(original: Callable[..., Any]) -> dict[str, Any] | None:
-    """How our `rope` computes what `original(q, k, cos, sin)` does: {"partial": bool, "interleaved": bool}, or None."""
-    for interleaved in (False, True):
-        if proof.attempt(lambda i=interleaved: _agrees(original, 16, i)):  # type: ignore[misc]
-            partial = proof.attempt(lambda i=interleaved: _agrees(original, 8, i))  # type: ignore[misc]
-            return {"interleaved": interleaved, "partial": partial}
-    return None
+@dataclass(frozen=True)
+class Form:
+    """How our `rope` computes a rotary function of a modeling file."""
 
+    interleaved: bool = False
+    angles: str = "twice"  # what cos holds of the angles a: "twice" (a, a), "pairs" (a0, a0, a1, a1, ..) or "once" (a)
+    unpaired: bool = False  # neighbours are sorted into halves first, and stay there (DeepSeek)
+    keys: bool = True  # f(q, k, cos, sin), or f(x, cos, sin)
+    flat: bool = (
+        False  # (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R)
+    )
+    partial: bool = False  # proven for cos narrower than the heads, too
 
-def _agrees(original: Callable[..., Any], rotary_dim: int, interleaved: bool) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    ok = True
-    for unsqueeze_dim, shape in ((1, (2, 3, 5, 16)), (2, (2, 5, 3, 16))):
-        q, k = (torch.randn(shape, generator=generator) for _ in range(2))
-        angles = torch.randn(2, 5, rotary_dim // 2, generator=generator)
-        both = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
-        cos, sin = both.cos(), both.sin()
-        extra = {} if unsqueeze_dim == 1 else {"unsqueeze_dim": 2}
-        theirs = proof.run(lambda q, k, c=cos, s=sin, e=extra: original(q, k, c, s, **e), [q, k], [])
-        ours = proof.run(
-            lambda q, k, c=cos, s=sin, u=unsqueeze_dim: rope_op.rope(q, k, c, s, u, None, interleaved), [q, k], []
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this is a call of the proven form."""
+        if len(args) != 3 + self.keys or not all(isinstance(t, Tensor) for t in args):
+            return False
+        q, cos = args[0], args[-2]
+        known = kwargs.keys() <= (set() if self.flat else {"unsqueeze_dim"})
+        whole = cos.shape[-1] * (2 if self.angles == "once" else 1) == q.shape[-1]
+        dims = (3, 2) if self.flat else (4, 3)
+        return (
+            known
+            and (whole or self.partial)
+            and (q.ndim, cos.ndim) == dims
+            and not cos.requires_grad
         )
+
+    def compute(self, *args: Tensor, unsqueeze_dim: int = 1) -> Any:
+        q, cos, sin = args[0], *args[-2:]
+        k = args[1] if self.keys else None
+        rotary_dim = cos.shape[-1] * (2 if self.angles == "once" else 1)
+        if (
+            self.interleaved and self.angles == "twice"
+        ):  # the op reads one half of a wide table: the right one
+            cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
+        if self.unpaired:
+            q, k = _unpaired(q), None if k is None else _unpaired(k)
+        if self.flat:
+            q, k, unsqueeze_dim = q[None], None if k is None else k[None], 2
+        q, k = rope_op.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim, self.interleaved)
+        if self.flat:
+            q, k = q[0], None if k is None else k[0]
+        return (q, k) if self.keys else q
+
+
+def _unpaired(x: Tensor) -> Tensor:
+    """Columns 0, 2, 4, .. then 1, 3, 5, .."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+_FORMS = (
+    Form(),
+    Form(interleaved=True, angles="pairs"),
+    Form(interleaved=True, angles="twice"),
+    Form(unpaired=True),
+    Form(angles="once"),
+    Form(keys=False),
+    Form(interleaved=True, angles="once", keys=False),
+)
+
+
+@functools.cache
+def prove(original: Callable[..., Any]) -> tuple[Form, ...]:
+    """The call forms of a rotary function that our `rope` computes; empty if there is none."""
+    found = []
+    for flat in (False, True):
+        for form in (replace(f, flat=flat) for f in _FORMS):
+            if proof.attempt(lambda f=form: _agrees(original, f, 16)):  # type: ignore[misc]
+                partial = proof.attempt(lambda f=form: _agrees(original, f, 8))  # type: ignore[misc]
+                found.append(replace(form, partial=partial))
+                break
+    return tuple(found)
+
+
+def _agrees(original: Callable[..., Any], form: Form, rotary_dim: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, (5, 3, 16)),) if form.flat else ((1, (2, 3, 5, 16)), (2, (2, 5, 3, 16)))
+    ok = True
+    for unsqueeze_dim, shape in shapes:
+        heads = [torch.randn(shape, generator=generator) for _ in range(1 + form.keys)]
+        once = torch.randn(*(() if form.flat else (2,)), 5, rotary_dim // 2, generator=generator)
+        twice, pairs = torch.cat((once, once), -1), once.repeat_interleave(2, -1)
+        table = {"once": once, "twice": twice, "pairs": pairs}[form.angles]
+        extra = {} if form.flat or unsqueeze_dim == 1 else {"unsqueeze_dim": 2}
+        tables = (table.cos(), table.sin())
+        theirs = proof.run(lambda *h, t=tables, e=extra: original(*h, *t, **e), heads, [])
+        ours = proof.run(lambda *h, t=tables, e=extra: form.compute(*h, *t, **e), heads, [])
         ok = ok and proof.same_function(ours, theirs)
     return ok
 
@@ -51,18 +117,16 @@ def _agrees(original: Callable[..., Any], rotary_dim: int, interleaved: bool) ->
 @functools.cache
 def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     """A function with the signature of `original` that computes the proven call forms by our op, or None."""
-    proven = prove(original)
-    if proven is None:
+    forms = prove(original)
+    if not forms:
         return None
-    interleaved, partial = proven["interleaved"], proven["partial"]
 
     @functools.wraps(original)
-    def liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        known = not args and kwargs.keys() <= {"unsqueeze_dim"} and isinstance(k, Tensor) and q.ndim == 4
-        whole = partial or cos.shape[-1] == q.shape[-1]
-        if not (known and whole and cos.ndim == 3 and not cos.requires_grad):
-            return original(q, k, cos, sin, *args, **kwargs)
-        return rope_op.rope(q, k, cos, sin, kwargs.get("unsqueeze_dim", 1), None, interleaved)
+    def liger_rope(*args: Any, **kwargs: Any) -> Any:
+        for form in forms:
+            if form.takes(args, kwargs):
+                return form.compute(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return liger_rope
 
@@ -79,8 +143,12 @@ def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
                 overlay[name] = ours
     if not overlay:
         return None
+    # torch.compile reads the globals of a function through the module that they name
+    name = f"_liger_{forward.__module__}_{forward.__qualname__}".replace(".", "_")
+    module = sys.modules[name] = types.ModuleType(name)
+    vars(module).update(forward.__globals__, **overlay, __name__=name)
     made = types.FunctionType(
-        forward.__code__, {**forward.__globals__, **overlay}, forward.__name__, forward.__defaults__, forward.__closure__
+        forward.__code__, vars(module), forward.__name__, forward.__defaults__, forward.__closure__
     )
     made.__kwdefaults__ = forward.__kwdefaults__
     functools.update_wrapper(made, forward)
@@ -101,15 +169,19 @@ class RopeForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
-        self.function: Any = _rebound(type(self.module).forward)  # type: ignore[arg-type]
-        self.__wrapped__ = types.MethodType(type(self.module).forward, self.module)  # for inspect.signature
+        self.function: Any = _rebound(type(self.module).forward)
+        self.__wrapped__ = types.MethodType(
+            type(self.module).forward, self.module
+        )  # for inspect.signature
 
 
 def _calls_rotary(module: nn.Module) -> types.FunctionType | None:
     forward = getattr(type(module), "forward", None)
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
         return None
-    names = [n for n in forward.__code__.co_names if "rot" in n and callable(forward.__globals__.get(n))]
+    names = [
+        n for n in forward.__code__.co_names if "rot" in n and callable(forward.__globals__.get(n))
+    ]
     return forward if names else None
 
 
@@ -127,13 +199,3 @@ def patch_rope(model: nn.Module, state: State) -> None:
             continue
         state.set(module, "forward", RopeForward(module))
         state.report.add("rope", path, by="liger rope")
-
-
-def modeling_functions(model_or_class: Any) -> list[tuple[types.ModuleType, str]]:
-    """(modeling module, name) of the proven rotary functions in the file that defines a model class."""
-    modeling = sys.modules[model_or_class.__module__]
-    return [
-        (modeling, name)
-        for name in ("apply_rotary_pos_emb",)
-        if callable(getattr(modeling, name, None)) and prove(getattr(modeling, name)) is not None
-    ]

@@ -1,6 +1,6 @@
 """The record of every change made to a model, so that each can be taken back.
 
-The record is plain data that hangs on the model itself: `copy.deepcopy(model)` copies it along with the modules it names.
+The record is plain data that hangs on the model itself: `copy.deepcopy(model)` copies it with the modules it names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import nn
 from liger_kernel.transformers.patching.options import Options
 from liger_kernel.transformers.patching.report import PatchReport
 
-MISSING = "<missing>"  # a string, so that it stays the same object-value through deepcopy and pickle
+MISSING = (
+    "<missing>"  # a string, so that it stays the same object-value through deepcopy and pickle
+)
 KEY = "_liger_state"
 
 
