@@ -20,7 +20,7 @@ from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.models.families import FAMILIES
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from liger_kernel.transformers.patching.state import state_of
-from test.transformers.test_patching import assert_same_step
+from test.transformers.steps import assert_same_step
 from test.transformers.tiny import CONFIGS, batch, build
 
 NAMES = [family.name for family in FAMILIES]

@@ -1,0 +1,25 @@
+"""What the tests of patched models share."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from liger_kernel import backends
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
+    """How often each op's implementation ran."""
+    counts: collections.Counter[str] = collections.Counter()
+    original = backends._implementation
+
+    def counting(op: str, *args: Any) -> Any:
+        counts[op] += 1
+        return original(op, *args)
+
+    monkeypatch.setattr(backends, "_implementation", counting)
+    return counts
