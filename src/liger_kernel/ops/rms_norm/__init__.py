@@ -17,8 +17,11 @@ from liger_kernel._core.checks import (
 )
 from liger_kernel._core.dtensor import is_dtensor, on_shards
 from liger_kernel._core.launch import as_rows
-from liger_kernel.backends import implementation, use_implementation
+from liger_kernel.backends import host_bound, implementation, use_implementation
 from liger_kernel.ops.rms_norm import reference
+
+#: since 2.8, `F.rms_norm` is one kernel forward and one or two backward
+_FUSED_IN_TORCH = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 #: casting mode -> the code that the incumbent's helpers return and take
 CASTING_MODES = {"llama": 0, "gemma": 1, "none": -1}
@@ -53,6 +56,10 @@ def rms_norm(
     if is_dtensor(x) or is_dtensor(weight):
         options = (eps, offset, casting_mode)
         return on_row_shards(lambda x, weight: rms_norm(x, weight, *options), x, weight)
+    plain = weight is not None and weight.dtype == x.dtype and not offset and casting_mode != "none"
+    if plain and _FUSED_IN_TORCH and host_bound(x):
+        # one rounding at the end in either mode, so at least as exact
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
     return _RMSNorm.apply(x, weight, eps, offset, casting_mode)
 
 
