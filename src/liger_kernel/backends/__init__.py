@@ -94,21 +94,14 @@ def _implementation(op: str, device_type: str, requested: str | None) -> Any:
     return Recompute(getattr(importlib.import_module(f"{package}.reference"), op))
 
 
-#: elements up to which a call is bound by the host: its kernels take a few microseconds, Python some hundred. On the
-#: H200 machine a no-op `autograd.Function` costs 109 us forward and backward, and eager `silu(a) * b` 132 us.
-HOST_BOUND_ELEMENTS = 2**23
+def host_bound(x: Tensor, elements: int) -> bool:
+    """Whether `x` is a GPU tensor of at most `elements`, so small that PyTorch's own C++ ops, if few, are faster.
 
-
-def host_bound(x: Tensor) -> bool:
-    """Whether PyTorch's own C++ ops, if few, serve a GPU tensor of this size faster than a kernel called from Python.
-
-    Never so where an implementation was asked for by name.
+    There the kernels take a few microseconds, and Python most of the time: on the H200 machine a no-op
+    `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
+    was asked for by name.
     """
-    return (
-        _requested is None
-        and x.numel() <= HOST_BOUND_ELEMENTS
-        and x.device.type in _triton.DEVICE_TYPES
-    )
+    return _requested is None and x.numel() <= elements and x.device.type in _triton.DEVICE_TYPES
 
 
 def implementation(op: str, x: Tensor) -> Any:

@@ -14,6 +14,9 @@ from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation
 from liger_kernel.ops.glu import reference
 
+#: elements up to which the two eager kernels are taken on a GPU
+_SMALL = 2**23
+
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
@@ -45,7 +48,7 @@ def glu(
     check_same_device(gate=gate, up=up)
     options = (activation, float(gate_multiplier), float(down_multiplier))
     # Inductor fuses it with its neighbours; for small tensors two C++ ops cost less than one of ours
-    if torch.compiler.is_compiling() or (options[1:] == (1.0, 1.0) and host_bound(gate)):
+    if torch.compiler.is_compiling() or (options[1:] == (1.0, 1.0) and host_bound(gate, _SMALL)):
         return reference.glu(gate, up, *options)
     if is_dtensor(gate) or is_dtensor(up):
         return on_shards(lambda g, u: glu(g, u, *options), gate, up, shape=gate.shape)

@@ -20,7 +20,9 @@ from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation, use_implementation
 from liger_kernel.ops.rms_norm import reference
 
-#: since 2.8, `F.rms_norm` is one kernel forward and one or two backward
+#: elements up to which `F.rms_norm` (one kernel forward and two backward, since torch 2.8) is taken on a GPU; its
+#: backward takes 0.25 ms for 65536x128, ours 0.025
+_SMALL = 2**22
 _FUSED_IN_TORCH = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 #: casting mode -> the code that the incumbent's helpers return and take
@@ -57,7 +59,7 @@ def rms_norm(
         options = (eps, offset, casting_mode)
         return on_row_shards(lambda x, weight: rms_norm(x, weight, *options), x, weight)
     plain = weight is not None and weight.dtype == x.dtype and not offset and casting_mode != "none"
-    if plain and _FUSED_IN_TORCH and host_bound(x):
+    if plain and _FUSED_IN_TORCH and host_bound(x, _SMALL):
         # one rounding at the end in either mode, so at least as exact
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
     return _RMSNorm.apply(x, weight, eps, offset, casting_mode)

@@ -36,7 +36,7 @@ SPEC = OpSpec(
         _case("gemma", "offset 1, one rounding", 9, 64, offset=1.0, casting_mode="gemma"),
         _case("none", "no promised fp32 statistics", 5, 48, casting_mode="none"),
         _case("llama-offset", "offset with the llama rounding", 7, 100, offset=1.0),
-        _case("one-column", "a row of one element", 5, 1),
+        _case("two-columns", "the shortest row whose gradient is not zero", 5, 2),
         _case("one-row", "one row, odd width", 1, 333),
         _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 32),
         _case("long-row", "a row that does not fit one block", 3, 16384 + 40),

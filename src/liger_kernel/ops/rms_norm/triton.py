@@ -27,7 +27,11 @@ from liger_kernel._core.launch import (
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of (rows, block) elements; `looped` walks rows too long for the registers block by block."""
+    """Tile of (rows, block) elements; `looped` walks rows too long for the registers block by block.
+
+    A whole row of 16384 in the backward of LayerNorm spilled: 1.79 ms for 8192 rows on an H200, 0.45 TB/s; a looped
+    row of 32768 runs at 1.5 TB/s.
+    """
 
     rows: int
     block: int
@@ -38,7 +42,7 @@ class Config:
     @staticmethod
     @functools.cache
     def of(n_cols: int) -> Config:
-        block = min(next_power_of_2(n_cols), 16384)
+        block = min(next_power_of_2(n_cols), 8192)
         rows = max(1, 2048 // block)
         return Config(
             rows=rows,
