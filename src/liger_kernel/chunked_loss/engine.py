@@ -1,0 +1,93 @@
+"""From hidden states to log-probabilities of tokens and sequences, with memory for one chunk of logits.
+
+All losses on log-probabilities stand on these functions; `fused_linear_cross_entropy` sizes the chunks, runs the
+matrix products and computes the gradients of exactly what asks for one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
+
+#: (hidden, weight, bias) of a frozen reference model
+Reference = tuple[Tensor, Tensor, Tensor | None]
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log softmax((hidden @ weight.T + bias) / temperature) at `target`, 0 where that is `ignore_index`.
+
+    hidden: (B, T, H). weight: (V, H). target: (B, T). bias: (V,). Returns (B, T), at least fp32.
+    """
+    if temperature != 1.0:
+        hidden = hidden / temperature
+        bias = None if bias is None else bias / temperature
+    loss = fused_linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        ignore_index=ignore_index,
+        reduction="none",
+    )[0]
+    assert loss is not None
+    return -loss.view(target.shape)
+
+
+@torch.no_grad()
+def reference_token_logps(
+    reference: Reference, target: Tensor, ignore_index: int = -100, temperature: float = 1.0
+) -> Tensor:
+    hidden, weight, bias = reference
+    return token_logps(hidden, weight, target, bias, ignore_index, temperature)
+
+
+def sequence_logps(logps: Tensor, labelled: Tensor, average: bool) -> Tensor:
+    """(B, T) -> (B,): the sum over a sequence, or the mean over its labelled tokens; 0 where there are none."""
+    total = logps.sum(1)
+    return total / labelled.sum(1).clamp(min=1) if average else total
+
+
+@torch.no_grad()
+def sequence_logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B,): all logits of a sequence added up, which needs the logits of no token."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = (hidden.sum(1, dtype=dtype) * weight.sum(0, dtype=dtype)).sum(1)
+    return total if bias is None else total + hidden.shape[1] * bias.sum(dtype=dtype)
+
+
+def reference_of(
+    use_ref_model: bool,
+    ref_input: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> Reference | None:
+    if not use_ref_model:
+        return None
+    if ref_input is None or ref_weight is None:
+        missing = "ref_input" if ref_input is None else "ref_weight"
+        raise ValueError(
+            f"use_ref_model=True, but {missing} is None; pass ref_input and ref_weight, or use_ref_model=False."
+        )
+    return ref_input, ref_weight, ref_bias
+
+
+def check_sequences(hidden: Tensor, target: Tensor) -> None:
+    if hidden.ndim != 3 or target.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"hidden states have shape {tuple(hidden.shape)} and labels {tuple(target.shape)}, "
+            f"not (B, T, H) and (B, T)."
+        )
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")

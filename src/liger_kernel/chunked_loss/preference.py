@@ -1,0 +1,101 @@
+"""What the losses on pairs share: the first half of a batch is chosen, the second half rejected.
+
+`compiled` and `chunk_size` of their public classes are accepted and change nothing: nothing here is compiled, and
+the engine sizes its chunks by memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liger_kernel.chunked_loss.engine import (
+    Reference,
+    check_sequences,
+    reference_token_logps,
+    sequence_logit_sums,
+    sequence_logps,
+    token_logps,
+)
+
+#: the loss and the metrics
+LossAndMetrics = tuple[Tensor, tuple[Tensor, ...]]
+#: (chosen, rejected, reference chosen, reference rejected) -> the loss and the metrics of every pair, all (P,)
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def paired_loss(
+    pair_loss: PairLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reference: Reference | None = None,
+    ignore_index: int = -100,
+    alpha: float = 1.0,
+    compute_nll_loss: bool = False,
+    nll_target: Tensor | None = None,
+    average_log_prob: bool = False,
+) -> LossAndMetrics:
+    """alpha * NLL of the chosen tokens + the mean of `pair_loss` over the pairs, and the metrics.
+
+    A pair with a side that has no labelled token compares nothing: its loss, its gradient and its metrics are 0.
+
+    Args:
+        hidden: (2P, T, H). weight: (V, H). target: (2P, T). bias: (V,).
+        nll_target: (2P, T), the labels of the NLL; only the first half is read. None: `target`.
+
+    Returns: the loss, at least fp32, and (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean,
+    rejected_logits_mean, nll_loss, *metrics of the loss), without gradient.
+    Raises: ValueError for a batch that is not made of pairs.
+    """
+    check_sequences(hidden, target)
+    batch, length = target.shape
+    if batch % 2:
+        raise ValueError(
+            f"The batch has {batch} sequences, an odd number; pass the chosen ones and then as many rejected ones."
+        )
+    pairs = batch // 2
+    labelled = target != ignore_index
+    tokens = token_logps(hidden, weight, target, bias, ignore_index)
+    logps = sequence_logps(tokens, labelled, average_log_prob)
+    if reference is None:
+        ref_logps = torch.zeros_like(logps)
+    else:
+        ref_tokens = reference_token_logps(reference, target, ignore_index)
+        ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
+
+    has_labels = labelled.any(1)
+    compares = has_labels[:pairs] & has_labels[pairs:]
+    # log-probability 0 is a singular point of the odds ratio; its NaN would come back through `where`
+    sides = [
+        side.masked_fill(~compares, -1.0)
+        for both in (logps, ref_logps)
+        for side in (both[:pairs], both[pairs:])
+    ]
+    losses, *metrics = (found.masked_fill(~compares, 0.0) for found in pair_loss(*sides))
+    loss = losses.sum() / max(pairs, 1)
+
+    nll_loss = torch.zeros_like(loss)
+    if compute_nll_loss:
+        labels = target if nll_target is None else nll_target
+        chosen = tokens[:pairs]
+        if nll_target is not None:
+            chosen = token_logps(hidden[:pairs], weight, nll_target[:pairs], bias, ignore_index)
+        nll_loss = -chosen.sum() / (labels[:pairs] != ignore_index).sum().clamp(min=1)
+        loss = loss + alpha * nll_loss
+
+    sums = sequence_logit_sums(hidden, weight, bias) / max(pairs * length * weight.shape[0], 1)
+    found = (logps[:pairs], logps[pairs:], sums[:pairs].sum(), sums[pairs:].sum(), nll_loss)
+    return loss, tuple(t.detach() for t in (*found, *metrics))
+
+
+def smoothed_sigmoid_loss(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid(margin), with a share `label_smoothing` of the labels taken to be flipped."""
+    return (
+        -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    )
