@@ -13,6 +13,7 @@ from torch import nn
 from liger_kernel.transformers.models.families import FAMILIES, OPTION_OF, Family
 from liger_kernel.transformers.patching import norms, patch
 from liger_kernel.transformers.patching.classes import (
+    GlobalPatch,
     patch_classes,
     patch_rope_globally,
     unpatch_classes,
@@ -35,13 +36,18 @@ def _modeling_name(family: Family) -> str:
 
 def _patch_instance(model: nn.Module, options: dict[str, Any], modeling_name: str) -> None:
     """Patch one model; rope goes onto the modeling file, where HF's own tests and other libraries look for it."""
-    rope = options["rope"]
-    patch(model, **{**options, "rope": False})
-    if rope:
-        state = state_of(model)
+    held = None
+    if options["rope"]:
         held = patch_rope_globally(importlib.import_module(modeling_name))
-        if held is not None and state is not None:
-            state.handles.append(held)
+        options = {**options, "rope": held is None}  # not the plain form: attention by attention
+    patch(model, **options)
+    state = state_of(model)
+    if held is None or state is None:
+        return
+    if any(isinstance(handle, GlobalPatch) for handle in state.handles):
+        held.remove()  # HF's Trainer patches at every train(): this model holds it already
+    else:
+        state.handles.append(held)
 
 
 def _entry_point(family: Family) -> ApplyFunction:

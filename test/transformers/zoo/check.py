@@ -7,7 +7,7 @@ import contextlib
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ import liger_kernel
 from liger_kernel import backends
 from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers.patching.deferred import DeferredLogits
+from liger_kernel.transformers.patching.report import PatchReport
 from liger_kernel.transformers.patching.state import state_of
 from test.transformers.zoo.build import Entry, build
 
@@ -72,7 +73,12 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Gradients, A
     return outputs.loss.detach(), grads, outputs
 
 
-def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
+def check(
+    fresh: nn.Module,
+    inputs: dict[str, Any],
+    result: Result,
+    patch: Callable[[nn.Module], PatchReport] = liger_kernel.patch,
+) -> None:
     """Fill in `result`; raises AssertionError where the patched model is wrong. `fresh` itself is never run."""
     stock, model = copy.deepcopy(fresh), copy.deepcopy(fresh)
     low_loss, low_grads, _ = step(stock, inputs)
@@ -81,7 +87,7 @@ def check(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
     bystander, globals_before, before = _snapshot(stock), _globals(stock), _snapshot(model)
     step(stock, inputs)
     changing = _changed(bystander, _snapshot(stock))  # by HF itself at every step
-    report = liger_kernel.patch(model)
+    report = patch(model)
     for row in report.replaced:
         by = result.replaced.setdefault(row.kind, {})
         by[row.by or ""] = by.get(row.by or "", 0) + 1

@@ -10,20 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_LLAMA: Mapping[str, bool] = {
-    "rope": True,
-    "cross_entropy": False,
-    "fused_linear_cross_entropy": True,
-    "rms_norm": True,
-    "swiglu": True,
-}
-_GEMMA: Mapping[str, bool] = {
-    "rope": True,
-    "cross_entropy": False,
-    "fused_linear_cross_entropy": True,
-    "rms_norm": True,
-    "geglu": True,
-}
+Flags = Mapping[str, bool]
+
+
+def _flags(**changed: bool) -> Flags:
+    """The usual flags, with what differs; later ones go to the end."""
+    usual = {
+        "rope": True,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": True,
+        "rms_norm": True,
+        "swiglu": True,
+    }
+    return {**usual, **changed}
+
+
+_LLAMA = _flags()
+_NO_ROPE = _flags(rope=False)
+_GEMMA = {("geglu" if name == "swiglu" else name): default for name, default in _LLAMA.items()}
+_TEXT_IN_IMAGE = {"cross_entropy": False, "fused_linear_cross_entropy": True}
+_NORMS_IN_IMAGE = {**_TEXT_IN_IMAGE, "rms_norm": True, "layer_norm": True}
 
 #: flag of an entry point -> option of `patch`
 OPTION_OF = {
@@ -42,31 +48,71 @@ class Family:
     """One entry point, `apply_liger_kernel_to_<name>(**flags, model=None)`."""
 
     name: str
-    flags: Mapping[str, bool]
+    flags: Flags
     model_types: tuple[str, ...]
     modeling: str  # transformers.models.<modeling>.modeling_<modeling>
+    #: kinds without a flag that are patched all the same: those of the text model inside an image-text model
+    always: tuple[str, ...] = ()
 
-    def options(self, flags: Mapping[str, bool]) -> dict[str, bool]:
-        """The options of `patch` that these flags mean; a kind without a flag is left alone."""
-        options = dict.fromkeys(OPTION_OF.values(), False)
+    def options(self, flags: Flags) -> dict[str, bool]:
+        """The options of `patch` that these flags mean; a kind without a flag is left alone, unless `always`."""
+        options = {option: option in self.always for option in OPTION_OF.values()}
         for name, default in self.flags.items():
             options[OPTION_OF[name]] = bool(flags.get(name, default))
         return options
 
 
 def _family(
-    name: str, flags: Mapping[str, bool], modeling: str | None = None, *more_types: str
+    name: str, flags: Flags, *more_types: str, modeling: str = "", always: tuple[str, ...] = ()
 ) -> Family:
-    return Family(name, flags, (name, *more_types), modeling or name)
+    return Family(name, flags, (name, *more_types), modeling or name, always)
 
+
+_TEXT = ("rms_norm", "mlp", "rope")
 
 FAMILIES = (
+    _family("deepseek_v2", _NO_ROPE),
+    _family("deepseek_v3", _NO_ROPE),
+    _family("deepseek_v4", _flags(rope=False, swiglu=False)),
+    _family("exaone4", _LLAMA),
+    _family("falcon_h1", _LLAMA),
     _family("gemma", _GEMMA),
     _family("gemma2", _GEMMA),
-    _family("gemma3_text", _GEMMA, "gemma3"),
+    _family("gemma3", {**_GEMMA, "layer_norm": True}),
+    _family("gemma3_text", _GEMMA, modeling="gemma3"),
+    _family("gemma4", {**_GEMMA, "rope": False, "layer_norm": False}),
+    _family("gemma4_text", {**_GEMMA, "rope": False}, modeling="gemma4"),
+    _family("glm4", _NO_ROPE),
+    _family("glm4v", _NO_ROPE),
+    _family("glm4v_moe", _NO_ROPE),
+    _family("gpt_oss", _flags(swiglu=False)),
+    _family("granite", _flags(cross_entropy=True, fused_linear_cross_entropy=False)),
+    _family("hunyuan_v1_dense", _LLAMA),
+    _family("hunyuan_v1_moe", _LLAMA),
+    _family("internvl", _NORMS_IN_IMAGE, always=("mlp", "rope")),
     _family("llama", _LLAMA),
+    _family("llama4", _flags(layer_norm=True), "llama4_text"),
+    _family("llava", _TEXT_IN_IMAGE, always=_TEXT),
+    _family("ministral", _LLAMA),
     _family("mistral", _LLAMA),
+    _family("mixtral", _LLAMA),
+    _family("mllama", _flags(layer_norm=True), "mllama_text_model"),
+    _family("muse_glimmer", _flags(layer_norm=True)),
+    _family("olmo2", _LLAMA),
+    _family("olmo3", _LLAMA),
+    _family("paligemma", {**_GEMMA, "layer_norm": True}),
     _family("phi3", _LLAMA),
+    _family("pixtral", {"rope": True, "rms_norm": True, "swiglu": True}),
     _family("qwen2", _LLAMA),
+    _family("qwen2_5_vl", _LLAMA, "qwen2_5_vl_text"),
+    _family("qwen2_vl", _flags(layer_norm=True), "qwen2_vl_text"),
     _family("qwen3", _LLAMA),
+    _family("qwen3_5", _NO_ROPE, "qwen3_5_text"),
+    _family("qwen3_5_moe", _NO_ROPE, "qwen3_5_moe_text"),
+    _family("qwen3_moe", _LLAMA),
+    _family("qwen3_next", _NO_ROPE),
+    _family("qwen3_vl", _flags(swiglu=False), "qwen3_vl_text"),
+    _family("qwen3_vl_moe", _LLAMA, "qwen3_vl_moe_text"),
+    _family("smollm3", _LLAMA),
+    _family("smolvlm", _NORMS_IN_IMAGE, always=("mlp", "rope")),
 )
