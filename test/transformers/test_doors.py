@@ -144,7 +144,7 @@ def test_by_instance() -> None:
     first = state_of(model)
     doors._apply_liger_kernel_to_instance(model=model)
     assert state_of(model) is first
-    unknown = build("helium")
+    unknown = build("arcee")
     doors._apply_liger_kernel_to_instance(unknown, swiglu=True)
     assert state_of(unknown).report.replaced
     doors._apply_liger_kernel_to_instance(nn.Linear(2, 2))
@@ -161,7 +161,7 @@ def test_two_models_share_the_rope_of_their_file() -> None:
     assert modeling("llama").apply_rotary_pos_emb is original
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "helium"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "arcee"])
 def test_auto_class(model_type: str, tmp_path: Path) -> None:
     saved = build(model_type)
     saved.save_pretrained(tmp_path)
