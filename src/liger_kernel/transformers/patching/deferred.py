@@ -41,7 +41,10 @@ class LossRequest:
 
 
 class DeferredLogits:
-    """See the module docstring. `chain` replays the recorded operations on real logits."""
+    """See the module docstring. `chain` replays the recorded operations on real logits.
+
+    `head(hidden, request)` computes what `request` asks for, `head(hidden, None)` the real logits.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class DeferredLogits:
         """The real logits, made once by the head's own call and the recorded operations."""
         if self._real is None:
             if self._root is self:
-                self._real = nn.Module.__call__(self._head, self._hidden)
+                self._real = self._head(self._hidden, None)  # the second argument: now
             else:
                 value = self._root.materialize()
                 for operation in self._chain:
@@ -227,7 +230,7 @@ class DeferredLogits:
             "softcap": fused.softcap,
         }
         request = LossRequest(target, fused, arguments, self._run)
-        return nn.Module.__call__(self._head, fused.hidden, request).to(self.dtype)
+        return self._head(fused.hidden, request).to(self.dtype)
 
     @classmethod
     def __torch_function__(

@@ -51,6 +51,12 @@ class Frame:
                 self.found[name] = value
         return result.loss
 
+    def entry(self, head: nn.Module) -> nn.Module:
+        """What to call to reach `head` with its weight whole: the head, or the unit of FSDP1 around it."""
+        get = getattr(self.model, "get_output_embeddings", None)
+        around = get() if callable(get) else None
+        return around if getattr(around, "_fsdp_wrapped_module", None) is head else head
+
 
 class _Frames(threading.local):
     """The running forwards of this thread, innermost last."""
@@ -68,7 +74,7 @@ class FusedHead:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = _frames.stack
         if stack and stack[-1].armed and len(args) == 1 and not kwargs:
-            return DeferredLogits(cast(nn.Module, self), args[0], stack[-1].run)
+            return DeferredLogits(stack[-1].entry(cast(nn.Module, self)), args[0], stack[-1].run)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Tensor:
