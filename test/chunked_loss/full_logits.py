@@ -14,7 +14,9 @@ from torch import Tensor
 from liger_kernel.testing import assert_no_worse
 
 IGNORED = -100
-SEEDS = range(12)  # outputs of several draws are compared together: the error of one number may be 0 by luck
+SEEDS = range(
+    12
+)  # outputs of several draws are compared together: the error of one number may be 0 by luck
 DTYPES = [torch.float32, torch.bfloat16]
 Inputs = Mapping[str, Any]
 
@@ -37,10 +39,7 @@ def pick(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
 def sequences(tokens: Tensor, target: Tensor, average: bool) -> Tensor:
     valid = (target != IGNORED).sum(1)
     return torch.stack(
-        [
-            tokens[i].sum() / (max(int(n), 1) if average else 1)
-            for i, n in enumerate(valid.tolist())
-        ]
+        [tokens[i].sum() / (max(int(n), 1) if average else 1) for i, n in enumerate(valid.tolist())]
     )
 
 
@@ -125,10 +124,10 @@ def draw_sequences(
         if bias:
             found["bias"] = torch.randn(classes, generator=g) * 0.3
         if reference:
-            found["ref_hidden"] = hidden + 0.3 * torch.randn(hidden.shape, generator=g)
-            found["ref_weight"] = weight + 0.1 * torch.randn(weight.shape, generator=g)
+            found["ref_hidden"] = hidden + 0.1 * torch.randn(hidden.shape, generator=g)
+            found["ref_weight"] = weight + 0.03 * torch.randn(weight.shape, generator=g)
             if bias:
-                found["ref_bias"] = torch.randn(classes, generator=g) * 0.3
+                found["ref_bias"] = found["bias"] + 0.1 * torch.randn(classes, generator=g)
         return {name: t.to(dtype) for name, t in found.items()} | {"target": target}
 
     return draw

@@ -175,7 +175,7 @@ def test_orpo(nll: str, dtype: torch.dtype) -> None:
 @dtypes
 @pytest.mark.parametrize("use_ref_model", [False, True])
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("kl", [None, 0.3])
+@pytest.mark.parametrize("kl", [None, 0.25])
 def test_kto(kl: float | None, average: bool, use_ref_model: bool, dtype: torch.dtype) -> None:
     beta, labels = 0.2, torch.tensor([True, False, False, True, True])
     module = LigerFusedLinearKTOLoss(
@@ -236,13 +236,13 @@ def test_sequences_without_labels(module: Any, empty: str) -> None:
         loss, metrics = module(hidden, weight, i["target"], preference_labels=labels)
     else:
         loss, metrics = module(weight, hidden, i["target"])
-    loss.backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     for t in (loss, *metrics, hidden.grad, weight.grad):
         assert t.isfinite().all()
     assert (hidden.grad[2] == 0).all()
-    assert (hidden.grad[3] != 0).any() == (empty == "one" and hidden.grad[3].any())
     if empty == "all":
         assert loss == 0
         assert not weight.grad.any()
@@ -267,11 +267,11 @@ def test_arguments() -> None:
         LigerFusedLinearCPOLoss()(i["weight"], i["hidden"], i["target"])
     with pytest.raises(ValueError, match=r"Unsupported loss_type: ipo\. .*apo_down.*sppo_hard"):
         LigerFusedLinearDPOLoss(loss_type="ipo")
-    with pytest.raises(ValueError, match="exo_pair.*got 0"):
+    with pytest.raises(ValueError, match=r"exo_pair.*got 0"):
         LigerFusedLinearDPOLoss(loss_type="exo_pair")
     with pytest.raises(ValueError, match=r"\[0.0, 0.5\).*got 0.5"):
         LigerFusedLinearDPOLoss(loss_type="robust", label_smoothing=0.5)
-    with pytest.raises(ValueError, match="chunk_size.*got 0"):
+    with pytest.raises(ValueError, match=r"chunk_size.*got 0"):
         LigerFusedLinearORPOLoss(chunk_size=0)
     with pytest.raises(ValueError, match="ref_input is None"):
         LigerFusedLinearDPOLoss()(i["weight"], i["hidden"][:2], i["target"][:2])

@@ -19,7 +19,7 @@ _HOME = {
     "LigerFusedLinearSimPOLoss": "simpo_loss",
 }
 
-__all__ = [  # noqa: PLE0604  # each is found by __getattr__
+__all__ = [  # each is found by __getattr__
     "LigerFusedLinearCPOLoss",
     "LigerFusedLinearCosineSimilarityLoss",
     "LigerFusedLinearDPOLoss",

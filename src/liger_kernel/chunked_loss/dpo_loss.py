@@ -11,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel.chunked_loss.engine import check_chunk_size, reference_of
-from liger_kernel.chunked_loss.preference import (
-    LossAndMetrics,
-    paired_loss,
-    smoothed_sigmoid_loss,
-)
+from liger_kernel.chunked_loss.preference import LossAndMetrics, paired_loss
 
 
 def _exo_pair(a: Tensor, b: Tensor, beta: float, smoothing: float, tau: float) -> Tensor:
@@ -23,6 +19,13 @@ def _exo_pair(a: Tensor, b: Tensor, beta: float, smoothing: float, tau: float) -
     d = beta * (a - b)
     agree = d.sigmoid() * (F.logsigmoid(d) - math.log1p(-smoothing))
     return agree + (-d).sigmoid() * (F.logsigmoid(-d) - math.log(smoothing))
+
+
+def _robust(a: Tensor, b: Tensor, beta: float, smoothing: float, tau: float) -> Tensor:
+    """Unbiased under a share `smoothing` of flipped labels (arXiv 2403.00409)."""
+    d = beta * (a - b)
+    loss = -(1 - smoothing) * F.logsigmoid(d) + smoothing * F.logsigmoid(-d)
+    return loss / (1 - 2 * smoothing)
 
 
 def _discopop(a: Tensor, b: Tensor, beta: float, smoothing: float, tau: float) -> Tensor:
@@ -40,10 +43,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "nca_pair": lambda a, b, beta, s, tau: (
         -F.logsigmoid(beta * a) - 0.5 * F.logsigmoid(-beta * a) - 0.5 * F.logsigmoid(-beta * b)
     ),
-    "robust": lambda a, b, beta, s, tau: (
-        smoothed_sigmoid_loss(beta * (a - b), s) + 2 * s * F.logsigmoid(-beta * (a - b))
-    )
-    / (1 - 2 * s),
+    "robust": _robust,
     "bco_pair": lambda a, b, beta, s, tau: -F.logsigmoid(beta * a) - F.logsigmoid(-beta * b),
     "sppo_hard": lambda a, b, beta, s, tau: (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2,
     "apo_zero": lambda a, b, beta, s, tau: (-beta * a).sigmoid() + (beta * b).sigmoid(),

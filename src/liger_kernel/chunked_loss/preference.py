@@ -96,6 +96,4 @@ def paired_loss(
 
 def smoothed_sigmoid_loss(margin: Tensor, label_smoothing: float) -> Tensor:
     """-log sigmoid(margin), with a share `label_smoothing` of the labels taken to be flipped."""
-    return (
-        -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    )
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

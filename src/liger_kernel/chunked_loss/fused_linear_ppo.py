@@ -1,0 +1,40 @@
+"""What policy losses need from hidden states and masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liger_kernel.chunked_loss.engine import token_logps
+
+
+class LigerFusedLinearPPOBase:
+    """Log-probabilities of sampled tokens, and how many tokens a loss over all ranks is divided by."""
+
+    @staticmethod
+    def chunk_forward(
+        input_chunk: Tensor,
+        weight: Tensor,
+        selected_token_ids: Tensor,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """(B, T) log-probabilities, at least fp32, of the tokens (B, T) under hidden states (B, T, H)."""
+        return token_logps(input_chunk, weight, selected_token_ids, bias, temperature=temperature)
+
+    @staticmethod
+    def _compute_dapo_normalizer(
+        attention_mask: Tensor, num_items_in_batch: Tensor | float | None = None
+    ) -> Tensor:
+        """Tokens per rank, at least 1: `num_items_in_batch` counts those of all ranks, else the masks are added up."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if num_items_in_batch is not None:
+            total = torch.as_tensor(
+                num_items_in_batch, dtype=torch.float32, device=attention_mask.device
+            )
+        else:
+            total = attention_mask.sum(dtype=torch.float32)
+            if distributed:
+                torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM)
+        world = torch.distributed.get_world_size() if distributed else 1
+        return (total / world).clamp(min=1.0)
