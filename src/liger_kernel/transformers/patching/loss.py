@@ -54,7 +54,7 @@ class Frame:
     def entry(self, head: nn.Module) -> nn.Module:
         """What to call to reach `head` with its weight whole: the head, or the unit of FSDP1 around it."""
         get = getattr(self.model, "get_output_embeddings", None)
-        around = get() if callable(get) else None
+        around: Any = get() if callable(get) else None
         return around if getattr(around, "_fsdp_wrapped_module", None) is head else head
 
 
