@@ -182,6 +182,13 @@ def test_auto_class(model_type: str, tmp_path: Path) -> None:
     assert state_of(build(model_type)) is None
 
 
+def test_a_refused_call_leaves_nothing_behind() -> None:
+    original = modeling("llama").apply_rotary_pos_emb
+    with pytest.raises(TypeError, match=r"nn\.Module, got str"):
+        doors.apply_liger_kernel_to_llama(model="llama")
+    assert modeling("llama").apply_rotary_pos_emb is original
+
+
 def test_patch_by_decree() -> None:
     model = build("llama")
     expected = model.model.norm(x := torch.randn(2, 48))

@@ -40,7 +40,12 @@ def _patch_instance(model: nn.Module, options: dict[str, Any], modeling_name: st
     if options["rope"]:
         held = patch_rope_globally(importlib.import_module(modeling_name))
         options = {**options, "rope": held is None}  # not the plain form: attention by attention
-    patch(model, **options)
+    try:
+        patch(model, **options)
+    except BaseException:
+        if held is not None:
+            held.remove()
+        raise
     state = state_of(model)
     if held is None or state is None:
         return
@@ -130,6 +135,15 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     patch(model, **{OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF})
 
 
+def _eps_name(module: nn.Module, default: float) -> str:
+    """The attribute that holds the module's epsilon; made, with `default`, where there is none."""
+    for name in ("variance_epsilon", "eps"):
+        if getattr(module, name, None):
+            return name
+    module.variance_epsilon = default  # type: ignore[assignment]
+    return "variance_epsilon"
+
+
 def _patch_rms_norm_module(
     module: nn.Module,
     offset: float = 0.0,
@@ -139,11 +153,7 @@ def _patch_rms_norm_module(
     row_mode: bool | None = None,
 ) -> None:
     """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
-    name = next(
-        (n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon"
-    )
-    if not getattr(module, name, None):
-        module.variance_epsilon = eps  # type: ignore[assignment]
+    name = _eps_name(module, eps)
     norms.install(
         module, norms.NormPlan("rms_norm", name, offset, casting_mode, mixed=True), _unrecorded()
     )
@@ -151,11 +161,7 @@ def _patch_rms_norm_module(
 
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
-    name = next(
-        (n for n in ("variance_epsilon", "eps") if getattr(module, n, None)), "variance_epsilon"
-    )
-    if not getattr(module, name, None):
-        module.variance_epsilon = eps  # type: ignore[assignment]
+    name = _eps_name(module, eps)
     norms.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
 
 

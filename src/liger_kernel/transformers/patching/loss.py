@@ -29,6 +29,7 @@ class Frame:
 
     model: nn.Module
     armed: bool
+    skip_logits: bool
     asked: dict[str, Any] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
 
@@ -190,9 +191,7 @@ def _before_forward(
     if armed and state is not None:
         options = {name: getattr(state.options, name) for name in LOSS_OPTIONS}
         wanted |= {name: value for name, value in options.items() if value is not None}
-    frame = Frame(model, armed, wanted)
-    frame.found["skip"] = bool(skip_logits)  # type: ignore[assignment]
-    _frames.stack.append(frame)
+    _frames.stack.append(Frame(model, armed, bool(skip_logits), wanted))
     return args, kwargs
 
 
@@ -201,7 +200,6 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     if not stack or stack[-1].model is not model:
         return None  # the pre-hook itself raised
     frame = stack.pop()
-    skip = frame.found.pop("skip")
     if not frame.armed or output is None:
         return None
     as_tuple = isinstance(output, tuple)
@@ -209,7 +207,7 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     for key, value in entries:
         if not isinstance(value, DeferredLogits):
             continue
-        if skip or torch.compiler.is_compiling():
+        if frame.skip_logits or torch.compiler.is_compiling():
             logits = None
         else:
             logits = value if model.training else value.materialize()
