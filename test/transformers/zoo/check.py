@@ -28,6 +28,7 @@ LOSS_OPS = ("fused_linear_cross_entropy", "cross_entropy")
 LOOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 Gradients = dict[str, Tensor]
+Step = tuple[Tensor, Gradients]
 
 
 @dataclass
@@ -85,7 +86,9 @@ def check(
     high_loss, high_grads, lows = _truth(fresh, inputs, (low_loss, low_grads), result)
     step(model, inputs)  # HF installs some hooks on the first forward
     bystander, globals_before, before = _snapshot(stock), _globals(stock), _snapshot(model)
-    step(stock, inputs)
+    unsteady = _unequal(step(stock, inputs)[:2], (low_loss, low_grads))
+    if unsteady:
+        result.notes.append(f"{len(unsteady)} of {len(low_grads)} gradients differ from run to run")
     changing = _changed(bystander, _snapshot(stock))  # by HF itself at every step
     report = patch(model)
     for row in report.replaced:
@@ -115,13 +118,20 @@ def check(
         changed = _changed(was, now) - changing
         assert not changed, f"{what}: {sorted(changed)[:4]}"
     for name, again in (
-        ("after unpatch", step(model, inputs)),
-        ("the other model", step(stock, inputs)),
+        ("after unpatch", step(model, inputs)[:2]),
+        ("the other model", step(stock, inputs)[:2]),
     ):
-        assert torch.equal(again[0], low_loss), f"{name}: loss {again[0]} != {low_loss}"
         assert again[1].keys() == low_grads.keys(), name
-        unequal = [key for key, grad in again[1].items() if not torch.equal(grad, low_grads[key])]
-        assert not unequal, f"{name}: gradients differ: {unequal[:3]}"
+        unequal = _unequal(again, (low_loss, low_grads)) - unsteady
+        assert not unequal, f"{name}: differ: {sorted(unequal)[:3]}"
+
+
+def _unequal(ours: Step, theirs: Step) -> set[str]:
+    """Which of the loss and the gradients are not bit-equal."""
+    names = {
+        n for n, grad in theirs[1].items() if n not in ours[1] or not torch.equal(ours[1][n], grad)
+    }
+    return names if torch.equal(ours[0], theirs[0]) else names | {"loss"}
 
 
 def _assert_told(result: Result) -> None:
