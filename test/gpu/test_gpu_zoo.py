@@ -1,4 +1,4 @@
-"""Whole models in bfloat16 with our Triton kernels: types that between them have every kind of head, norm, MLP and rope."""
+"""Whole models in bfloat16 with our Triton kernels: every kind of head, norm, MLP and rope among them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,62 @@ import transformers
 
 from test.transformers.zoo import build, check, inputs
 
-TYPES = (
-    "apertus bamba bloom cohere cohere2 deepseek_v3 ernie4_5 exaone4 falcon falcon_h1 gemma gemma2 gemma3_text"
-    " glm glm4 glm4_moe gpt2 gpt_oss granite granitemoe helium hunyuan_v1_dense jamba lfm2 llama llama4_text"
-    " mistral mixtral nemotron olmo olmo2 olmo3 opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next smollm3"
-    " stablelm starcoder2"
-).split()
-WITH_PIXELS = "gemma3 glm4v idefics3 internvl llava paligemma qwen2_vl qwen2_5_vl qwen3_vl".split()
+TYPES = [
+    "apertus",
+    "bamba",
+    "bloom",
+    "cohere",
+    "cohere2",
+    "deepseek_v3",
+    "ernie4_5",
+    "exaone4",
+    "falcon",
+    "falcon_h1",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "helium",
+    "hunyuan_v1_dense",
+    "jamba",
+    "lfm2",
+    "llama",
+    "llama4_text",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
+WITH_PIXELS = [
+    "gemma3",
+    "glm4v",
+    "idefics3",
+    "internvl",
+    "llava",
+    "paligemma",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+]
 ENTRIES = {str(entry): entry for entry in build.ENTRIES}
 
 
