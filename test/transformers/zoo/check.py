@@ -224,7 +224,7 @@ def _moved(fresh: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor,
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in moved.parameters():
-            sign = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+            sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p.device)
             p.mul_(1 + torch.finfo(p.dtype).eps * sign)
     return step(moved, inputs)[:2]
 
