@@ -120,6 +120,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument(
+        "--ignored", type=float, default=0.0, metavar="PART", help="of the labels, as prompts are"
+    )
+    parser.add_argument(
         "--modes", default="stock,patched", help=f"of {','.join(MODES)}; default: %(default)s"
     )
     parser.add_argument(
@@ -172,6 +175,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(0)
     shape, classes = (args.batch, args.seq), SHAPES[args.shape]["vocab_size"]
     batches = [torch.randint(classes, shape, generator=generator, device=device) for _ in range(2)]
+    unused = torch.rand(shape, generator=generator, device=device) < args.ignored
     seconds, losses = [], []
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device == "cuda":
@@ -179,7 +183,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         tokens = batches[step % 2]
         synchronize(device)
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, labels=tokens.masked_fill(unused, -100)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -209,6 +213,7 @@ def in_child(
 
     shape, seq, batch, checkpointing = row
     key = {"shape": shape, "seq": seq, "batch": batch, "checkpointing": checkpointing, "mode": mode}
+    key["ignored"] = args.ignored
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -220,6 +225,7 @@ def in_child(
     ]
     command += ["--seq", str(seq), "--batch", str(batch), "--device", args.device]
     command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
+    command += ["--ignored", str(args.ignored)]
     command += ["--checkpointing"] if checkpointing else []
     environment = dict(os.environ)
     if mode == "incumbent":
@@ -254,6 +260,7 @@ def in_child(
 def line(row: dict[str, Any]) -> str:
     name = (
         f"{row['shape']:20} S{row['seq']} B{row['batch']}{' ckpt' if row['checkpointing'] else ''}"
+        + (f" {row['ignored']:.0%} ignored" if row["ignored"] else "")
     )
     if "error" in row:
         return f"{name:36} {row['mode']:16} {row['error']}"

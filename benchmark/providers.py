@@ -19,6 +19,8 @@ from liger_kernel.testing import OpCase, OpSpec
 
 Function = Callable[..., Any]
 Options = Mapping[str, Any]
+#: options of ours that decide how the work is done, and not what comes out
+HOW = ("chunk_size", "memory_budget", "label_count", "accum_dtype")
 Table = dict[str, Callable[[Options], "Function | None"]]
 
 
@@ -35,7 +37,8 @@ class Provider:
 def _from(table: Table) -> Callable[[OpSpec, OpCase], Function | None]:
     def bind(spec: OpSpec, case: OpCase) -> Function | None:
         adapter = table.get(spec.name)
-        return None if adapter is None else adapter(case.options)
+        options = {name: value for name, value in case.options.items() if name not in HOW}
+        return None if adapter is None else adapter(options)
 
     return bind
 
@@ -151,13 +154,10 @@ def _liger_rope(o: Options) -> Function | None:
     return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
 
 
-def _liger_loss(name: str, *ours_only: str) -> Callable[[Options], Function | None]:
-    def adapter(o: Options) -> Function | None:
-        if any(o.get(key) is not None for key in ours_only):
-            return None
-        options = {k: v for k, v in o.items() if k not in ours_only}
+def _liger_loss(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
         function = _liger(name)
-        return lambda *tensors: _loss_tuple(function(*tensors, **options))
+        return lambda *tensors: _loss_tuple(function(*tensors, **o))
 
     return adapter
 
@@ -167,11 +167,10 @@ LIGER: Table = {
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
     "layer_norm": _liger_layer_norm,
     "glu": _liger_glu,
+    "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
     "cross_entropy": _liger_loss("liger_cross_entropy"),
-    "fused_linear_cross_entropy": _liger_loss(
-        "liger_fused_linear_cross_entropy", "chunk_size", "memory_budget"
-    ),
+    "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
 }
 
 # --- other peers

@@ -22,7 +22,7 @@ import torch
 FOLDER = sources.ROOT / "benchmark" / "results"
 KEYS = {
     "ops": ("op", "case", "dtype", "provider", "mode"),
-    "e2e": ("shape", "seq", "batch", "checkpointing", "mode"),
+    "e2e": ("shape", "seq", "batch", "checkpointing", "ignored", "mode"),
 }
 Row = dict[str, Any]
 

@@ -56,6 +56,7 @@ class Setting:
     modes: tuple[str, ...]
     budget_ms: float
     limits: Ceilings
+    brief: bool = False  # call times and memory alone
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,6 +76,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, help="default: benchmark/results/<gpu>.json")
     parser.add_argument("--peer-site", help="folder with peers, as `pip install --target` makes it")
+    parser.add_argument(
+        "--sweep", action="store_true", help="the plane of shapes: call times and memory alone"
+    )
     parser.add_argument(
         "--base", metavar="REF", help="also measure this commit, as provider `base`"
     )
@@ -98,12 +102,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 Pairs = list[tuple[OpSpec, OpCase]]
 
 
-def chosen(ops: list[str], ids: list[str], device: str) -> Pairs:
+def chosen(ops: list[str], ids: list[str], device: str, sweep: bool = False) -> Pairs:
     """By default what the GPU can be measured on; on the CPU the first case of each op, which is small."""
     found = []
     for op in ops or OPS:
         spec: OpSpec = importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC
-        large = [case for case in spec.cases if case.large]
+        large = [case for case in spec.cases if case.large and case.sweep == sweep]
         default = large if device == "cuda" else spec.cases[:1]
         cases = [case for case in spec.cases if case.id in ids] if ids else default
         found += [(spec, case) for case in cases]
@@ -162,7 +166,9 @@ def _measured(work: Workload, function: Any, mode: str, setting: Setting) -> Row
     row: Row = asdict(timing)
     best = timing.ms
     if setting.device == "cuda":
-        row.update(peak_mb=peak_mb(call), allocations=allocations(call), launches=launches(call))
+        row.update(peak_mb=peak_mb(call))
+    if setting.device == "cuda" and not setting.brief:
+        row.update(allocations=allocations(call), launches=launches(call))
         del call
         try:
             copies = copies_beyond_cache(work.input_bytes())
@@ -211,6 +217,7 @@ def measure_in_child(
     command += ["--case", *args.case] if args.case else []
     command += ["--peer-site", args.peer_site] if args.peer_site else []
     command += ["--quick"] if args.quick else []
+    command += ["--sweep"] if args.sweep else []
     environment = {**os.environ, **({"LIGER_KERNEL_SOURCE": str(source)} if source else {})}
     rows = 0
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
@@ -235,7 +242,7 @@ def worker(args: argparse.Namespace, setting: Setting) -> int:
     (name,) = args.providers.split(",")
     provider = PROVIDERS[name]
     pairs = chosen(
-        args.ops, args.case, setting.device
+        args.ops, args.case, setting.device, args.sweep
     )  # ours, for inputs and truth, before the name changes hands
     if provider.package is not None:
         sources.become_peer(provider.package, args.peer_site)
@@ -248,7 +255,7 @@ def worker(args: argparse.Namespace, setting: Setting) -> int:
 
 def all_rows(args: argparse.Namespace, setting: Setting) -> Iterator[Row]:
     wanted = args.providers.split(",")
-    pairs = chosen(args.ops, args.case, setting.device)
+    pairs = chosen(args.ops, args.case, setting.device, args.sweep)
     yield from measure_here(
         pairs, [n for n in wanted if PROVIDERS[n].package is None], setting, None
     )
@@ -277,6 +284,8 @@ def line(row: Row) -> str:
         gpu = f"{row['gpu_ms']:9.4f}" if row["gpu_ms"] else "      n/a"
         parts += [f"GPU {gpu}", f"{row['peak_mb']:9.1f} MB"]
         parts += [f"{row['launches'] or '?':3} launches {row['allocations']:3} allocations"]
+    elif "peak_mb" in row:
+        parts += [f"{row['peak_mb']:9.1f} MB"]
     if "rate" in row:
         parts += [f"{row['rate']:8.1f} {row['unit']} {row['percent_of_ceiling']:5.1f} %"]
     if row["compared"].startswith("worse"):
@@ -292,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         modes=tuple(args.mode.split(",")),
         budget_ms=(100 if args.device == "cuda" else 10) / (3 if args.quick else 1),
         limits=ceilings(args.device),
+        brief=args.sweep,
     )
     if args.worker:
         return worker(args, setting)

@@ -90,10 +90,11 @@ def e2e_table(content: dict[str, Any]) -> str:
     cells = {tuple(row[k] for k in KEYS["e2e"]): row for row in rows}
     body = []
     for key in sorted({tuple(row[k] for k in KEYS["e2e"][:-1]) for row in rows}, key=str):
-        shape, seq, batch, checkpointing = key
+        shape, seq, batch, checkpointing, ignored = key
         line = [cells.get((*key, mode)) for mode in modes]
         speeds = [row["tokens_per_s"] for row in line if row and "tokens_per_s" in row]
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
+        name += f", {ignored:.0%} of the labels ignored" if ignored else ""
         body.append([name, *(e2e_cell(row, max(speeds, default=0)) for row in line)])
     if not body:
         return "No results."

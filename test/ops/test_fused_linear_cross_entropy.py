@@ -185,10 +185,24 @@ def test_policy() -> None:
     assert rows(8192, 4096, 128256, accum_dtype=torch.bfloat16) == 2048
     assert rows(4096, 2304, 256000) == 2048
     for budget in (2**19, 50 * MIB, 300 * MIB):
-        chosen = rows(8192, 4096, 128256, memory_budget=budget)
+        chosen = rows(8192, 4096, 128256, memory_budget=budget, accum_dtype=torch.float32)
         assert chosen * 128256 * 2 <= budget < 2 * (chosen + 256) * 128256 * 2
     with pytest.raises(ValueError, match=r"memory_budget=1000 .* 256512 bytes"):
         rows(8192, 4096, 128256, memory_budget=1000)
+
+
+@pytest.mark.parametrize("shape", [(8192, 4096, 128256), (16384, 2048, 32000), (65536, 1024, 512)])
+def test_more_budget_never_means_less_memory(shape: tuple[int, int, int]) -> None:
+    n, hidden, classes = shape
+    weight = torch.empty(classes, hidden, dtype=torch.bfloat16, device="meta")
+    seen = []
+    for exponent in range(18, 33):
+        settings = Settings(Options(), False, False, False, torch.bfloat16, None, None, 2**exponent)
+        rows = POLICY.rows(n, weight, settings, needs_dw=True)
+        slab, sum_bytes = 2 * rows * classes, (2 if n <= 2 * rows else 4) * weight.numel()
+        seen.append(max(sum_bytes + slab, (sum_bytes + 2 * weight.numel()) * (n > 2 * rows)))
+    assert seen == sorted(seen)
+    assert seen[0] < seen[-1]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -75,9 +75,12 @@ class TestForwardContract:
         assert isinstance(kept.logits, torch.Tensor)
         assert not calls["fused_linear_cross_entropy"]
         assert not calls["cross_entropy"]
-        with pytest.raises(ValueError, match="skip_logits=True needs labels"):
-            model(input_ids=batch()["input_ids"], skip_logits=True)
-        assert model.train()(**batch()).loss.requires_grad  # the refused call left nothing behind
+        calls.clear()
+        for training in (True, False):  # no labels, no loss that takes the place of the logits
+            alone = model.train(training)(input_ids=batch()["input_ids"], skip_logits=True)
+            assert alone.loss is None
+            assert_no_worse("logits", alone.logits, high.logits, expected.logits)
+        assert not calls["fused_linear_cross_entropy"]
 
     def test_logits_on_demand(self, model_type: str, model: nn.Module) -> None:
         expected = build(model_type).train()(**batch()).logits
@@ -169,3 +172,26 @@ class TestForwardContract:
 
         low = steps(build(model_type), autocast)
         assert_all_no_worse(steps(model, autocast), steps(build(model_type, torch.float64)), low)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_ignored_labels_cost_nothing(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of labels reaches the loop from the start of the forward, not from a look at the loss's own labels."""
+    from liger_kernel.ops.fused_linear_cross_entropy import loop
+
+    inputs = batch(ignored=0.8)
+    model = build(model_type)
+    liger_kernel.patch(model)
+    said: list[Any] = []
+    run = loop.run
+
+    def listening(*args: Any) -> Any:
+        said.append(next(a.label_count for a in args if isinstance(a, loop.Settings)))
+        return run(*args)
+
+    monkeypatch.setattr(loop, "run", listening)
+    model(**inputs).loss.backward()
+    assert int(said[0]) == int((inputs["labels"] != -100).sum())
+    # with two sets of labels nobody knows which one the model's own loss takes
+    model(**inputs, shift_labels=inputs["labels"].roll(-1, 1)).loss.backward()
+    assert said[1:] == [None]

@@ -35,6 +35,13 @@ def processor_count(device: torch.device) -> int:
     return 2
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take to load ahead; 0 where loading ahead through it was not measured."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

@@ -65,7 +65,8 @@ class OpCase:
 
     `inputs(make)` returns the positional tensors (or None); `options` are the keyword arguments after them. `why` says
     what the case is there to catch. `bytes_moved(element_size)` and `flops` are the least the forward and backward
-    together must do (0: not meaningful). `large` cases are for the GPU: too slow for the CPU suite.
+    together must do (0: not meaningful). `large` cases are for the GPU: too slow for the CPU suite; of these, `sweep`
+    cases map a whole plane of shapes, and are measured only when asked for.
     `outputs_without_grad`: positions of outputs that nobody uses in this case, beyond those of the spec.
     """
 
@@ -76,6 +77,7 @@ class OpCase:
     bytes_moved: Callable[[int], int] | None = None
     flops: int = 0
     large: bool = False
+    sweep: bool = False
     outputs_without_grad: tuple[int, ...] = ()
 
 

@@ -16,9 +16,11 @@ import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy
@@ -113,6 +115,7 @@ def liger_fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    label_count: LabelCount | int | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
 
@@ -136,6 +139,7 @@ def liger_fused_linear_cross_entropy(
         use_token_scaling=use_token_scaling,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        label_count=label_count,
     )
     flags = return_z_loss or return_token_accuracy or return_predicted_tokens
     return CrossEntropyOutput(*found) if flags else found[0]
@@ -192,3 +196,8 @@ def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
 def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
     """`gelu_tanh(a) * b`."""
     return _glu.glu(a, b, "gelu_tanh")
+
+
+def liger_relu_squared(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`."""
+    return _relu_squared.relu_squared(x)

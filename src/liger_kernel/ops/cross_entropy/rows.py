@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,20 @@ class Rows:
     def __getitem__(self, at: slice) -> Rows:
         fields = (self.loss[at], self.z_loss, self.accuracy, self.predicted)
         return Rows(fields[0], *(None if field is None else field[at] for field in fields[1:]))
+
+    def spread(self, at: Tensor, n_rows: int) -> Rows:
+        """These rows at the indices `at` among `n_rows`; the others have an ignored label."""
+
+        def new(field: Tensor | None, ignored: int) -> Any:
+            return (
+                None
+                if field is None
+                else field.new_full((n_rows,), ignored).index_copy_(0, at, field)
+            )
+
+        return Rows(
+            new(self.loss, 0), new(self.z_loss, 0), new(self.accuracy, 0), new(self.predicted, -1)
+        )
 
     def reduced(self, options: Options, totals: Totals) -> Outputs:
         if options.reduction == "none":

@@ -19,24 +19,36 @@ from liger_kernel._core.launch import (
     device_guard,
     next_power_of_2,
     processor_count,
+    shared_memory,
 )
 from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
 
 
 @dataclass(frozen=True)
 class Config:
-    """One program walks a row in blocks; a block holds 16 elements per thread where the row is long enough."""
+    """One program walks a row in blocks, `stages` of them in flight.
+
+    Measured on an H200 over 63 settings: loading ahead takes a step of 8192x128256 from 1.81 to 1.43 ms, and one of
+    16384x32000 from 0.98 to 0.65 ms; with a soft cap small blocks on many programs hide the tanh better.
+    """
 
     block: int
     warps: int
+    stages: int
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int) -> Config:
-        block = min(next_power_of_2(n_cols), 16384)
-        # a work group of AMD has at most 1024 threads, 64 to a warp
-        most = 32 if torch.version.hip is None else 16
-        return Config(block=block, warps=min(most, max(4, block // 512)))
+    def of(n_cols: int, itemsize: int, capped: bool, shared_memory: int) -> Config:
+        longest = 4096 if capped else 8192 if n_cols <= 65536 else 16384
+        block = min(next_power_of_2(n_cols), longest)
+        ahead = max(0, shared_memory - 8192) // (block * itemsize)  # blocks that fit
+        if ahead < 1 or n_cols <= block:
+            block = min(next_power_of_2(n_cols), 16384)
+            # a work group of AMD has at most 1024 threads, 64 to a warp
+            most = 32 if torch.version.hip is None else 16
+            return Config(block, warps=min(most, max(4, block // 512)), stages=1)
+        warps = block // 512 if capped else block // 1024
+        return Config(block, warps, stages=1 + min(ahead, 1 if capped else 2))
 
 
 @triton.jit
@@ -88,6 +100,7 @@ def _cross_entropy(
     WRITE_ACCURACY: tl.constexpr,
     WRITE_PREDICTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row."""
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
@@ -125,7 +138,7 @@ def _cross_entropy(
     total = 0.0  # sum of exp(x - top)
     smooth = 0.0  # sum of w x
     best = 0  # the first column that holds `top`
-    for start in range(0, n_cols, BLOCK):
+    for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
         mask = start + cols < n_cols
         x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
@@ -202,7 +215,7 @@ def _cross_entropy(
         slope = tl.where(in_range, slope / total, float("nan"))
         hit_at = tl.where(in_range, y, -1).to(tl.int32)
         n_blocks = tl.cdiv(n_cols, BLOCK)
-        for i in range(0, n_blocks):
+        for i in tl.range(0, n_blocks, num_stages=STAGES):
             # last block first: it is the one most likely still in the cache
             start = (n_blocks - 1 - i) * BLOCK
             mask = start + cols < n_cols
@@ -268,7 +281,8 @@ def step(
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
-    config = Config.of(n_cols)
+    memory = shared_memory(logits.device)
+    config = Config.of(n_cols, logits.element_size(), options.softcap is not None, memory)
     with device_guard(logits.device):
         launch(
             _cross_entropy,
@@ -303,6 +317,7 @@ def step(
             WRITE_ACCURACY=out.accuracy is not None,
             WRITE_PREDICTED=out.predicted is not None,
             BLOCK=config.block,
+            STAGES=config.stages,
             num_warps=config.warps,
         )
 

@@ -22,6 +22,7 @@ from liger_kernel.ops.cross_entropy import (
 )
 from liger_kernel.ops.cross_entropy.rows import Options, Outputs
 from liger_kernel.ops.fused_linear_cross_entropy import compiled, loop
+from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount, check_label_count
 
 
 def fused_linear_cross_entropy(
@@ -42,6 +43,7 @@ def fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    label_count: LabelCount | int | None = None,
 ) -> Outputs:
     """Cross entropy of `hidden @ weight.T + bias` with memory for one chunk of logits; options as in `cross_entropy`.
 
@@ -51,7 +53,10 @@ def fused_linear_cross_entropy(
         accum_dtype: of the running sum of the weight's gradient over the chunks. None: the dtype of the weight for up
             to two chunks, at least fp32 for more, which keeps the error that of one chunk.
         use_token_scaling: multiply the loss of a row by its detached probability of the label.
-        chunk_size: rows per chunk. memory_budget: bytes of the logits of a chunk. Default: `loop.ChunkPolicy`.
+        chunk_size: rows per chunk. memory_budget: bytes of the logits of a chunk; more where two large chunks need less
+            memory in all than many small ones and an fp32 sum. Default: `loop.ChunkPolicy`.
+        label_count: how many labels are not ignored, or more; rows beyond cost nothing then. `LabelCount(target)` finds
+            it without a stall if it is made well before this call. Not needed on the CPU; unused under torch.compile.
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)` as `cross_entropy`, but loss and z_loss in fp32.
     Under autocast the matrix products run in its dtype; the gradients have the dtypes of their parameters.
@@ -69,6 +74,7 @@ def fused_linear_cross_entropy(
         hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight
     )
     _check_chunking(chunk_size, memory_budget, accum_dtype)
+    check_label_count(label_count, target.numel(), ignore_index)
     settings = loop.Settings(
         Options(
             ignore_index, lse_square_scale, label_smoothing, reduction, softcap, use_token_scaling
@@ -80,6 +86,7 @@ def fused_linear_cross_entropy(
         accum_dtype,
         chunk_size,
         memory_budget,
+        label_count,
     )
     if torch.compiler.is_compiling():
         return compiled.call(hidden, weight, bias, target, class_weight, settings)

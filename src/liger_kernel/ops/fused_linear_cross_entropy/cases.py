@@ -35,6 +35,7 @@ def _case(
     biased: bool = False,
     weighted: bool = False,
     large: bool = False,
+    sweep: bool = False,
     **options: Any,
 ) -> OpCase:
     """Hidden states that point at the embedding of one class each, so that no rounding changes the prediction."""
@@ -54,7 +55,10 @@ def _case(
             make.randn(classes).abs() + 0.1 if weighted else None,
         )
 
-    return OpCase(id, why, inputs, options, flops=6 * rows * hidden * classes, large=large)
+    used = options.get("label_count", rows)
+    return OpCase(
+        id, why, inputs, options, flops=6 * used * hidden * classes, large=large, sweep=sweep
+    )
 
 
 def _strided(make: Make) -> tuple[Tensor | None, ...]:
@@ -185,11 +189,55 @@ SPEC = OpSpec(
             _strided,
             {"chunk_size": 4},
         ),
+        _case(
+            "counted", "most rows left out", 40, 16, 60, ignored=0.8, label_count=20, **EVERYTHING
+        ),
         _case("8192x4096x128256", "Llama-3-8B", 8192, 4096, 128256, large=True),
+        _case(
+            "8192x4096x128256-ignored90",
+            "long prompts: a tenth of the labels counts",
+            8192,
+            4096,
+            128256,
+            ignored=0.9,
+            label_count=1024,
+            large=True,
+        ),
+        _case(
+            "8192x4096x128256-bf16-dW",
+            "the running sum rounded at every chunk: less memory, more error",
+            8192,
+            4096,
+            128256,
+            accum_dtype=torch.bfloat16,
+            chunk_size=2048,
+            large=True,
+        ),
         _case("16384x2048x151936", "Qwen3-1.7B", 16384, 2048, 151936, large=True),
         _case("8192x4096x32000", "Llama-2-7B", 8192, 4096, 32000, large=True),
         _case("4096x2304x256000", "Gemma-2-2B", 4096, 2304, 256000, softcap=30.0, large=True),
         _case("2048x896x151936", "Qwen2.5-0.5B", 2048, 896, 151936, large=True),
         _case("32768x2048x128256", "Llama-3.2-1B, long", 32768, 2048, 128256, large=True),
+        *(
+            _case(
+                f"{rows}x{hidden}x{classes}",
+                "is there a corner where another way is faster?",
+                rows,
+                hidden,
+                classes,
+                ignored=0.0,
+                large=True,
+                sweep=True,
+            )
+            for hidden, classes in (
+                (1024, 32000),
+                (8192, 32000),
+                (1024, 128256),
+                (8192, 128256),
+                (1024, 256000),
+                (4096, 256000),
+            )
+            for rows in (1024, 8192, 32768)
+        ),
     ),
 )

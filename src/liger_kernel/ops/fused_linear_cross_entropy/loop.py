@@ -14,6 +14,7 @@ from liger_kernel._core.launch import cdiv
 from liger_kernel.backends import implementation
 from liger_kernel.ops.cross_entropy import rows as plain
 from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
+from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount, kept_rows
 
 MIB = 2**20
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -31,6 +32,7 @@ class Settings:
     accum_dtype: torch.dtype | None
     chunk_size: int | None
     memory_budget: int | None
+    label_count: LabelCount | int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,40 +55,39 @@ class ChunkPolicy:
     def rows(self, n_rows: int, weight: Tensor, settings: Settings, needs_dw: bool) -> int:
         """Rows per chunk, at least 1 and at most n_rows; `memory_budget` bounds the bytes of the slab.
 
-        Where dW would otherwise need an fp32 sum (see `WeightGradient`), two large chunks are taken if their slab is
-        no larger than what that sum adds: 2.0 instead of 3.0 GiB for 8192x4096x128256.
+        Where dW would otherwise need an fp32 sum (see `WeightGradient`), two large chunks are taken if that needs no
+        more memory: 2.0 instead of 3.0 GiB for 8192x4096x128256. So memory never shrinks as the budget grows.
         """
-        dtype, chunk_size, memory_budget = (
-            settings.dtype,
-            settings.chunk_size,
-            settings.memory_budget,
-        )
-        row_bytes = weight.shape[0] * dtype.itemsize
-        if chunk_size is not None:
-            rows = chunk_size
-        elif memory_budget is not None:
-            rows = memory_budget // row_bytes
-            if rows < 1:
-                raise ValueError(
-                    f"memory_budget={memory_budget} bytes do not hold one row of logits, {row_bytes} bytes "
-                    f"({weight.shape[0]} classes in {dtype}); allow more."
-                )
-            rows -= rows % self.multiple if rows > self.multiple else 0
-        else:
-            budget = min(
-                self.slab_bytes, int(self.slab_per_weight * weight.numel() * dtype.itemsize)
-            )
-            fewest = self.fewest_rows_cpu if weight.device.type == "cpu" else self.fewest_rows
-            rows = min(self.most_rows, max(fewest, budget // max(1, row_bytes)))
-            rows = 1 << (rows.bit_length() - 1)
-            # as many chunks, but no short one at the end
-            even = cdiv(n_rows, cdiv(n_rows, rows) or 1)
-            rows = min(rows, cdiv(even, self.multiple) * self.multiple)
-            rounded = needs_dw and settings.accum_dtype is None and weight.dtype.itemsize == 2
-            half = cdiv(cdiv(n_rows, 2), self.multiple) * self.multiple
-            if rounded and rows < half <= 2 * weight.shape[1]:
-                rows = half
+        if settings.chunk_size is not None:
+            return max(1, min(settings.chunk_size, n_rows))
+        rows = self._within(n_rows, weight, settings)
+        half = cdiv(cdiv(n_rows, 2), self.multiple) * self.multiple
+        rounded = needs_dw and settings.accum_dtype is None and weight.dtype.itemsize == 2
+        hidden = weight.shape[1]
+        # in units of 2 V bytes: the sum costs H more in the loop, and 2 H when it is rounded and the slab is gone
+        if rounded and rows < half <= max(hidden + rows, 2 * hidden):
+            rows = half
         return max(1, min(rows, n_rows))
+
+    def _within(self, n_rows: int, weight: Tensor, settings: Settings) -> int:
+        row_bytes = weight.shape[0] * settings.dtype.itemsize
+        budget = settings.memory_budget
+        if budget is not None:
+            if budget < row_bytes:
+                raise ValueError(
+                    f"memory_budget={budget} bytes do not hold one row of logits, {row_bytes} bytes "
+                    f"({weight.shape[0]} classes in {settings.dtype}); allow more."
+                )
+            rows = budget // row_bytes
+            return rows - rows % self.multiple if rows > self.multiple else rows
+        per_weight = int(self.slab_per_weight * weight.numel() * settings.dtype.itemsize)
+        fewest = self.fewest_rows_cpu if weight.device.type == "cpu" else self.fewest_rows
+        affordable = min(self.slab_bytes, per_weight) // max(1, row_bytes)
+        rows = min(self.most_rows, max(fewest, affordable))
+        rows = 1 << (rows.bit_length() - 1)
+        # as many chunks, but no short one at the end
+        even = cdiv(n_rows, cdiv(n_rows, rows) or 1)
+        return min(rows, cdiv(even, self.multiple) * self.multiple)
 
 
 POLICY = ChunkPolicy()
@@ -163,7 +164,7 @@ def run(
     """Loss terms of `hidden @ weight.T + bias`, and the gradients of sum(loss * row_scale) that `needs` asks for.
 
     hidden (N, H), weight (V, H), bias (V,), target (N,), class_weight (V,), row_scale (N,). The gradients are those of
-    hidden, weight and bias, in their dtypes.
+    hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
     """
     target = target.to(torch.int64).contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
@@ -173,10 +174,14 @@ def run(
     step = getattr(impl, "step", plain.step)
     needs_dx, needs_dw, needs_db = needs
     dtype, options = settings.dtype, settings.options
-    n_rows, n_classes = hidden.shape[0], weight.shape[0]
+    totals = Totals.of(target, class_weight, options, settings.return_token_accuracy)
+    kept = kept_rows(target, options.ignore_index, settings.label_count)
+    if kept is not None:
+        target = target[kept]
+        row_scale = None if row_scale is None else row_scale[kept]
+    n_rows, n_classes = target.shape[0], weight.shape[0]
     rows = POLICY.rows(n_rows, weight, settings, needs_dw)
 
-    totals = Totals.of(target, class_weight, options, settings.return_token_accuracy)
     out = Rows.empty(
         target,
         torch.promote_types(dtype, torch.float32),
@@ -184,7 +189,8 @@ def run(
         settings.return_token_accuracy,
         settings.return_predicted_tokens,
     )
-    dx = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_dx else None
+    new_dx = torch.empty if kept is None else torch.zeros
+    dx = new_dx(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_dx else None
     dw = WeightGradient(weight, cdiv(n_rows, rows), settings.accum_dtype) if needs_dw else None
     db = torch.zeros(n_classes, dtype=out.loss.dtype, device=hidden.device) if needs_db else None
 
@@ -193,7 +199,8 @@ def run(
     slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
 
     def chunk(at: slice, logits: Tensor) -> None:
-        x = hidden[at].to(dtype)
+        where = at if kept is None else kept[at]
+        x = hidden[where].to(dtype)
         if b is None:
             torch.mm(x, w.t(), out=logits)
         else:
@@ -202,10 +209,7 @@ def run(
         dlogits = logits if any(needs) else None  # from here on the slab holds its own gradient
         step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
         if dx is not None:
-            if dx.dtype == dtype:
-                torch.mm(logits, w, out=dx[at])
-            else:
-                dx[at] = torch.mm(logits, w)
+            _multiply_into(dx, where, logits, w)
         if dw is not None:
             dw.add(logits, x)
         if db is not None:
@@ -221,7 +225,19 @@ def run(
         None if dw is None else dw.result(),
         None if db is None or bias is None else db.to(bias.dtype),
     )
+    if kept is not None:
+        out = out.spread(kept, hidden.shape[0])
     return out.reduced(options, totals), grads
+
+
+def _multiply_into(out: Tensor, where: slice | Tensor, a: Tensor, b: Tensor) -> None:
+    """out[where] = a @ b"""
+    if isinstance(where, Tensor):
+        out.index_copy_(0, where, torch.mm(a, b).to(out.dtype))
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out[where])
+    else:
+        out[where] = torch.mm(a, b)
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

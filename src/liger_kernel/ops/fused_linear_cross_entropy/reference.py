@@ -26,10 +26,11 @@ def fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    label_count: int | None = None,
 ) -> Terms:
     """Cross entropy of `hidden @ weight.T + bias`, rounded once to the dtype of `hidden`; loss and z-loss unrounded.
 
-    How the work is cut and accumulated (`accum_dtype`, `chunk_size`, `memory_budget`) does not change the result.
+    How the work is done (`accum_dtype`, `chunk_size`, `memory_budget`, `label_count`) does not change the result.
     """
     return terms(
         torch.nn.functional.linear(hidden, weight, bias),

@@ -11,9 +11,12 @@ from liger_kernel._core.autograd import run_backward, run_forward
 from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
-from liger_kernel.backends import implementation
+from liger_kernel.backends import host_bound, implementation
 from liger_kernel.ops.layer_norm import reference
 from liger_kernel.ops.rms_norm import on_row_shards, triton_kernels
+
+#: elements up to which `F.layer_norm` is taken on a GPU, as for RMSNorm: there the host is the bound
+_SMALL = 2**22
 
 
 def layer_norm(
@@ -37,6 +40,9 @@ def layer_norm(
         return reference.layer_norm(x, weight, bias, eps)
     if is_dtensor(x) or is_dtensor(weight) or is_dtensor(bias):
         return on_row_shards(lambda x, w, b: layer_norm(x, w, b, eps), x, weight, bias)
+    same = all(p is None or p.dtype == x.dtype for p in (weight, bias))
+    if same and host_bound(x, _SMALL):  # PyTorch computes in fp32 too, and rounds once
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)
 
 

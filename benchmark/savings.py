@@ -1,0 +1,219 @@
+"""What `PatchReport.savings` predicts against what a training step needs less.
+
+    python benchmark/savings.py --out savings.json        # real vocabularies, peak memory of the GPU
+    python benchmark/savings.py --device cpu              # tiny ones, bytes of the living tensors, interpreted kernels
+
+Each case is a model of few layers, whose peak is its loss. Forward and backward run twice without and twice with the
+fused loss, nothing else patched; the peaks are those of the second runs. Ends with 1 if a prediction is off by a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LOSS_ONLY = {"rms_norm": False, "layer_norm": False, "mlp": False, "rope": False}
+OFF = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model_type: str
+    vocab: int
+    hidden: int
+    batch: int
+    seq: int
+    dtype: str = "bfloat16"
+    tied: bool = True
+    frozen: str = ""  # "head" or "body"
+    autocast: bool = False
+
+    def tiny(self) -> Case:
+        """The same in small: fewer tokens, a vocabulary still far larger than everything else."""
+        return replace(self, vocab=self.vocab // 64, hidden=64, batch=2, seq=96)
+
+
+CASES = (
+    Case("Llama-3.2-1B", "llama", 128256, 2048, batch=8, seq=1024),
+    Case("Qwen3-0.6B", "qwen3", 151936, 1024, batch=4, seq=4096),
+    Case("Llama-3-8B", "llama", 128256, 4096, batch=4, seq=4096, tied=False),
+    Case("Gemma-2-2B, soft cap", "gemma2", 256000, 2304, batch=2, seq=2048),
+    Case("Qwen2-7B, frozen head", "qwen2", 152064, 3584, batch=1, seq=8192, tied=False, frozen="head"),
+    Case("Llama-3-8B, frozen body", "llama", 128256, 4096, batch=2, seq=2048, tied=False, frozen="body"),
+    Case("TinyLlama, float32", "llama", 32000, 2048, batch=8, seq=2048, dtype="float32", tied=False),
+    Case("Qwen2-0.5B, autocast", "qwen2", 151936, 896, batch=8, seq=1024, dtype="float32", autocast=True),
+)  # fmt: skip
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes at once in tensors made inside the block: a peak that no allocator rounds, on any device."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.live -= nbytes
+
+
+def build(case: Case, device: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        case.model_type,
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        intermediate_size=2 * case.hidden,
+        num_hidden_layers=2,
+        num_attention_heads=case.hidden // 32,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=case.seq,
+        tie_word_embeddings=case.tied,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
+    head = model.get_output_embeddings()
+    for p in model.parameters():
+        p.requires_grad_(case.frozen != ("head" if p is head.weight else "body"))
+    return model.train()
+
+
+def step(case: Case, model: Any, tokens: torch.Tensor) -> None:
+    device_type = tokens.device.type
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=case.autocast):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+
+
+def peak(case: Case, model: Any, tokens: torch.Tensor) -> int:
+    """Bytes in use at most during a step; of more than the first one's, which compiles and fetches workspaces."""
+    if tokens.device.type == "cpu":
+        with LiveBytes(model) as counted:
+            step(case, model, tokens)
+        return counted.peak
+    step(case, model, tokens)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step(case, model, tokens)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def measure(case: Case, device: str, **options: Any) -> dict[str, Any]:
+    """The row of one case; `options` go to `patch`."""
+    import liger_kernel
+
+    torch.manual_seed(0)
+    model = build(case, device)
+    tokens = torch.randint(1, case.vocab, (case.batch, case.seq), device=device)
+    stock = peak(case, model, tokens)
+    with liger_kernel.patched(model, **LOSS_ONLY, **options) as report:
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=case.autocast):
+            predicted = report.savings(case.batch, case.seq)
+        patched = peak(case, model, tokens)
+    measured = stock - patched
+    return {
+        **asdict(case),
+        "stock_peak": stock,
+        "patched_peak": patched,
+        "predicted": predicted,
+        "measured": measured,
+        "ratio": predicted / measured,
+    }
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Peaks and savings in MiB."""
+    header = ("case", "tokens", "stock", "patched", "measured", "predicted", "ratio")
+    lines = [
+        (
+            row["name"],
+            str(row["batch"] * row["seq"]),
+            *(f"{row[name] / 2**20:.1f}" for name in ("stock_peak", "patched_peak", "measured", "predicted")),
+            f"{row['ratio']:.3f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        for line in (header, *lines):
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        return
+    table = Table(*header, title="Peak memory of one step, MiB")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="those that begin so")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    args = parser.parse_args(argv)
+    chosen = [c for c in CASES if not args.cases or c.name.startswith(tuple(args.cases))]
+    interpreted: Any = contextlib.nullcontext()
+    if args.device == "cpu":  # the plain path makes copies that kernels do not
+        os.environ["TRITON_INTERPRET"] = "1"
+        from liger_kernel.backends import use_implementation
+
+        # and adds 16-bit factors into an fp32 sum in another way
+        chosen = [case.tiny() for case in chosen if not case.autocast]
+        interpreted = use_implementation("triton")
+    rows = []
+    with interpreted:
+        for case in chosen:
+            rows.append(measure(case, args.device))
+            gc.collect()
+    show(rows)
+    if args.out:
+        from results import describe_run
+
+        args.out.write_text(
+            json.dumps({"run": describe_run(args.device), "rows": rows}, indent=1) + "\n"
+        )
+    return int(any(abs(row["ratio"] - 1) > OFF for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

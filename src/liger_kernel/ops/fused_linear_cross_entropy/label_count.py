@@ -1,0 +1,84 @@
+"""How many labels the loss is over: known on the host before the loop starts, without a stall."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+class LabelCount:
+    """The number of labels that are not ignored, on its way to the host.
+
+    Made as soon as the labels are there, at the start of a model's forward, and read by the loss at its end: `int()`
+    then waits at most for what the device was given before the labels, never for the forward in between.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int = -100):
+        """labels: integers of any shape. On CUDA they are counted on a stream of their own, elsewhere at once."""
+        self.size = labels.numel()
+        self.ignore_index = ignore_index
+        self._done: torch.cuda.Event | None = None
+        if not labels.is_cuda:
+            self._number = (labels != ignore_index).sum().cpu()
+            return
+        current = torch.cuda.current_stream(labels.device)
+        stream = _stream(labels.device)
+        stream.wait_stream(current)
+        self._number = torch.empty((), dtype=torch.int64, pin_memory=True)
+        with torch.cuda.stream(stream):
+            self._number.copy_((labels != ignore_index).sum(), non_blocking=True)
+            self._done = stream.record_event()
+        labels.record_stream(stream)
+
+    def __int__(self) -> int:
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        return int(self._number)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) -> Tensor | None:
+    """Indices of the rows to compute, (K,) int64; None for all, where leaving some out would not pay.
+
+    `kept` is at least the number of labels in `target` (N,) that are not ignored; where it is more, ignored rows
+    follow, whose loss and gradients are zero. Without it labels on the CPU are counted here, and labels elsewhere are
+    all kept. A `kept` that is too small would lose tokens: that stops the device with an assertion.
+    """
+    n_rows = target.shape[0]
+    ignored = None
+    if kept is None and target.device.type == "cpu":
+        ignored = target == ignore_index
+        kept = n_rows - int(ignored.sum())
+    if kept is None:
+        return None
+    kept = int(kept)
+    if n_rows - kept < max(1, n_rows // 32):
+        return None
+    if ignored is None:
+        ignored = target == ignore_index
+        torch._assert_async(
+            ignored.sum() >= n_rows - kept,
+            "fused_linear_cross_entropy: more labels than label_count says; pass the count of these labels, or None",
+        )
+    return ignored.to(torch.uint8).argsort(stable=True)[:kept]
+
+
+def check_label_count(count: LabelCount | int | None, n_labels: int, ignore_index: int) -> None:
+    """ValueError for a count that cannot be that of `n_labels` labels with this `ignore_index`."""
+    if isinstance(count, LabelCount):
+        if count.ignore_index != ignore_index:
+            raise ValueError(
+                f"label_count was made with ignore_index={count.ignore_index}, but the loss has {ignore_index}; "
+                f"pass LabelCount(target, {ignore_index})."
+            )
+    elif count is not None and not 0 <= count <= n_labels:
+        raise ValueError(
+            f"label_count={count} for {n_labels} labels; pass a number from 0 to {n_labels}, or None."
+        )
