@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | test-zoo | check | bench OP=rms_norm
+# make demo | test | test-gpu | test-zoo | test-matrix | check | bench OP=rms_norm
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-zoo check format bench clean
+.PHONY: help demo test test-gpu test-zoo test-matrix check format bench clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -34,6 +34,15 @@ test-gpu: $(READY)
 test-zoo: $(READY)
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) test/transformers/test_zoo.py
 
+# the same on the releases that test/transformers/zoo/releases.py describes
+MATRIX ?= 4.57.6 5.0.0 5.17.0 5.23.0
+test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
+	@for release in $(MATRIX); do \
+	  echo "transformers $$release"; \
+	  ZOO=all OMP_NUM_THREADS=1 PYTHONPATH=src .venv/matrix/$$release/bin/python -m pytest -n logical --maxprocesses 8 \
+	    $(ARGS) test/transformers/test_zoo.py || failed="$$failed $$release"; \
+	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
+
 check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -50,6 +59,16 @@ bench: $(READY)
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info
 
+# One release of transformers in front of all that lies beside torch, so that no torch is installed again. Without the
+# package kernels: the releases want different versions of it, or break on a new one.
+.venv/matrix/%/.ready: $(READY)
+	rm -rf $(@D)
+	$(RUN) -m venv --without-pip $(@D)
+	@$(RUN) -c 'import os, torch; print("import site, sys; sys.modules[\"kernels\"] = None; site.addsitedir(%r)" % os.path.dirname(torch.__path__[0]))' \
+	  > $$(echo $(@D)/lib/python*/site-packages)/beside_torch.pth
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install transformers==$*
+	@touch $@
+
 .venv/.ready: requirements-dev.txt pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version.split()[0] + ". Name another one: make BASE_PYTHON=python3.12")'
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
@@ -57,4 +76,5 @@ clean:
 	$(PIP) install "$$(grep '^torch==' requirements-dev.txt)"
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install --no-deps --upgrade --target .venv/kernels $$(sed -n 's/^# apart: //p' requirements-dev.txt)
 	@touch $@

@@ -12,14 +12,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from results import Row, load
-from tables import PROVIDER_ORDER
+from tables import LOSS_HEAD, PROVIDER_ORDER
 
 COLOURS = dict(zip(PROVIDER_ORDER, plt.get_cmap("tab10").colors, strict=False))
-LOSS_HEAD = "fused_linear_cross_entropy"
 
 
 def full_calls(content: dict[str, Any]) -> list[Row]:
-    return [row for row in content["ops"] if row["mode"] == "full" and row.get("ms") is not None]
+    """Not those of the sweep, which are too many."""
+    return [row for row in content["ops"] if row["mode"] == "full" and "launches" in row]
 
 
 def bars(axes: Any, rows: list[Row], value: str, title: str, unit: str) -> None:

@@ -90,9 +90,18 @@ def _torch_cross_entropy(o: Options) -> Function | None:
 
 
 def _torch_linear_cross_entropy(o: Options) -> Function | None:
-    if not hasattr(F, "linear_cross_entropy") or not _plain(o, *LOSS_OPTIONS):  # torch >= 2.13
+    if not _plain(o, *LOSS_OPTIONS):
         return None
     options = _only(o, *LOSS_OPTIONS)
+    if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+
+        def two_calls(
+            x: Any, weight: Any, target: Any, bias: Any = None, ce_weight: Any = None
+        ) -> tuple[Any, ...]:
+            loss = F.cross_entropy(F.linear(x, weight, bias), target, ce_weight, **options)
+            return _loss_tuple(loss)
+
+        return two_calls
     chunks = torch.nn.LinearCrossEntropyOptions()
 
     def function(
@@ -186,7 +195,8 @@ def _cce(o: Options) -> Function | None:
     def function(
         x: Any, weight: Any, target: Any, bias: Any = None, ce_weight: Any = None
     ) -> tuple[Any, ...]:
-        return _loss_tuple(linear_cross_entropy(x, weight, target, bias=bias, **options))
+        more = options if bias is None else {**options, "bias": bias}  # newer releases only
+        return _loss_tuple(linear_cross_entropy(x, weight, target, **more))
 
     return function
 

@@ -93,14 +93,16 @@ def worktree(ref: str) -> Iterator[Path]:
 
 
 def commit() -> str:
-    """The commit under test, with "-dirty" if files differ from it; $LIGER_KERNEL_COMMIT where there is no git."""
+    """The commit under test, with "-dirty" if files differ from it; $LIGER_KERNEL_COMMIT knows better, if it is set."""
 
     def git(*args: str) -> str:
         run = ["git", "-C", str(ROOT), *args]
         return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
 
+    if "LIGER_KERNEL_COMMIT" in os.environ:  # a copy of the tree whose .git is older
+        return os.environ["LIGER_KERNEL_COMMIT"]
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmark")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LIGER_KERNEL_COMMIT", "unknown")
+        return "unknown"

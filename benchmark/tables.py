@@ -3,8 +3,8 @@
     python benchmark/tables.py benchmark/results/nvidia-h200.json            # print them
     python benchmark/tables.py benchmark/results/nvidia-h200.json README.md  # and renew them in these files
 
-A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e` or the
-name of an op.
+A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `head`
+(time and memory of the fused loss, without the sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from results import KEYS, Row, load
 
 PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "liger", "cce", "quack")
+LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
 E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
 LEGEND = (
@@ -84,6 +85,27 @@ def ops_tables(content: dict[str, Any], only: str | None = None) -> str:
     return "\n\n".join([*parts, LEGEND, provenance(content, "ops")]) if parts else "No results."
 
 
+def head_table(content: dict[str, Any]) -> str:
+    """Forward and backward of the fused loss: milliseconds / MB above the inputs."""
+    rows = [r for r in content["ops"] if (r["op"], r["mode"]) == (LOSS_HEAD, "full")]
+    cases = [r["case"] for r in rows if r["provider"] == "ours" and "launches" in r]
+    providers = [p for p in PROVIDER_ORDER[2:] if any(r["provider"] == p for r in rows)]
+    cells = {(r["case"], r["provider"]): r for r in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None or row.get("ms") is None:
+            return (
+                "" if row is None else "out of memory" if "OutOfMemory" in row["error"] else "fails"
+            )
+        return f"{row['ms']:.3g} ms / {row['peak_mb']:,.0f} MB"
+
+    body = [
+        [case, f"**{cell(cells[case, 'ours'])}**", *(cell(cells.get((case, p))) for p in providers)]
+        for case in sorted(cases)
+    ]
+    return markdown(["tokens x hidden x vocabulary", "ours", *providers], body)
+
+
 def e2e_table(content: dict[str, Any]) -> str:
     rows = content["e2e"]
     modes = [m for m in E2E_ORDER if any(row["mode"] == m for row in rows)]
@@ -132,8 +154,8 @@ def filled(text: str, content: dict[str, Any]) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind = match["kind"]
-        if kind == "e2e":
-            made = e2e_table(content)
+        if kind in ("e2e", "head"):
+            made = {"e2e": e2e_table, "head": head_table}[kind](content)
         else:
             made = ops_tables(content, None if kind == "ops" else kind)
         return f"<!-- benchmark:{kind} -->\n{made}\n<!-- /benchmark:{kind} -->"

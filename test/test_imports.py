@@ -31,7 +31,7 @@ find_spec = importlib.machinery.PathFinder.find_spec
 def find_spec_if_installed(name, path=None, target=None):
     return None if name.partition(".")[0] in blocked else find_spec(name, path, target)
 
-importlib.machinery.PathFinder.find_spec = find_spec_if_installed
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec_if_installed)  # some call it on an instance
 import torch
 
 before = set(sys.modules)

@@ -1,9 +1,11 @@
-"""The entry points that frameworks call: apply_liger_kernel_to_*, the Auto class, and HF's Trainer."""
+"""The entry points that frameworks call: apply_liger_kernel_to_* and the Auto class. HF's Trainer has its own file."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import liger_kernel
 from liger_kernel import transformers as doors
@@ -189,6 +191,20 @@ def test_a_refused_call_leaves_nothing_behind() -> None:
     assert modeling("llama").apply_rotary_pos_emb is original
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_hold_the_modeling_file_for_themselves(again: Any) -> None:
+    before = modeling("llama").apply_rotary_pos_emb
+    model = build("llama")
+    doors.apply_liger_kernel_to_llama(model=model)
+    twin = again(model)
+    assert modeling("llama").apply_rotary_pos_emb is not before
+    liger_kernel.unpatch(model)
+    assert modeling("llama").apply_rotary_pos_emb is not before
+    assert_same("llama", twin)
+    liger_kernel.unpatch(twin)
+    assert modeling("llama").apply_rotary_pos_emb is before
+
+
 def test_patch_by_decree() -> None:
     model = build("llama")
     expected = model.model.norm(x := torch.randn(2, 48))
@@ -202,67 +218,6 @@ def test_patch_by_decree() -> None:
     expected = norm(x)
     monkey_patch._patch_layer_norm_module(norm)
     assert_no_worse("norm", norm(x), expected.double(), expected)
-
-
-class Tokens(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {k: v[0] for k, v in batch(rows=1, length=13, seed=index).items()}
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gradient_accumulation_steps": 3}, {"label_smoothing_factor": 0.1}, {"bf16": True}],
-    ids=str,
-)
-def test_trainer(options: dict[str, Any], tmp_path: Path) -> None:
-    def trained(liger: bool, **options: Any) -> Trainer:
-        arguments = TrainingArguments(
-            tmp_path, per_device_train_batch_size=2, max_steps=4, logging_steps=1, report_to=[], save_strategy="no",
-            use_cpu=True, use_liger_kernel=liger, prediction_loss_only=True, disable_tqdm=True, **options,
-        )  # fmt: skip
-        trainer = Trainer(build("llama"), arguments, train_dataset=Tokens(), eval_dataset=Tokens())
-        trainer.train()
-        return trainer
-
-    plain, ours = trained(False, **options), trained(True, **options)
-    assert state_of(ours.model) is not None
-    assert len(losses(ours)) == 4
-    exact = trained(False, **{**options, "bf16": False})
-    high, low = (torch.tensor(losses(t)) for t in (exact, plain))
-    assert_no_worse("losses", torch.tensor(losses(ours)), high.double(), low)
-    if (
-        "label_smoothing_factor" not in options
-    ):  # there HF takes the labels away and asks for no logits either
-        evaluated = [torch.tensor(t.evaluate()["eval_loss"]) for t in (ours, exact, plain)]
-        assert_no_worse("eval loss", evaluated[0], evaluated[1].double(), evaluated[2])
-    before = state_of(ours.model)
-    ours.train()  # HF patches again at every train()
-    assert state_of(ours.model) is before
-
-
-def test_trainer_with_metrics(tmp_path: Path) -> None:
-    seen = []
-    arguments = TrainingArguments(
-        tmp_path, report_to=[], use_cpu=True, use_liger_kernel=True, max_steps=1, disable_tqdm=True
-    )
-    trainer = Trainer(
-        build("llama"),
-        arguments,
-        train_dataset=Tokens(),
-        eval_dataset=Tokens(),
-        compute_metrics=lambda p: seen.append(p.predictions.shape) or {},
-    )
-    trainer.train()
-    trainer.evaluate()
-    assert trainer.predict(Tokens()).predictions.shape == (24, 13, 131)
-    assert seen[0] == (24, 13, 131)
 
 
 def test_proofs_ignore_the_defaults_of_the_moment() -> None:

@@ -20,6 +20,7 @@ _EXPORTS = {
     "LigerPhi3SwiGLUMLP": "swiglu",
     "LigerQwen3MoeSwiGLUMLP": "swiglu",
     "LigerRMSNorm": "rms_norm",
+    "LigerReLUSquared": "relu_squared",
     "LigerSwiGLUMLP": "swiglu",
     "liger_rotary_pos_emb": "rope",
 }
@@ -28,6 +29,7 @@ _PATCHING = {
     "AutoLigerKernelForCausalLM": "auto_model",
     "_apply_liger_kernel": "monkey_patch",
     "_apply_liger_kernel_to_instance": "monkey_patch",
+    "register_kernels": "hub",
 }
 _APPLY = "apply_liger_kernel_to_"
 

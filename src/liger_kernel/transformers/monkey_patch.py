@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from liger_kernel.transformers.models.families import FAMILIES, OPTION_OF, Family
-from liger_kernel.transformers.patching import norms, patch
+from liger_kernel.transformers.patching import norms, patch, walk
 from liger_kernel.transformers.patching.classes import (
     GlobalPatch,
     patch_classes,
@@ -19,7 +19,6 @@ from liger_kernel.transformers.patching.classes import (
     unpatch_classes,
 )
 from liger_kernel.transformers.patching.mlps import find_plan as find_mlp_plan
-from liger_kernel.transformers.patching.mlps import install as install_mlp
 from liger_kernel.transformers.patching.options import Options
 from liger_kernel.transformers.patching.report import PatchReport
 from liger_kernel.transformers.patching.state import State, state_of
@@ -154,15 +153,14 @@ def _patch_rms_norm_module(
 ) -> None:
     """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
     name = _eps_name(module, eps)
-    norms.install(
-        module, norms.NormPlan("rms_norm", name, offset, casting_mode, mixed=True), _unrecorded()
-    )
+    plan = norms.NormPlan("rms_norm", name, offset, casting_mode, wide_weight=True, wide_x=True)
+    walk.install(module, plan, _unrecorded())
 
 
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
     name = _eps_name(module, eps)
-    norms.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
+    walk.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
 
 
 def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None = None) -> None:
@@ -172,7 +170,7 @@ def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None
         raise ValueError(
             f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is."
         )
-    install_mlp(module, plan, _unrecorded())
+    walk.install(module, plan, _unrecorded())
 
 
 def _unrecorded() -> State:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -136,7 +136,7 @@ _IS_TOKEN_ID = re.compile(
 )
 
 
-def shrink(config: PreTrainedConfig, ids: dict[int, int]) -> None:
+def shrink(config: PretrainedConfig, ids: dict[int, int]) -> None:
     """Make `config` and what it contains tiny, in place. `ids` maps large token ids to small ones, for all alike."""
     attributes = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     depths = {
@@ -145,7 +145,7 @@ def shrink(config: PreTrainedConfig, ids: dict[int, int]) -> None:
     kept = _kept_layers(attributes, depths)
     for name, value in attributes.items():
         new = value
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PretrainedConfig):
             shrink(value, ids)
         elif _IS_TOKEN_ID.fullmatch(name):
             new = _remapped(value, ids)
@@ -164,6 +164,8 @@ def shrink(config: PreTrainedConfig, ids: dict[int, int]) -> None:
             new = len(kept) if name in _DEPTHS and kept else new
         if new is not value:
             setattr(config, name, new)
+    if not hasattr(config, "pad_token_id"):  # transformers 5.0 reads it where it is not
+        config.pad_token_id = None
     if (
         "qk_nope_head_dim" in attributes
     ):  # multi-head latent attention: as many keys as queries, heads partly rotated
@@ -255,6 +257,9 @@ _NO_ROUTER_LOSS = {
     "output_router_logits": False
 }  # set in the config, it makes HF's own forward raise
 _MROPE = {"text_config.rope_parameters.mrope_section": [4, 6, 6]}
+_ALIKE = {"per_layer_config": {}}  # heads and experts of every layer as of the first
+_ALIKE_DOTS = {**_ALIKE, "use_dsa": True, "use_sliding_window": False}
+_DOTS_ROPE = "rope_parameters.indexed_attention.partial_rotary_factor"
 _MAMBA_THEN_ATTENTION = ["linear_attention", "full_attention"]
 _COMPASS = {
     "rope_parameters": {
@@ -274,9 +279,12 @@ _GEMMA3N = {
 
 #: model type -> what its config cannot be made without
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "dots3_note": {"text_config": _ALIKE_DOTS, "vision_config": _ALIKE},
+    "dots3_note_text": _ALIKE_DOTS,
     "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}},
     "musicgen": _musicgen("musicgen"),
     "musicgen_melody": _musicgen("musicgen_melody"),
+    "phi4_multimodal": {"audio_config": {}, "vision_config": {}},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},
 }
 #: model type -> dotted path -> value, set after shrinking
@@ -293,11 +301,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 150}},
     "cohere_compass": {f"text_config.{path}": value for path, value in _COMPASS.items()},
     "cohere_compass_text": _COMPASS,
-    "dbrx": {**_NO_ROUTER_LOSS, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "dbrx": {
+        **_NO_ROUTER_LOSS,
+        "attn_config.rope_theta": 10000.0,
+        "attn_config.clip_qkv": 8.0,
+        "ffn_config.ffn_hidden_size": 128,
+    },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "doge": _NO_ROUTER_LOSS,
+    "dots3_note": {f"text_config.{_DOTS_ROPE}": 1.0},
+    "dots3_note_text": {_DOTS_ROPE: 1.0},
     "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [6, 6, 4]},
+    "evolla": {"num_key_value_heads": 4},
+    "flint": {"mlp_only_layers": [0]},
     "florence2": {
         "vision_config.depths": (1, 1),
         "vision_config.embed_dim": (32, 64),
@@ -328,22 +345,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": 150},
     "hrm_text": {"num_hidden_layers": 16},  # 2 layers, called 2 * (3 + 1) times
     "hunyuan_vl": {"text_config.rope_parameters.mrope_section": [4, 4, 4, 4]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "minicpm3": {"dim_model_base": 75},  # logits are divided by hidden_size / dim_model_base
     "mistral4": {"head_dim": 48, "rope_parameters.partial_rotary_factor": 1 / 3},
-    "mllama": {"text_config.cross_attention_layers": [1]},
+    "mllama": {
+        "text_config.cross_attention_layers": [1],
+        "text_config.rope_parameters.rope_type": "default",
+    },
     "paddleocr_vl": _MROPE,
     "pp_formulanet": {"vision_config.post_conv_in_channels": 128},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151, **_MROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 151, **_MROPE},
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
+    "qwen3_vl": _MROPE,
+    "qwen3_vl_moe": _MROPE,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": (32, 96), "axial_pos_shape": (4, 4), "hash_seed": 0},
     "step3p7": {"text_config.sliding_window": 8},
     "udop": {"decoder_start_token_id": 0},
+    "unlimited_ocr": {"text_config.num_key_value_heads": 4},
     "vipllava": {"vision_feature_layers": (-1, -2)},
     "vision-encoder-decoder": {
         "decoder.add_cross_attention": True,
@@ -357,6 +380,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "attention_hidden_size": 256,
         "attention_head_dim": 64,
+        "use_mamba_kernels": False,
     },
     "zamba2": {"attention_hidden_size": 256, "attention_head_dim": 64, "num_query_groups": 4},
 }
@@ -384,6 +408,9 @@ def needs_a_package() -> set[str]:
 
 def _set(owner: Any, path: str, value: Any) -> None:
     name, _, rest = path.partition(".")
+    if name == "rope_parameters" and not hasattr(owner, name):  # before transformers 5
+        name = "rope_scaling"
+        owner.rope_scaling = {"rope_type": "default"}
     if rest:
         _set(owner[name] if isinstance(owner, dict) else getattr(owner, name), rest, value)
     elif isinstance(owner, dict):
@@ -392,7 +419,7 @@ def _set(owner: Any, path: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-def config_for(entry: Entry) -> PreTrainedConfig:
+def config_for(entry: Entry) -> PretrainedConfig:
     config = AutoConfig.for_model(
         entry.model_type, **copy.deepcopy(ARGUMENTS.get(entry.model_type, {}))
     )
@@ -417,8 +444,8 @@ def build(entry: Entry) -> nn.Module:
     return randomize(cls._from_config(config, attn_implementation="eager").float())
 
 
-def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    return [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+def _sub_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    return [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -91,14 +91,16 @@ def check(
         result.notes.append(f"{len(unsteady)} of {len(low_grads)} gradients differ from run to run")
     changing = _changed(bystander, _snapshot(stock))  # by HF itself at every step
     report = patch(model)
+    if patch is liger_kernel.patch:
+        _assert_nothing_silent(model, report)
+    with _counted(result.calls):
+        loss, grads, outputs = step(model, inputs)
     for row in report.replaced:
         by = result.replaced.setdefault(row.kind, {})
         by[row.by or ""] = by.get(row.by or "", 0) + 1
     result.skipped = dict(
         collections.Counter(f"{row.kind}: {row.reason}" for row in report.skipped)
     )
-    with _counted(result.calls):
-        loss, grads, outputs = step(model, inputs)
     result.lazy_logits = any(isinstance(v, DeferredLogits) for v in outputs.values())
     result.loss = "fused" if any(result.calls.get(op) for op in LOSS_OPS) else "not fused"
     _assert_told(result)
@@ -137,14 +139,33 @@ def _unequal(ours: Step, theirs: Step) -> set[str]:
 def _assert_told(result: Result) -> None:
     """The report names every kind of op that ran."""
     kinds = {
-        "rms_norm": "norm",
-        "layer_norm": "norm",
-        "glu": "mlp",
-        "rope": "rope",
-        **dict.fromkeys(LOSS_OPS, "loss"),
+        "rms_norm": ("norm",),
+        "layer_norm": ("norm",),
+        "glu": ("mlp", "experts", "norm"),  # norms with a gate
+        "relu_squared": ("mlp",),
+        "rope": ("rope",),
+        **dict.fromkeys(LOSS_OPS, ("loss",)),
     }
-    untold = {op for op in result.calls if kinds.get(op, op) not in result.replaced}
+    untold = {op for op in result.calls if result.replaced.keys().isdisjoint(kinds[op])}
     assert not untold, f"ran, but not reported: {untold}"
+    assert result.loss == "fused" or "loss" not in result.replaced, (
+        "reported as fused, but did not run"
+    )
+
+
+def _assert_nothing_silent(model: nn.Module, report: PatchReport) -> None:
+    """Every norm and every experts module has a row, with a replacement or a reason."""
+    told = {row.path for row in report.rows}
+    silent = [
+        path
+        for path, module in model.named_modules()
+        if path not in told
+        and (
+            ("norm" in type(module).__name__.lower() and not module._modules)
+            or ("expert" in type(module).__name__.lower() and [*module.parameters(recurse=False)])
+        )
+    ]
+    assert not silent, f"no row for {silent[:4]}"
 
 
 def _compare(
@@ -280,6 +301,14 @@ def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
     }
 
 
+def built(entry: Entry) -> nn.Module:
+    """The model, with the experts as HF runs them by default, but for float64, which grouped_mm does not know."""
+    model = build(entry)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
 def run(
     entry: Entry,
     make_inputs: Any,
@@ -291,7 +320,7 @@ def run(
     result = Result(str(entry), entry.class_name, kind)
     start = time.perf_counter()
     try:
-        fresh = build(entry)
+        fresh = built(entry)
         inputs = make_inputs(entry, copy.deepcopy(fresh))
         fresh = fresh.to(device, dtype)
         inputs = {k: v.to(device, dtype if _floats(v) else None) for k, v in inputs.items()}

@@ -27,19 +27,28 @@ is decided by structure and by a numerical proof, so a model that is not on this
 same way.
 
 {types} types, {built} of them can be built here; of these the loss is fused in {loss}, norms in
-{norm}, gated MLPs in {mlp}, rotary embeddings in {rope}. A type marked *image* was also checked
-with pixels as input.
+{norm}, MLPs in {mlp}, experts in {experts}, rotary embeddings in {rope}. A type marked *image*
+was also checked with pixels as input.
 
-| model type | class | loss | norms | gated MLPs | rope | left alone |
-|---|---|---|---|---|---|---|
+| model type | class | loss | norms | MLPs | experts | rope | left alone |
+|---|---|---|---|---|---|---|---|
 """
 
 
-_OPS = {"norm": ("rms_norm", "layer_norm"), "mlp": ("glu",), "rope": ("rope",)}
+_OPS = {
+    "norm": ("rms_norm", "layer_norm"),
+    "mlp": ("glu", "relu_squared"),
+    "experts": ("glu",),
+    "rope": ("rope",),
+}
+#: what every reason of its kind says
+_USUAL = (
+    " computes something else| is not run by transformers' experts registry|: its rotary function"
+)
 
 
 def _ran(result: dict[str, Any], kind: str) -> bool:
-    return any(result["calls"].get(op) for op in _OPS[kind])
+    return kind in result["replaced"] and any(result["calls"].get(op) for op in _OPS[kind])
 
 
 def _cell(result: dict[str, Any], kind: str) -> str:
@@ -52,15 +61,12 @@ def _cell(result: dict[str, Any], kind: str) -> str:
 
 def row(result: dict[str, Any], image: bool = False) -> str:
     """The line of one model type."""
-    alone = {
-        re.sub(r" computes something else|: its rotary function", "", reason)
-        for reason in result["skipped"]
-    }
+    alone = {re.sub(_USUAL, "", reason) for reason in result["skipped"]}
     cells = [
         f"`{result['entry']}`{' *image*' if image else ''}",
         result["class_name"],
         result["loss"],
-        *(_cell(result, kind) for kind in ("norm", "mlp", "rope")),
+        *(_cell(result, kind) for kind in _OPS),
         ", ".join(sorted(alone)),
     ]
     return f"| {' | '.join(cells)} |"

@@ -40,6 +40,7 @@ OPTION_OF = {
     "layer_norm": "layer_norm",
     "swiglu": "mlp",
     "geglu": "mlp",
+    "relu_squared": "mlp",
 }
 
 
@@ -98,6 +99,7 @@ FAMILIES = (
     _family("mixtral", _LLAMA),
     _family("mllama", _flags(layer_norm=True), "mllama_text_model"),
     _family("muse_glimmer", _flags(layer_norm=True)),
+    _family("nemotron", {"relu_squared": True, **_TEXT_IN_IMAGE}),
     _family("olmo2", _LLAMA),
     _family("olmo3", _LLAMA),
     _family("paligemma", {**_GEMMA, "layer_norm": True}),

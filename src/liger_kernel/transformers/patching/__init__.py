@@ -1,7 +1,8 @@
 """`patch(model)`: fused kernels in place of the slow parts of a HuggingFace model, proven, reported, reversible.
 
 The model's own forward stays as HF wrote it. What changes are instance attributes of that one model: the class of its
-head (`loss.py`), and the `forward` of norms, gated MLPs and attention modules (`norms.py`, `mlps.py`, `rope.py`).
+head (`loss.py`), the `forward` of norms, gated MLPs and attention modules (`norms.py`, `mlps.py`, `rope.py`), and the
+gate between the products of experts (`experts.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import Any
 
 from torch import nn
 
+from liger_kernel.transformers.patching.experts import patch_experts
 from liger_kernel.transformers.patching.loss import patch_cross_entropy, patch_loss
 from liger_kernel.transformers.patching.mlps import patch_mlps
 from liger_kernel.transformers.patching.norms import patch_norms
 from liger_kernel.transformers.patching.options import Options
 from liger_kernel.transformers.patching.report import PatchReport, Row
 from liger_kernel.transformers.patching.rope import patch_rope
-from liger_kernel.transformers.patching.state import KEY, State, state_of
+from liger_kernel.transformers.patching.state import KEY, State, beneath_hooks, state_of
 
 __all__ = ["Options", "PatchReport", "Row", "patch", "patched", "unpatch"]
 
 
+@beneath_hooks
 def patch(model: nn.Module, **options: Any) -> PatchReport:
     """Replace what can be replaced in `model`, in place, and say what was and what was not.
 
@@ -46,7 +49,7 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
         if before.options == wanted:
             return before.report
         unpatch(model)
-    state = State(wanted, PatchReport(type(model).__name__))
+    state = State(wanted, PatchReport(type(model).__name__, of=model))
     try:
         if wanted.fused_linear_cross_entropy:
             patch_loss(model, state)
@@ -56,6 +59,7 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
             patch_norms(model, state)
         if wanted.mlp:
             patch_mlps(model, state)
+            patch_experts(model, state)
         if wanted.rope:
             patch_rope(model, state)
         if wanted.strict and not state.report.replaced:
@@ -69,6 +73,7 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
     return state.report
 
 
+@beneath_hooks
 def unpatch(model: nn.Module) -> None:
     """Restore `model` to what it was before `patch`; a model that is not patched stays as it is."""
     model = _unwrapped(model)

@@ -26,7 +26,7 @@ class GlobalPatch:
     _holds: dict[tuple[str, str], list[Any]] = {}  # noqa: RUF012 - shared on purpose: (original, count)
 
     def __init__(self, module: types.ModuleType, name: str, value: Any):
-        self._key, self._module = (module.__name__, name), module
+        self._key, self._module, self._value = (module.__name__, name), module, value
         current = getattr(module, name)
         if current is not value:  # also after importlib.reload(module) put the original back
             self._holds[self._key] = [current, 0]
@@ -43,8 +43,13 @@ class GlobalPatch:
                 setattr(self._module, self._key[1], hold[0])
                 del self._holds[self._key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GlobalPatch:
-        return self
+    def __reduce__(self) -> Any:
+        """A copy, and what is unpickled in another process, is a hold of its own."""
+        return _hold, (*self._key, self._value)
+
+
+def _hold(module: str, name: str, value: Any) -> GlobalPatch:
+    return GlobalPatch(importlib.import_module(module), name, value)
 
 
 def patch_rope_globally(modeling: types.ModuleType) -> GlobalPatch | None:
@@ -53,7 +58,7 @@ def patch_rope_globally(modeling: types.ModuleType) -> GlobalPatch | None:
     ours = rope_module.liger_rotary_pos_emb
     if original is None:
         return None
-    if original is not ours and Form() not in [replace(f, partial=False) for f in prove(original)]:
+    if original is not ours and Form() not in [replace(f, narrow="") for f in prove(original)]:
         return None
     return GlobalPatch(modeling, _ROPE, ours)
 

@@ -59,7 +59,13 @@ class DeferredLogits:
         self._fused = Fused(hidden) if root is None else fused
         self._root = self if root is None else root
         self._dtype: torch.dtype = hidden.dtype if root is None else root._dtype
+        self._device: torch.device = hidden.device if root is None else root._device
         self._real: Tensor | None = None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether somebody needed the logits themselves."""
+        return self._real is not None
 
     # -- real logits ------------------------------------------------------------------------------------------------
 
@@ -80,6 +86,7 @@ class DeferredLogits:
         operation: Callable[[Tensor], Tensor],
         fused: Fused | None,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> Any:
         """The value after one more operation; real at once where the fused loss could not express it."""
         if fused is None or self._real is not None:
@@ -87,7 +94,7 @@ class DeferredLogits:
         after = DeferredLogits(
             self._head, self._hidden, self._run, (*self._chain, operation), fused, self._root
         )
-        after._dtype = dtype or self._dtype
+        after._dtype, after._device = dtype or self._dtype, device or self._device
         return after
 
     # -- what HF's forwards do to logits before the loss ------------------------------------------------------------
@@ -118,7 +125,7 @@ class DeferredLogits:
 
     @property
     def device(self) -> torch.device:
-        return self._hidden.device
+        return self._device if self._real is None else self._real.device
 
     @property
     def requires_grad(self) -> bool:
@@ -132,8 +139,9 @@ class DeferredLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        # accelerate moves all outputs of a model on several devices to that of its inputs
         if device is not None and device != self.device:
-            return self.materialize().to(*args, **kwargs)
+            return self._then(lambda t: t.to(*args, **kwargs), self._fused, dtype, device)
         return self if dtype is None else self._cast(dtype)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +238,7 @@ class DeferredLogits:
             "softcap": fused.softcap,
         }
         request = LossRequest(target, fused, arguments, self._run)
-        return self._head(fused.hidden, request).to(self.dtype)
+        return self._head(fused.hidden, request).to(self.device, self.dtype)
 
     @classmethod
     def __torch_function__(

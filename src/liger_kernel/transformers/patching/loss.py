@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.model import loss_utils
 from liger_kernel.transformers.model.output_classes import with_metrics
 from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
-from liger_kernel.transformers.patching.state import State, state_of
+from liger_kernel.transformers.patching.state import State, is_replaced, state_of
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
@@ -31,18 +32,27 @@ class Frame:
     armed: bool
     skip_logits: bool
     asked: dict[str, Any] = field(default_factory=dict)
+    label_count: LabelCount | None = None
+    made: list[DeferredLogits] = field(default_factory=list)
+    fused: bool = False
     found: dict[str, Tensor] = field(default_factory=dict)
 
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
     ) -> Tensor:
         """Called from inside the head's forward, where its weight is whole."""
-        fused = request.fused
+        self.fused, fused = True, request.fused
         if fused.scale != 1.0:
             hidden = hidden * fused.scale
             bias = None if bias is None else bias * fused.scale
         result = functional.liger_fused_linear_cross_entropy(
-            hidden, weight, request.target, bias, **request.arguments, **self.asked
+            hidden,
+            weight,
+            request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
+            bias,
+            **request.arguments,
+            **self.asked,
+            label_count=self._count_for(request),
         )
         if not isinstance(result, functional.CrossEntropyOutput):
             return result
@@ -51,6 +61,13 @@ class Frame:
             if value is not None:
                 self.found[name] = value
         return result.loss
+
+    def _count_for(self, request: LossRequest) -> LabelCount | None:
+        """The count of this call's labels, where what the loss is given can only be fewer of them."""
+        count = self.label_count
+        if count is None or request.target.numel() > count.size:
+            return None
+        return count if request.arguments["ignore_index"] == count.ignore_index else None
 
     def entry(self, head: nn.Module) -> nn.Module:
         """What to call to reach `head` with its weight whole: the head, or the unit of FSDP1 around it."""
@@ -75,7 +92,10 @@ class FusedHead:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = _frames.stack
         if stack and stack[-1].armed and len(args) == 1 and not kwargs:
-            return DeferredLogits(stack[-1].entry(cast(nn.Module, self)), args[0], stack[-1].run)
+            frame = stack[-1]
+            logits = DeferredLogits(frame.entry(cast(nn.Module, self)), args[0], frame.run)
+            frame.made.append(logits)
+            return logits
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, request: LossRequest | None = None) -> Tensor:
@@ -121,7 +141,7 @@ def unsuitable(head: nn.Module) -> str | None:
     """Why the fused loss cannot stand in for this head; None if it can."""
     if getattr(type(head), "forward", None) not in (nn.Linear.forward, FusedHead.forward):
         return f"{type(head).__name__} does not compute a plain linear map"
-    if "forward" in head.__dict__:
+    if is_replaced(head):
         return "its forward was already replaced by someone else"
     weight = head._parameters.get("weight")
     if weight is None or hasattr(weight, "quant_state"):
@@ -133,6 +153,10 @@ def patch_loss(model: nn.Module, state: State) -> None:
     heads = find_heads(model)
     if not heads:
         state.report.add("loss", type(model).__name__, reason="no head onto the vocabulary")
+        return
+    if isinstance(heads[0][1], nn.ModuleList):
+        joined = f"{len(heads[0][1])} heads, whose logits are joined before the loss"
+        state.report.add("loss", heads[0][0], reason=joined)
         return
     usable = []
     for path, head in heads:
@@ -149,6 +173,7 @@ def patch_loss(model: nn.Module, state: State) -> None:
         return
     for path, head in usable:
         if not isinstance(head, FusedHead):
+            state.drop(head, "forward")
             state.set_class(head, _fused_class(cast(Any, type(head))))
         state.report.add("loss", path, by="fused linear cross entropy")
     if usable:
@@ -177,12 +202,10 @@ def _before_forward(
         kwargs["labels"] = labels = (
             shift_labels  # HF's forward asks only `labels` whether to compute a loss
         )
-    if skip_logits and labels is None:
-        raise ValueError(
-            "skip_logits=True needs labels or shift_labels, got neither; pass one, or skip_logits=False."
-        )
     state = state_of(model)
     wanted = {name: value for name, value in asked.items() if value}
+    # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing and
+    # `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` all the same.
     armed = state is not None and labels is not None and not getattr(model, "_is_replica", False)
     if skip_logits is not None and not wanted:
         armed = armed and bool(skip_logits)
@@ -191,8 +214,19 @@ def _before_forward(
     if armed and state is not None:
         options = {name: getattr(state.options, name) for name in LOSS_OPTIONS}
         wanted |= {name: value for name, value in options.items() if value is not None}
-    _frames.stack.append(Frame(model, armed, bool(skip_logits), wanted))
+    frame = Frame(model, armed, bool(skip_logits), wanted)
+    same = shift_labels is None or shift_labels is labels
+    if armed and labels is not None and same and _may_count(labels):
+        frame.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
+    _frames.stack.append(frame)
     return args, kwargs
+
+
+def _may_count(labels: Tensor) -> bool:
+    """A compiled or a captured graph is the same for every number of labels."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -202,6 +236,9 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     frame = stack.pop()
     if not frame.armed or output is None:
         return None
+    state = state_of(model)
+    if state is not None and not frame.fused and any(logits.is_real for logits in frame.made):
+        state.report.retract("loss", "its forward needs real logits before the loss")
     as_tuple = isinstance(output, tuple)
     entries = list(enumerate(output)) if as_tuple else list(output.items())
     for key, value in entries:

@@ -1,57 +1,76 @@
-"""Gated MLPs: only `act(gate) * up` is replaced; the Linears stay modules, so adapters and sharding keep working."""
+"""MLPs: `act(gate) * up` or the activation is replaced; the Linears stay modules, so adapters and sharding work."""
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liger_kernel.ops import glu as glu_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.ops import relu_squared as relu_squared_op
+from liger_kernel.transformers.patching import proof, walk
 from liger_kernel.transformers.patching.state import State
 
-PLAN = "_liger_mlp"
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-_NAMES = {"silu": "SwiGLU", "gelu_tanh": "GeGLU", "gelu": "GeGLU(erf)"}
+ACTIVATIONS = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGeGLU", "gelu": "LigerGeGLU(erf)"}
 
 
 @dataclass(frozen=True)
-class MLPPlan:
-    """`down(act(gate(x)) * up(x))` by the names of the Linears; `up` is None where `gate` holds both, gate first."""
+class MLPPlan(walk.Plan):
+    """`down(act(gate(x)) * up(x))` by the names of the Linears; `up` is None where `gate` holds both, gate first.
+
+    `multipliers` are attributes that scale what goes into `act` and what comes out of `down`, as in Falcon-H1.
+    """
+
+    kind = "mlp"
 
     gate: str
     up: str | None
     down: str
     activation: str
+    multipliers: tuple[str | None, str | None] = (None, None)
 
     def __str__(self) -> str:
-        return f"Liger{_NAMES[self.activation]}{'' if self.up else '(fused gate_up)'}"
+        return ACTIVATIONS[self.activation] + ("" if self.up else "(fused gate_up)")
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return type(module).forward(module, *args, **kwargs)
+        return self.compute(module, args[0])
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        into_act, out = (1.0 if n is None else getattr(module, n) for n in self.multipliers)
         gate = getattr(module, self.gate)(x)
         if self.up is None:
-            product = glu_op.glu_packed(gate, self.activation)
+            gated = glu_op.glu_packed(gate, self.activation, into_act)
         else:
-            product = glu_op.glu(gate, getattr(module, self.up)(x), self.activation)
-        return getattr(module, self.down)(product)
+            gated = glu_op.glu(gate, getattr(module, self.up)(x), self.activation, into_act)
+        y = getattr(module, self.down)(gated)
+        return y if out == 1 else y * out
+
+
+@dataclass(frozen=True)
+class ReLUSquaredPlan(walk.Plan):
+    """An activation module that computes `max(x, 0)^2`."""
+
+    kind = "mlp"
+
+    def __str__(self) -> str:
+        return "LigerReLUSquared"
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return type(module).forward(module, *args, **kwargs)
+        return relu_squared_op.relu_squared(args[0])
 
 
 _plans: dict[Any, MLPPlan | None] = {}
-
-
-def mlp_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs:
-        return type(self).forward(self, x, *args, **kwargs)
-    return self.__dict__[PLAN].compute(self, x)
-
-
-def mlp_name(self: nn.Module) -> str:
-    return f"{self.__dict__[PLAN]}[{type(self).__name__}]"
+_squares: dict[Any, bool] = {}
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:
@@ -79,28 +98,20 @@ def is_candidate(module: nn.Module) -> bool:
 def _candidates(module: nn.Module) -> Iterator[MLPPlan]:
     linears = _linears(module)
     hidden = {name: (child.in_features, child.out_features) for name, child in linears.items()}
+    floats = [None, *(n for n, v in proof.plain_attributes(module) if type(v) is float)]
+    rest = list(product(ACTIVATIONS, product(floats, floats)))
     for down in linears:
         others = [name for name in linears if name != down]
         if len(others) == 1 and hidden[others[0]][1] == 2 * hidden[down][0]:
-            yield from (MLPPlan(others[0], None, down, a) for a in ACTIVATIONS)
+            yield from (MLPPlan(others[0], None, down, *r) for r in rest)
         elif len(others) == 2 and all(hidden[name][1] == hidden[down][0] for name in others):
             for gate, up in (others, others[::-1]):
-                yield from (MLPPlan(gate, up, down, a) for a in ACTIVATIONS)
+                yield from (MLPPlan(gate, up, down, *r) for r in rest)
 
 
 def find_plan(module: nn.Module) -> MLPPlan | None:
     """The proven plan for this module, or None."""
-    others = tuple(
-        (name, type(child), repr(child))
-        for name, child in module._modules.items()
-        if name not in _linears(module)
-    )
-    functions = tuple(
-        (n, v) for n, v in module.__dict__.items() if isinstance(v, types.FunctionType)
-    )
-    linears = tuple((n, getattr(c, "bias", None) is not None) for n, c in _linears(module).items())
-    sizes = tuple((c.in_features, c.out_features) for c in _linears(module).values())
-    key = (type(module), proof.plain_attributes(module), others, functions, linears, sizes)
+    key = proof.key(module)
     if key not in _plans:
         _plans[key] = next((p for p in _candidates(module) if _proves(module, p)), None)
     return _plans[key]
@@ -127,31 +138,21 @@ def _proves(module: nn.Module, plan: MLPPlan) -> bool:
     return proof.attempt(exact)
 
 
-def install(module: nn.Module, plan: MLPPlan, state: State) -> None:
-    state.set(module, PLAN, plan)
-    state.set(module, "forward", partial(mlp_forward, module))
-    state.set(module, "_get_name", partial(mlp_name, module))
-
-
 def patch_mlps(model: nn.Module, state: State) -> None:
-    """Replace the gated product of every MLP of `model` that is proven to be one."""
-    for path, module in model.named_modules():
-        if not is_candidate(module):
-            continue
-        if PLAN in module.__dict__:
-            state.report.add(
-                "mlp", path, by=str(module.__dict__[PLAN])
-            )  # by an enclosing or earlier patch
-            continue
-        if "forward" in module.__dict__:
-            state.report.add("mlp", path, reason="its forward was already replaced")
-            continue
+    """Replace the gated product of every MLP of `model` that is proven to be one, and every squared ReLU."""
+    for path, module in walk.untouched(model, state, "mlp", is_candidate):
         plan = find_plan(module)
         if plan is not None:
-            install(module, plan, state)
+            walk.install(module, plan, state)
             state.report.add("mlp", path, by=str(plan))
         elif len(_linears(module)) == 3 and _has_activation(module):
             state.report.add("mlp", path, reason=f"{type(module).__name__} computes something else")
+    named = {c for m in model.modules() for name, c in m._modules.items() if "act" in name}
+    for path, module in walk.untouched(
+        model, state, "mlp", lambda m: m in named and is_relu_squared(m)
+    ):
+        walk.install(module, ReLUSquaredPlan(), state)
+        state.report.add("mlp", path, by=str(ReLUSquaredPlan()))
 
 
 def _has_activation(module: nn.Module) -> bool:
@@ -160,3 +161,25 @@ def _has_activation(module: nn.Module) -> bool:
         n for n in (*module._modules, *vars(module)) if "act" in n and n not in _linears(module)
     ]
     return any(callable(getattr(module, name)) for name in names)
+
+
+def is_relu_squared(module: nn.Module) -> bool:
+    """Whether a module without parameters and children is proven to compute `max(x, 0)^2` of its one argument."""
+    if module._modules or module._parameters or module._buffers:
+        return False
+    if type(module).__module__.startswith("torch.nn."):  # none of them is one
+        return False
+    key = proof.key(module)
+    if key not in _squares:
+        _squares[key] = proof.attempt(partial(_squares_positives, module))
+    return _squares[key]
+
+
+def _squares_positives(module: nn.Module) -> bool:
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return False
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    theirs = partial(type(module).forward, proof.clone(module, {}, {}))
+    return proof.same_function(
+        proof.run(relu_squared_op.relu_squared, [x], []), proof.run(theirs, [x], [])
+    ) and torch.equal(relu_squared_op.relu_squared(x.bfloat16()), theirs(x.bfloat16()))

@@ -3,71 +3,146 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import layer_norm as layer_norm_op
 from liger_kernel.ops import rms_norm as rms_norm_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching import proof, walk
 from liger_kernel.transformers.patching.state import State
 
-PLAN = "_liger_norm"
+#: where a module keeps its plan
+PLAN = walk.marker("norm")
+
+
+def norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a norm that has a plan."""
+    plan: NormPlan = self.__dict__[PLAN]
+    return plan.call(self, *args, **kwargs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
-class NormPlan:
-    """What a norm was proven to compute. `eps` names the attribute that holds it, read at every call."""
+class Gate:
+    """The second argument of a norm in linear attention: `norm(x * f(gate))` if `first`, else `norm(x) * f(gate)`."""
 
-    kind: str  # "rms_norm" or "layer_norm"
-    eps: str
+    name: str
+    activation: str = "silu"
+    first: bool = False
+
+    def __str__(self) -> str:
+        return f"{'of x' if self.first else 'then'} * {self.activation}({self.name})"
+
+    def apply(self, gate: Tensor, y: Tensor) -> Tensor:
+        """The product in fp32, where those models compute it."""
+        gate, y = _wide(gate), _wide(y)
+        return glu_op.glu(gate, y) if self.activation == "silu" else gate.sigmoid() * y
+
+
+@dataclass(frozen=True)
+class NormPlan(walk.Plan):
+    """What a norm was proven to compute."""
+
+    kind = "norm"
+
+    op: str  # "rms_norm" or "layer_norm"
+    eps: str | float  # the attribute that holds it, read at every call, or a constant of the code
     offset: float = 0.0
     casting_mode: str = "llama"
-    mixed: bool = False  # proven for 16-bit activations with fp32 weights too
+    weighted: bool = True
+    group_size: int = 0  # rows are cut into groups of so many columns, each normalised by itself
+    gate: Gate | None = None
+    ungated: bool = True  # proven without a gate, too
+    #: dtypes that differ: proven for fp32 weights with 16-bit activations, for 16-bit weights with fp32 activations
+    wide_weight: bool = False
+    wide_x: bool = False
 
     @property
     def label(self) -> str:
-        return "LigerRMSNorm" if self.kind == "rms_norm" else "LigerLayerNorm"
+        return "LigerRMSNorm" if self.op == "rms_norm" else "LigerLayerNorm"
 
     def __str__(self) -> str:
-        if self.kind == "layer_norm":
-            return self.label
-        return (
-            f"{self.label}({self.casting_mode}{f', offset={self.offset:g}' if self.offset else ''})"
+        details = [
+            self.casting_mode if self.op == "rms_norm" else "",
+            f"offset={self.offset:g}" if self.offset else "",
+            "in groups" if self.group_size else "",
+            str(self.gate or ""),
+        ]
+        text = ", ".join(detail for detail in details if detail)
+        return f"{self.label}({text})" if text else self.label
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs:
+            x, gate = args[0], None
+        elif len(args) == 2 and not kwargs:
+            x, gate = args
+        elif len(args) == 1 and self.gate and kwargs.keys() == {self.gate.name}:
+            x, gate = args[0], kwargs[self.gate.name]
+        else:
+            return type(module).forward(module, *args, **kwargs)
+        if not self._takes(module, x, gate):
+            return type(module).forward(module, *args, **kwargs)
+        return self.compute(module, x, gate)
+
+    def _takes(self, module: nn.Module, x: Tensor, gate: Any) -> bool:
+        """Whether this is a call of the proven form."""
+        if gate is None:
+            form = self.ungated
+        else:
+            form = self.gate is not None and isinstance(gate, Tensor) and gate.shape == x.shape
+        weight = self._weight(module)
+        if not form or weight is None or weight.dtype == x.dtype:
+            return form
+        narrow = (x.dtype.itemsize == 2, weight.dtype.itemsize == 2)
+        return (self.wide_weight and narrow == (True, False)) or (
+            self.wide_x and narrow == (False, True)
         )
 
-    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        eps = getattr(module, self.eps)
-        weight = getattr(module, "weight", None)
-        if self.kind == "layer_norm":
+    def _weight(self, module: nn.Module) -> Tensor | None:
+        return getattr(module, "weight", None) if self.weighted else None
+
+    def compute(self, module: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        gated = self.gate if gate is not None else None
+        if gated is None or gate is None:
+            return self._norm(module, x).to(x.dtype)
+        if gated.first:
+            return self._norm(module, gated.apply(gate, x)).to(x.dtype)
+        # a norm that rounds does so before the gate, too
+        normed = self._norm(module, x if self.casting_mode == "llama" else _wide(x))
+        return gated.apply(gate, normed).to(x.dtype)
+
+    def _norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        weight = self._weight(module)
+        if self.op == "layer_norm":
+            weight = weight + self.offset if weight is not None and self.offset else weight
             return layer_norm_op.layer_norm(x, weight, getattr(module, "bias", None), eps)
+        if self.group_size:
+            groups = _wide(x).unflatten(-1, (-1, self.group_size))
+            normed = rms_norm_op.rms_norm(groups, None, eps).flatten(-2)
+            return normed if weight is None else normed * (self.offset + _wide(weight))
         return rms_norm_op.rms_norm(x, weight, eps, self.offset, self.casting_mode)
 
 
 _plans: dict[Any, NormPlan | None] = {}
 
 
-def norm_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a replaced norm; a call form that was not proven goes to the module's own class."""
-    plan: NormPlan = self.__dict__[PLAN]
-    weight = getattr(self, "weight", None)
-    if args or kwargs or not (weight is None or weight.dtype == hidden_states.dtype or plan.mixed):
-        return type(self).forward(self, hidden_states, *args, **kwargs)
-    return plan.compute(self, hidden_states)
-
-
-def norm_name(self: nn.Module) -> str:
-    return f"{self.__dict__[PLAN].label}[{type(self).__name__}]"
-
-
 def is_candidate(module: nn.Module) -> bool:
-    """A leaf with nothing but a 1-D weight (and bias), or with no parameter and something called eps."""
-    if module._modules or module._buffers:
+    """A leaf with nothing but a 1-D weight (and bias), with no parameter and something called eps, or called a norm."""
+    if module._modules:
         return False
+    if "norm" in type(module).__name__.lower():
+        return True
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     if not parameters:
         return bool(_eps_names(module))
@@ -78,108 +153,150 @@ def is_candidate(module: nn.Module) -> bool:
     )
 
 
+def _is_eps(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 0.1
+
+
 def _eps_names(module: nn.Module) -> list[str]:
-    return [
-        name
-        for name, value in module.__dict__.items()
-        if "eps" in name and isinstance(value, float) and 0 < value < 0.1
-    ]
+    return [name for name, value in module.__dict__.items() if "eps" in name and _is_eps(value)]
+
+
+def _gate_of(module: nn.Module) -> tuple[str, bool] | None:
+    """The name of the only argument besides the hidden states, and whether it may be left out."""
+    more = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    return (more[0].name, more[0].default is None) if len(more) == 1 else None
 
 
 def _candidates(module: nn.Module) -> Iterator[NormPlan]:
-    has_bias = module._parameters.get("bias") is not None
-    for eps in _eps_names(module):
+    code = getattr(type(module).forward, "__code__", None)
+    constants = [c for c in code.co_consts if _is_eps(c)] if code else []
+    weighted, has_bias = (module._parameters.get(n) is not None for n in ("weight", "bias"))
+    offsets = (0.0, 1.0) if weighted else (0.0,)
+    for eps in _eps_names(module) or constants:
         if not has_bias:
-            for mode in ("llama", "gemma"):
-                for offset in (0.0, 1.0):
-                    yield NormPlan("rms_norm", eps, offset, mode)
-        yield NormPlan("layer_norm", eps)
+            for mode in ("llama", "gemma") if weighted else ("llama",):
+                for offset in offsets:
+                    yield NormPlan("rms_norm", eps, offset, mode, weighted)
+        for offset in offsets:
+            yield NormPlan("layer_norm", eps, offset, weighted=weighted)
+    size = _size(module)
+    for name in [n for n, v in proof.plain_attributes(module) if type(v) is int and 1 < v < size]:
+        group = module.__dict__[name]
+        if weighted and size % group == 0:
+            for eps in _eps_names(module):
+                for offset in offsets:
+                    yield NormPlan("rms_norm", eps, offset, "gemma", group_size=group)
+
+
+def _gated_candidates(module: nn.Module) -> Iterator[NormPlan]:
+    gate = _gate_of(module)
+    if gate is None:
+        return
+    name, optional = gate
+    for ungated in (True, False) if optional else (False,):
+        for plan in _candidates(module):
+            for activation, first in product(("silu", "sigmoid"), (False, True)):
+                if plan.op == "rms_norm":
+                    yield replace(plan, gate=Gate(name, activation, first), ungated=ungated)
 
 
 def find_plan(module: nn.Module) -> NormPlan | None:
     """The proven plan for this module, or None."""
-    key = (type(module), proof.plain_attributes(module), proof.shapes(module))
+    key = proof.key(module)
     if key not in _plans:
-        _plans[key] = next((p for p in _candidates(module) if _proves(module, p)), None)
-        plan = _plans[key]
-        if plan is not None and _proves_mixed(module, plan):
-            _plans[key] = NormPlan(plan.kind, plan.eps, plan.offset, plan.casting_mode, mixed=True)
+        candidates = chain(_gated_candidates(module), _candidates(module))
+        plan = next((p for p in candidates if _proves(module, p)), None)
+        if plan is not None and plan.op == "rms_norm":
+            narrow, wide = torch.bfloat16, torch.float32
+            plan = replace(
+                plan,
+                wide_weight=proof.attempt(partial(_rounds, module, plan, narrow, wide)),
+                wide_x=proof.attempt(partial(_rounds, module, plan, wide, narrow)),
+            )
+        _plans[key] = plan
     return _plans[key]
 
 
-def _twin(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], int]:
+def _proves(module: nn.Module, plan: NormPlan) -> bool:
+    """Equal in fp32, and in bf16 no farther from the truth: of the candidates, those that round most come first."""
+    return proof.attempt(partial(_is_exact, module, plan)) and proof.attempt(
+        partial(_rounds, module, plan, torch.bfloat16, torch.bfloat16)
+    )
+
+
+def _size(module: nn.Module) -> int:
+    """How many columns the module normalises."""
+    for p in module._parameters.values():
+        if p is not None:
+            return proof.whole_shape(p)[-1]
+    shape = getattr(module, "normalized_shape", None)
+    return shape[-1] if isinstance(shape, tuple) and shape else 64
+
+
+def _twin(
+    module: nn.Module, dtype: torch.dtype, rounded_to: torch.dtype
+) -> tuple[nn.Module, list[Tensor]]:
+    """A clone with random parameters in `dtype`, whose values `rounded_to` holds exactly."""
     generator = torch.Generator().manual_seed(0)
     drawn: dict[str, Tensor | None] = {}
-    size = 64
     for name, p in module._parameters.items():
         if p is None:
             drawn[name] = None
             continue
-        (size,) = proof.whole_shape(p)
-        drawn[name] = nn.Parameter((1 + 0.5 * torch.randn(size, generator=generator)).to(dtype))
-    return proof.clone(module, drawn, {}), [p for p in drawn.values() if p is not None], size
+        values = 1 + 0.5 * torch.randn(proof.whole_shape(p), generator=generator)
+        drawn[name] = nn.Parameter(values.to(rounded_to).to(dtype))
+    return proof.clone(module, drawn, {}), [p for p in drawn.values() if p is not None]
 
 
-def _inputs(size: int, dtype: torch.dtype) -> Tensor:
-    """Rows from tiny (eps decides) to large."""
+def _inputs(module: nn.Module, plan: NormPlan, dtype: torch.dtype) -> list[list[Tensor]]:
+    """For every call form of the plan, rows from tiny (eps decides) to large, and a gate."""
     generator = torch.Generator().manual_seed(2)
-    scales = torch.tensor([1e-3, 1e-2, 1.0, 30.0]).unsqueeze(1)
-    return ((torch.randn(4, size, generator=generator) + 0.3) * scales).to(dtype)
+    scales = torch.tensor([1e-3, 1e-2, 1.0, 30.0]).view(4, 1, 1)
+    shape = (4, 1, _size(module))
+    x = ((torch.randn(shape, generator=generator) + 0.3) * scales).to(dtype)
+    forms = [[x]] if plan.ungated else []
+    return (
+        [*forms, [x, 2 * torch.randn(shape, generator=generator).to(dtype)]] if plan.gate else forms
+    )
 
 
-def _proves(module: nn.Module, plan: NormPlan) -> bool:
-    def exact() -> bool:
-        twin, parameters, size = _twin(module, torch.float32)
-        x = _inputs(size, torch.float32)
-        theirs = proof.run(partial(type(module).forward, twin), [x], parameters)
-        return proof.same_function(proof.run(partial(plan.compute, twin), [x], parameters), theirs)
-
-    return proof.attempt(exact) and proof.attempt(_rounds_alike(module, plan, torch.bfloat16))
-
-
-def _rounds_alike(module: nn.Module, plan: NormPlan, weights: torch.dtype) -> Callable[[], bool]:
-    def check() -> bool:
-        twin, _, size = _twin(module, weights)
-        x = _inputs(max(size, 1), torch.bfloat16)
-        return proof.same_rounding(plan.compute(twin, x), type(module).forward(twin, x))
-
-    return check
+def _is_exact(module: nn.Module, plan: NormPlan) -> bool:
+    twin, parameters = _twin(module, torch.float32, torch.float32)
+    return all(
+        proof.same_function(
+            proof.run(partial(plan.compute, twin), inputs, parameters),
+            proof.run(partial(type(module).forward, twin), inputs, parameters),
+        )
+        for inputs in _inputs(module, plan, torch.float32)
+    )
 
 
-def _proves_mixed(module: nn.Module, plan: NormPlan) -> bool:
-    return plan.kind == "rms_norm" and proof.attempt(_rounds_alike(module, plan, torch.float32))
-
-
-def install(module: nn.Module, plan: NormPlan, state: State) -> None:
-    state.set(module, PLAN, plan)
-    state.set(module, "forward", partial(norm_forward, module))
-    state.set(module, "_get_name", partial(norm_name, module))
+def _rounds(module: nn.Module, plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether the plan rounds as the module does, or less, with activations and weights of these dtypes."""
+    twin, _ = _twin(module, weights, torch.bfloat16)
+    true_twin, _ = _twin(module, torch.float32, torch.bfloat16)
+    for inputs in _inputs(module, plan, torch.bfloat16):
+        exact = type(module).forward(true_twin, *(t.float() for t in inputs))
+        given = [t.to(x) for t in inputs]
+        ours, theirs = plan.compute(twin, *given), type(module).forward(twin, *given)
+        if not proof.no_worse(ours, theirs, exact):
+            return False
+    return True
 
 
 def patch_norms(model: nn.Module, state: State) -> None:
     """Replace every norm of `model` that is proven to be one of ours."""
-    for path, module in model.named_modules():
-        if not is_candidate(module):
-            continue
-        if PLAN in module.__dict__:
-            state.report.add(
-                "norm", path, by=str(module.__dict__[PLAN])
-            )  # by an enclosing or earlier patch
-            continue
-        if "forward" in module.__dict__:
-            state.report.add("norm", path, reason="its forward was already replaced")
-            continue
+    for path, module in walk.untouched(model, state, "norm", is_candidate):
         plan = find_plan(module)
         if plan is None:
-            state.report.add(
-                "norm", path, reason=f"{type(module).__name__} computes something else"
-            )
-        elif getattr(state.options, plan.kind):
-            install(module, plan, state)
-            state.report.add("norm", path, by=str(plan) + _other_forms(module))
+            reason = f"{type(module).__name__} computes something else"
+            state.report.add("norm", path, reason=reason)
+        elif getattr(state.options, plan.op):
+            walk.install(module, plan, state)
+            state.report.add("norm", path, by=str(plan) + _other_forms(module, plan))
 
 
-def _other_forms(module: nn.Module) -> str:
-    """What the report adds where the forward takes more than the hidden states: such calls keep the original."""
+def _other_forms(module: nn.Module, plan: NormPlan) -> str:
+    """What the report adds where the forward takes more than was proven: such calls keep the original."""
     more = list(inspect.signature(type(module).forward).parameters)[2:]
-    return f", except with {', '.join(more)}" if more else ""
+    return f", except with {', '.join(more)}" if more and plan.gate is None else ""

@@ -15,7 +15,8 @@ class Options:
     Attributes:
         fused_linear_cross_entropy: run `lm_head` and the loss as one fused op; the logits are never stored.
         cross_entropy: keep the logits, fuse the loss alone (excludes `fused_linear_cross_entropy`).
-        rms_norm, layer_norm, mlp, rope: replace modules of that kind where the replacement is proven equal.
+        rms_norm, layer_norm, mlp, rope: replace modules of that kind where the replacement is proven equal; `mlp`
+            stands for gated MLPs, the gates of experts, and squared ReLUs.
         chunk_size: rows of logits held at a time by the fused loss; default: chosen from a byte budget.
         memory_budget: bytes for the slab of logits; an alternative to `chunk_size`.
         accum_dtype: dtype in which the gradient of the head's weight is accumulated; default: chosen by chunk count.

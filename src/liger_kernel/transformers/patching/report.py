@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Row:
     """One place in the model. `by` names the replacement, or is None where `reason` says why there is none."""
 
-    kind: str  # "loss", "norm", "mlp", "rope"
+    kind: str  # "loss", "norm", "mlp", "experts", "rope"
     path: str
     by: str | None = None
     reason: str = ""
@@ -23,6 +25,7 @@ class PatchReport:
 
     model: str
     rows: list[Row] = field(default_factory=list)
+    of: nn.Module | None = field(default=None, repr=False, compare=False)  # the patched model
 
     @property
     def replaced(self) -> list[Row]:
@@ -34,6 +37,33 @@ class PatchReport:
 
     def add(self, kind: str, path: str, by: str | None = None, reason: str = "") -> None:
         self.rows.append(Row(kind, path, by, reason))
+
+    def retract(self, kind: str, reason: str) -> None:
+        """What was replaced turned out not to run: its rows say why from now on."""
+        self.rows = [
+            Row(kind, row.path, reason=reason) if row.kind == kind and row.by else row
+            for row in self.rows
+        ]
+
+    def savings(self, batch: int, seq: int) -> int:
+        """Bytes that the fused loss takes off the peak memory of a training step on `batch` x `seq` tokens on a GPU.
+
+        It is the difference of what the head and the loss hold at their worst moments (the formula: `savings.py`), and
+        the difference of the whole step's peaks where those moments are the peaks, as with large vocabularies and
+        checkpointed activations. Where the backward of the layers is the higher peak, the step saves less than this:
+        max(rest, stock) - max(rest, fused). The model is taken as it is now: its dtype, what is frozen, and the
+        autocast that is on. Labels that are ignored are counted as the others are.
+
+        Returns: 0 where the loss is not fused with the head, or is not any more.
+        Raises: ValueError for a size below 1, or a report that belongs to no model.
+        """
+        from liger_kernel.transformers.patching.savings import saved_bytes
+
+        if self.of is None:
+            raise ValueError(
+                "This report belongs to no model; take the one that patch(model) returns."
+            )
+        return saved_bytes(self.of, batch, seq)
 
     def __str__(self) -> str:
         lines = [("kind", "modules", "", "replaced by")]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.ops import rope as rope_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching import proof, walk
 from liger_kernel.transformers.patching.state import State
 
 
@@ -33,7 +33,9 @@ class Form:
     flat: bool = (
         False  # (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R)
     )
-    partial: bool = False  # proven for cos narrower than the heads, too
+    narrow: str = (
+        ""  # proven for cos narrower than the heads, too: rotates the "first" or "last" columns
+    )
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this is a call of the proven form."""
@@ -43,9 +45,9 @@ class Form:
         known = kwargs.keys() <= (set() if self.flat else {"unsqueeze_dim"})
         whole = cos.shape[-1] * (2 if self.angles == "once" else 1) == q.shape[-1]
         dims = (3, 2) if self.flat else (4, 3)
-        return (
+        return bool(
             known
-            and (whole or self.partial)
+            and (whole or self.narrow)
             and (q.ndim, cos.ndim) == dims
             and not cos.requires_grad
         )
@@ -54,6 +56,12 @@ class Form:
         q, cos, sin = args[0], *args[-2:]
         k = args[1] if self.keys else None
         rotary_dim = cos.shape[-1] * (2 if self.angles == "once" else 1)
+        if self.narrow == "last" and rotary_dim < q.shape[-1]:
+            parts = [x.split((x.shape[-1] - rotary_dim, rotary_dim), -1) for x in args[:-2]]
+            turned = self.compute(*(x for _, x in parts), cos, sin, unsqueeze_dim=unsqueeze_dim)
+            pairs = zip(parts, turned if self.keys else (turned,), strict=True)
+            joined = tuple(torch.cat((still, x), -1) for (still, _), x in pairs)
+            return joined if self.keys else joined[0]
         if (
             self.interleaved and self.angles == "twice"
         ):  # the op reads one half of a wide table: the right one
@@ -87,13 +95,16 @@ _FORMS = (
 @functools.cache
 def prove(original: Callable[..., Any]) -> tuple[Form, ...]:
     """The call forms of a rotary function that our `rope` computes; empty if there is none."""
+
+    def agrees(form: Form, rotary_dim: int) -> bool:
+        return proof.attempt(functools.partial(_agrees, original, form, rotary_dim))
+
     found = []
     for flat in (False, True):
-        for form in (replace(f, flat=flat) for f in _FORMS):
-            if proof.attempt(lambda f=form: _agrees(original, f, 16)):  # type: ignore[misc]
-                partial = proof.attempt(lambda f=form: _agrees(original, f, 8))  # type: ignore[misc]
-                found.append(replace(form, partial=partial))
-                break
+        form = next((f for f in (replace(f, flat=flat) for f in _FORMS) if agrees(f, 16)), None)
+        if form is not None:
+            narrow = (replace(form, narrow=where) for where in ("first", "last"))
+            found.append(next((f for f in narrow if agrees(f, 8)), form))
     return tuple(found)
 
 
@@ -187,15 +198,12 @@ def _calls_rotary(module: nn.Module) -> types.FunctionType | None:
 
 def patch_rope(model: nn.Module, state: State) -> None:
     """Give every attention module of `model` whose rotary function is proven its own forward."""
-    for path, module in model.named_modules():
-        forward = _calls_rotary(module)
-        if forward is None:
-            continue
-        if "forward" in module.__dict__:
-            state.report.add("rope", path, reason="its forward was already replaced")
-            continue
-        if _rebound(forward) is None:
+    for path, module in walk.untouched(
+        model, state, "rope", lambda m: _calls_rotary(m) is not None
+    ):
+        if _rebound(type(module).forward) is None:
             state.report.add("rope", path, reason="its rotary function computes something else")
             continue
+        state.set(module, walk.marker("rope"), "liger rope")
         state.set(module, "forward", RopeForward(module))
         state.report.add("rope", path, by="liger rope")

@@ -5,8 +5,11 @@ The record is plain data that hangs on the model itself: `copy.deepcopy(model)` 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -50,6 +53,11 @@ class State:
         self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING)))
         owner.__dict__[name] = value
 
+    def drop(self, owner: nn.Module, name: str) -> None:
+        """Take an instance attribute away, so that the class' is seen."""
+        if name in owner.__dict__:
+            self.changes.append(Change(owner, name, owner.__dict__.pop(name)))
+
     def set_class(self, owner: nn.Module, cls: type) -> None:
         self.changes.append(Change(owner, "__class__", type(owner)))
         owner.__class__ = cls
@@ -65,3 +73,41 @@ class State:
 
 def state_of(model: nn.Module) -> State | None:
     return model.__dict__.get(KEY)
+
+
+def is_replaced(module: nn.Module, method: str = "forward") -> bool:
+    """Whether the instance has another `method` than its class; a hook that was removed leaves that of the class."""
+    own = module.__dict__.get(method)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def beneath_hooks(function: _Function) -> _Function:
+    """Lets `function(model, ...)` see and change the forwards that hooks of accelerate (`device_map`, offload) wrap.
+
+    A hooked module has the hook as its `forward`, and what it wraps as `_old_forward`, looked up at every call.
+    """
+
+    @functools.wraps(function)
+    def beneath(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _hooks_lifted(model):
+            return function(model, *args, **kwargs)
+
+    return cast(_Function, beneath)
+
+
+@contextlib.contextmanager
+def _hooks_lifted(model: nn.Module) -> Iterator[None]:
+    lifted = []
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        attributes = module.__dict__
+        if {"forward", "_hf_hook", "_old_forward"} <= attributes.keys():
+            lifted.append((module, attributes["forward"]))
+            attributes["forward"] = attributes.pop("_old_forward")
+    try:
+        yield
+    finally:
+        for module, hooked in lifted:
+            module.__dict__.update(_old_forward=module.forward, forward=hooked)

@@ -1,0 +1,122 @@
+"""What the fused loss saves: the bytes of the head and the loss that are alive at once, without it and with it.
+
+N tokens, H hidden size, V vocabulary; c bytes of a logit, w of a weight or a hidden state, a of an element of the sum
+of the weight's gradient, r rows of a chunk.
+
+Stock HF, as `ForCausalLMLoss` (it converts the logits to fp32) and `F.cross_entropy` are written:
+
+    forward           logits cNV, their fp32 copy 4NV (none if they are fp32), log-probabilities 4NV
+    loss, backward    log-probabilities 4NV, their gradient 4NV, that of the fp32 logits 4NV
+    head, backward    gradients: of the logits cNV, of the weight wVH, of the hidden states wNH
+
+A soft cap keeps its tanh, cNV, until the second line is done. Ours (`ops/fused_linear_cross_entropy/loop.py`), all in
+the forward:
+
+    loop              gradient of the hidden states wNH, slab of logits crV, sum of the weight's gradient aVH
+    end of the loop   gradient of the hidden states wNH, that sum aVH, and wVH into which it is rounded, if a is not w
+
+Both hold a converted weight cVH under autocast. A frozen head has no gradient of the weight, a frozen body none of the
+hidden states. Where no matrix product adds 16-bit factors into an fp32 sum, the loop holds a product cVH as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernel._core.launch import cdiv
+from liger_kernel.ops.cross_entropy.rows import Options as LossOptions
+from liger_kernel.ops.fused_linear_cross_entropy import loop
+from liger_kernel.transformers.patching.loss import FusedHead
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Options
+from liger_kernel.transformers.patching.state import state_of
+
+
+@dataclass(frozen=True)
+class LossSite:
+    """The head and the loss in one training step."""
+
+    tokens: int
+    weight: Tensor  # (V, H): shape, dtype and device of the head's, without its memory
+    logits_dtype: torch.dtype
+    needs_dx: bool
+    needs_dw: bool
+    softcap: bool
+    options: Options
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, heads: Sequence[nn.Module], options: Options, tokens: int
+    ) -> LossSite:
+        """As things are now: what is frozen, which autocast is on."""
+        head: Any = heads[0]
+        device, dtype = head.weight.device, head.weight.dtype
+        body = (m for m in model.modules() if all(m is not h for h in heads))
+        config: Any = getattr(model, "config", None)
+        text = (
+            config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        )
+        autocast = torch.is_autocast_enabled(device.type)
+        return cls(
+            tokens,
+            torch.empty((), dtype=dtype, device=device).expand(head.out_features, head.in_features),
+            torch.get_autocast_dtype(device.type) if autocast else dtype,
+            any(p is not None and p.requires_grad for m in body for p in m._parameters.values()),
+            any(p.requires_grad for h in heads for p in h.parameters()),
+            getattr(text, "final_logit_softcapping", None) is not None,
+            options,
+        )
+
+    def _fixed(self) -> int:
+        """The converted weight."""
+        return self._of_weight(self.logits_dtype) if self.logits_dtype != self.weight.dtype else 0
+
+    def _of_weight(self, dtype: torch.dtype) -> int:
+        return self.weight.numel() * dtype.itemsize
+
+    def _dx(self) -> int:
+        return self.tokens * self.weight.shape[1] * self.weight.dtype.itemsize * self.needs_dx
+
+    def stock(self) -> int:
+        """Bytes at the worst moment without the fused loss."""
+        elements = self.tokens * self.weight.shape[0]
+        logits, wide = elements * self.logits_dtype.itemsize, elements * torch.float32.itemsize
+        copy = 0 if self.logits_dtype == torch.float32 else wide
+        tanh = logits * self.softcap
+        dw = self._of_weight(self.weight.dtype) * self.needs_dw
+        moments = (logits + copy + wide + tanh, 3 * wide + tanh, logits + dw + self._dx())
+        return self._fixed() + max(moments)
+
+    def fused(self) -> int:
+        """Bytes at the worst moment with it."""
+        chosen = {name: getattr(self.options, name) for name in LOSS_OPTIONS}
+        settings = loop.Settings(LossOptions(), False, False, False, self.logits_dtype, **chosen)
+        rows = loop.POLICY.rows(self.tokens, self.weight, settings, self.needs_dw)
+        slab = rows * self.weight.shape[0] * self.logits_dtype.itemsize
+        held = self._fixed() + self._dx()
+        if not self.needs_dw:
+            return held + slab
+        unallocated = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
+        chunks = cdiv(self.tokens, rows)
+        total = loop.WeightGradient(unallocated, chunks, settings.accum_dtype).total
+        x = torch.empty(0, dtype=self.logits_dtype, device=self.weight.device)
+        direct = total.dtype == x.dtype or loop._has_mixed_gemm(total, x)
+        product = 0 if direct else self._of_weight(x.dtype)
+        rounded = 0 if total.dtype == self.weight.dtype else self._of_weight(self.weight.dtype)
+        return held + self._of_weight(total.dtype) + max(slab + product, rounded)
+
+
+def saved_bytes(model: nn.Module, batch: int, seq: int) -> int:
+    """`PatchReport.savings` of a patched model; 0 where no head is fused with its loss."""
+    if batch < 1 or seq < 1:
+        raise ValueError(f"batch={batch} and seq={seq} must both be at least 1.")
+    state = state_of(model)
+    heads = [module for module in model.modules() if isinstance(module, FusedHead)]
+    if state is None or not heads:
+        return 0
+    site = LossSite.of(model, heads, state.options, batch * seq)
+    return site.stock() - site.fused()
