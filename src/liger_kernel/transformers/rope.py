@@ -18,6 +18,8 @@ def liger_rotary_pos_emb(
     rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`liger_kernel.ops.rope.rope` of q and k; `position_ids` is unused, as in HF: cos and sin already follow it."""
+    if unsqueeze_dim == 0:  # Pixtral's cos and sin are (S, D), and the same for every row
+        cos, sin, unsqueeze_dim = cos[None], sin[None], 1
     return op.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
 
 

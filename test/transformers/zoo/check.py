@@ -204,7 +204,11 @@ def _truth(
     """
     noisy = _moved(fresh, inputs, seed=0)
     double = {k: v.double() if _floats(v) else v for k, v in inputs.items()}
-    for widened in (_float_means_double(), contextlib.nullcontext()):
+    for widened in (
+        _float_means_double("float", "to"),
+        _float_means_double("float"),
+        contextlib.nullcontext(),
+    ):
         try:
             with widened:
                 high = step(copy.deepcopy(fresh).double(), double)[:2]
@@ -229,14 +233,24 @@ def _truth(
 
 
 @contextmanager
-def _float_means_double() -> Iterator[None]:
-    """HF rounds logits (and norms) with `.float()`, which would leave a float32 loss as the truth."""
-    original = Tensor.float
-    Tensor.float = Tensor.double  # type: ignore[method-assign, assignment]
+def _float_means_double(*methods: str) -> Iterator[None]:
+    """HF rounds logits (and norms, and angles) to float32, which would leave a float32 loss as the truth."""
+    originals = {name: getattr(Tensor, name) for name in methods}
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        named = {name: wide(value) for name, value in kwargs.items()}
+        return originals["to"](self, *map(wide, args), **named)
+
+    for name in methods:
+        setattr(Tensor, name, {"float": Tensor.double, "to": to}[name])
     try:
         yield
     finally:
-        Tensor.float = original  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(Tensor, name, original)
 
 
 def _moved(fresh: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, Gradients]:

@@ -14,6 +14,7 @@ from test.transformers.zoo.build import FIRST_SPECIAL_ID, FIRST_TEXT_ID, Entry
 ROWS, LENGTH = 2, 16
 
 Inputs = dict[str, Any]
+_TYPES = {"mm_token_type_ids", "token_type_ids"}
 
 
 def text(length: int = LENGTH, seed: int = 0) -> Inputs:
@@ -70,10 +71,7 @@ def _merged(**pixels: Any) -> Callable[[nn.Module], Inputs]:
         parts = features if isinstance(features, (list, tuple)) else [features]
         rows = sum(part.shape[:-1].numel() for part in parts)
         words = _with_image_tokens(rows // ROWS, _image_token(model))
-        for name in inspect.signature(model.forward).parameters.keys() & {
-            "mm_token_type_ids",
-            "token_type_ids",
-        }:
+        for name in inspect.signature(model.forward).parameters.keys() & _TYPES:
             words[name] = (words["input_ids"] == _image_token(model)).long()
         return {**words, **made}
 
@@ -102,6 +100,13 @@ def _musicgen(model: nn.Module) -> Inputs:
 
 def _also(**more: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Inputs]:
     return lambda model: {**text(), **{name: make(model) for name, make in more.items()}}
+
+
+def _typed(model: nn.Module) -> Inputs:
+    """Types for tokens that are all text, where the release asks for them in training."""
+    words = text()
+    names = inspect.signature(model.forward).parameters.keys() & _TYPES
+    return {**words, **{name: torch.zeros_like(words["input_ids"]) for name in names}}
 
 
 def _queries(model: nn.Module) -> Inputs:
@@ -168,15 +173,19 @@ def _boxes(model: nn.Module) -> Tensor:
 NEEDED: dict[str, Callable[[nn.Module], Inputs]] = {
     "blip": _also(pixel_values=_square),
     "blip-2": _queries,
+    "gemma3": _typed,
     "git": _also(pixel_values=_square),
     "idefics": _idefics,
     "instructblip": _instructed,
     "instructblipvideo": _instructed_by_video,
     "kosmos-2": _kosmos2,
+    "molmo2": _typed,
     "musicgen": _musicgen,
     "musicgen_melody": _musicgen,
+    "paligemma": _typed,
     "pix2struct": _pix2struct,
     "pp_formulanet": lambda model: {**_seq2seq(model), "input_ids": text()["input_ids"]},
+    "shieldgemma2": _typed,
     "udop": _also(bbox=_boxes),
     "vision-encoder-decoder": _seq2seq,
 }

@@ -19,7 +19,6 @@ class Release:
     unbuilt: dict[str, str] = field(default_factory=dict)
 
 
-_NEEDS_TYPES = "in training it wants token types, also for text alone"
 _VISION_TOWER = "listed among the language models, but its config is that of a vision tower"
 _BROKEN = "HF's own code fails"
 
@@ -44,16 +43,13 @@ RELEASES: dict[str, Release] = {
         175,
         {
             "flex_olmo": _BROKEN,
-            "gemma3": _NEEDS_TYPES,
-            "paligemma": _NEEDS_TYPES,
             "pix2struct": _BROKEN,
             "pix2struct image": _BROKEN,
             "pixtral": _VISION_TOWER,
             "qwen3_next": _BROKEN,
-            "shieldgemma2": _NEEDS_TYPES,
             "zamba2": _BROKEN,
         },
     ),
     DOCUMENTED: Release(230),
-    "5.23.0": Release(230, {"molmo2": _NEEDS_TYPES}),
+    "5.23.0": Release(230),
 }

@@ -173,7 +173,6 @@ def patch_loss(model: nn.Module, state: State) -> None:
         return
     for path, head in usable:
         if not isinstance(head, FusedHead):
-            state.drop(head, "forward")
             state.set_class(head, _fused_class(cast(Any, type(head))))
         state.report.add("loss", path, by="fused linear cross entropy")
     if usable:
@@ -282,7 +281,7 @@ def causal_lm_loss(
 def patch_cross_entropy(model: nn.Module, state: State) -> None:
     """Fuse the loss alone; the logits stay."""
     kind = getattr(model, "loss_type", None)
-    if kind != "ForCausalLM":
+    if kind not in ("ForCausalLM", "ForConditionalGeneration"):  # HF computes both alike
         reason = f"its loss is {kind!r}, not that of a causal LM"
         state.report.add("loss", type(model).__name__, reason=reason)
         return

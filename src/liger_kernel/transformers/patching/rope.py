@@ -8,6 +8,7 @@ is ours. A global assigned to the modeling file later is therefore not seen by a
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -145,6 +146,10 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
 @functools.cache
 def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
     """`forward` over globals in which its rotary function is ours; None if it calls none that is proven."""
+    inner = getattr(forward, "__wrapped__", None)
+    if isinstance(inner, types.FunctionType):
+        rebound = _rebound(inner)
+        return None if rebound is None else _rewrapped(forward, inner, rebound)
     overlay = {}
     for name in forward.__code__.co_names:
         original = forward.__globals__.get(name)
@@ -163,6 +168,22 @@ def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
     )
     made.__kwdefaults__ = forward.__kwdefaults__
     functools.update_wrapper(made, forward)
+    return made
+
+
+def _rewrapped(
+    wrapper: types.FunctionType, inner: types.FunctionType, rebound: types.FunctionType
+) -> types.FunctionType | None:
+    """What a decorator made of `inner`, around `rebound` instead; None if its closure does not hold `inner`."""
+    cells = wrapper.__closure__ or ()
+    closure = tuple(types.CellType(rebound) if c.cell_contents is inner else c for c in cells)
+    if closure == cells:
+        return None
+    made = types.FunctionType(
+        wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, closure
+    )
+    made.__kwdefaults__ = wrapper.__kwdefaults__
+    functools.update_wrapper(made, rebound)
     return made
 
 
@@ -187,9 +208,11 @@ class RopeForward:
 
 
 def _calls_rotary(module: nn.Module) -> types.FunctionType | None:
+    """The class' own forward, within all decorators, if it calls a rotary function by a global name."""
     forward = getattr(type(module), "forward", None)
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(forward, types.FunctionType):
         return None
+    forward = inspect.unwrap(forward)
     names = [
         n for n in forward.__code__.co_names if "rot" in n and callable(forward.__globals__.get(n))
     ]

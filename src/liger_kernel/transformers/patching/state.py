@@ -32,6 +32,8 @@ class Change:
 
     def revert(self) -> None:
         if self.name == "__class__":
+            if not is_replaced(self.owner):  # what a hook left is of the class that goes
+                self.owner.__dict__.pop("forward", None)
             self.owner.__class__ = self.before
         elif self.before is MISSING or self.before == MISSING:
             self.owner.__dict__.pop(self.name, None)
@@ -53,12 +55,10 @@ class State:
         self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING)))
         owner.__dict__[name] = value
 
-    def drop(self, owner: nn.Module, name: str) -> None:
-        """Take an instance attribute away, so that the class' is seen."""
-        if name in owner.__dict__:
-            self.changes.append(Change(owner, name, owner.__dict__.pop(name)))
-
     def set_class(self, owner: nn.Module, cls: type) -> None:
+        """Another class for a module whose `forward` is that of its class."""
+        if "forward" in owner.__dict__:  # left by a hook
+            self.changes.append(Change(owner, "forward", owner.__dict__.pop("forward")))
         self.changes.append(Change(owner, "__class__", type(owner)))
         owner.__class__ = cls
 
@@ -106,6 +106,8 @@ def _hooks_lifted(model: nn.Module) -> Iterator[None]:
         if {"forward", "_hf_hook", "_old_forward"} <= attributes.keys():
             lifted.append((module, attributes["forward"]))
             attributes["forward"] = attributes.pop("_old_forward")
+            if not is_replaced(module):
+                del attributes["forward"]
     try:
         yield
     finally:
