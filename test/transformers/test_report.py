@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import sys
@@ -145,6 +146,27 @@ def test_the_benchmark_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = json.loads(out.read_text())["rows"]
     assert rows == shown
     assert rows[0]["measured"] == rows[0]["stock_peak"] - rows[0]["patched_peak"]
+
+
+def test_the_report_as_a_rich_table() -> None:
+    console = pytest.importorskip("rich.console").Console(
+        width=120, record=True, file=io.StringIO()
+    )
+    report = PatchReport("Model")
+    report.add("norm", "layers.0.norm", by="LigerRMSNorm[llama]")
+    report.add("norm", "layers.1.norm", by="LigerRMSNorm[llama]")
+    report.add("loss", "lm_head", reason="[quantised]")
+    console.print(report)
+    drawn = console.export_text()
+    for text in (
+        "Model: 2 replaced, 1 skipped",
+        "layers.*.norm",
+        "x2",
+        "LigerRMSNorm[llama]",
+        "[quantised]",
+    ):
+        assert text in drawn
+        assert text in str(report)
 
 
 @pytest.mark.parametrize("rich", [True, False])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+
+COLUMNS = ("kind", "modules", "", "replaced by")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Row:
 
 @dataclass
 class PatchReport:
-    """The result of `liger_kernel.patch`: rows, and a table when printed (equal layers share a line)."""
+    """The result of `liger_kernel.patch`: rows; a table when printed, by `rich` too (equal layers share a line)."""
 
     model: str
     rows: list[Row] = field(default_factory=list)
@@ -65,23 +68,30 @@ class PatchReport:
             )
         return saved_bytes(self.of, batch, seq)
 
+    def _head(self) -> str:
+        return f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
+
+    def _lines(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (kind, path, f"x{count}" if count > 1 else "", by or f"(skipped: {reason})")
+            for (kind, path, by, reason), count in _grouped(self.rows)
+        ]
+
     def __str__(self) -> str:
-        lines = [("kind", "modules", "", "replaced by")]
-        for (kind, path, by, reason), count in _grouped(self.rows):
-            lines.append(
-                (kind, path, f"x{count}" if count > 1 else "", by or f"(skipped: {reason})")
-            )
+        lines = [COLUMNS, *self._lines()]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        head = f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
-        return "\n".join(
-            [
-                head,
-                *(
-                    "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]])
-                    for line in lines
-                ),
-            ]
-        )
+        padded = ("  ".join([*map(str.ljust, line, widths), line[3]]) for line in lines)
+        return "\n".join([self._head(), *padded])
+
+    def __rich__(self) -> Any:
+        """What `rich.print(report)` shows: the same table, drawn."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(*COLUMNS, title=escape(self._head()), title_justify="left")
+        for line in self._lines():
+            table.add_row(*map(escape, line), style="dim" if "(skipped" in line[3] else None)
+        return table
 
 
 def _grouped(rows: list[Row]) -> Iterator[tuple[tuple[str, str, str | None, str], int]]:
