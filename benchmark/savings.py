@@ -54,7 +54,7 @@ CASES = (
     Case("Gemma-2-2B, soft cap", "gemma2", 256000, 2304, batch=2, seq=2048),
     Case("Qwen2-7B, frozen head", "qwen2", 152064, 3584, batch=1, seq=8192, tied=False, frozen="head"),
     Case("Llama-3-8B, frozen body", "llama", 128256, 4096, batch=2, seq=2048, tied=False, frozen="body"),
-    Case("TinyLlama, float32", "llama", 32000, 2048, batch=8, seq=2048, dtype="float32", tied=False),
+    Case("TinyLlama, float32", "llama", 32000, 2048, batch=64, seq=256, dtype="float32", tied=False),
     Case("Qwen2-0.5B, autocast", "qwen2", 151936, 896, batch=8, seq=1024, dtype="float32", autocast=True),
 )  # fmt: skip
 

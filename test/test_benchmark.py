@@ -218,6 +218,17 @@ def test_tables_replace_what_is_between_their_markers() -> None:
     assert tables.filled(filled, content) == filled
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_pages_show_the_results(page: str) -> None:
+    root = Path(tables.__file__).parents[1]
+    content = results.load(root / "benchmark" / "results" / "nvidia-h200.json")
+    text = (root / page).read_text()
+    assert "<!-- benchmark:" in text
+    assert tables.filled(text, content) == text, (
+        "run benchmark/tables.py with the results and this page"
+    )
+
+
 def test_the_shapes_are_the_models_they_are_named_after() -> None:
     pytest.importorskip("transformers")
     assert {shape for shape, *_ in e2e.TABLE} <= set(e2e.SHAPES)
