@@ -110,7 +110,9 @@ def test_rotary(calls: collections.Counter[str]) -> None:
                 assert_no_worse(name, *values)
 
 
-@pytest.mark.parametrize("layer", dict.fromkeys(hub.LAYERS.values()), ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize(
+    "layer", dict.fromkeys(hub.LAYERS.values()), ids=lambda layer: layer.__name__
+)
 def test_layers_are_what_kernels_takes(layer: type[nn.Module]) -> None:
     """Its rules: a module without a constructor and without members, but for what says what it can do."""
     assert layer.__init__ is nn.Module.__init__
