@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-import transformers
 
 from test.transformers.zoo import build, check, inputs
 
@@ -73,14 +69,7 @@ WITH_PIXELS = [
 ENTRIES = {str(entry): entry for entry in build.ENTRIES}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
 
 def fused(name: str, image: bool = False) -> check.Result:

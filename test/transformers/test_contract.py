@@ -8,7 +8,7 @@ reaches, by default flags (`test_families.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -29,13 +29,7 @@ ENTRIES = {entry.model_type: entry for entry in build.ENTRIES}  # image-text whe
 Inputs = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    yield
-    transformers.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
 
 def apply(name: str, **arguments: Any) -> None:

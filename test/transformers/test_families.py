@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from torch import nn
 
 import liger_kernel
@@ -24,13 +21,7 @@ NO_LANGUAGE_MODEL = {"pixtral"}  # a vision tower
 TESTED = [f for f in FAMILIES if f.name in ENTRIES and f.name not in build.UNBUILT]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    yield
-    transformers.logging.set_verbosity(verbosity)
+pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
 
 def apply(family: Family, **arguments: Any) -> None:

@@ -6,12 +6,9 @@ A third of them, and all with ZOO=all in the environment (`make test-zoo`, and `
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 from test.transformers.zoo import build, check, inputs, releases, table
@@ -40,18 +37,7 @@ IMAGES = [entry for entry in ALL if str(entry) in inputs.IMAGE_INPUTS]
 CHOSEN_IMAGES = IMAGES if os.environ.get("ZOO") == "all" else IMAGES[::3]
 
 
-@pytest.fixture(autouse=True)
-def quiet_on_one_thread() -> Iterator[None]:
-    """As many processes as cores run these tests, and HF warns about tiny configs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(verbosity)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
 
 def the_page_says(result: check.Result) -> bool:
