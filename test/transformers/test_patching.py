@@ -198,6 +198,45 @@ def assert_same_step_of(model_type: str, patched: nn.Module, **overrides: Any) -
         assert_no_worse(name, grad, high_grads[name], low_grads[name])
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        (..., slice(None, 100)),
+        (slice(None), slice(None), slice(0, 100)),
+        (slice(None), slice(None, 5)),
+        (slice(None), slice(None, -1), slice(None, 10**6)),
+    ],
+    ids=str,
+)
+def test_a_slice_of_the_classes_is_fused(index: Any, calls: collections.Counter[str]) -> None:
+    """As in models whose head has more rows than the tokenizer has tokens."""
+
+    def sliced(dtype: torch.dtype) -> Any:
+        model: Any = build("llama", dtype)
+        original = model.loss_function
+
+        def loss(logits: Any, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
+            logits = logits[index].contiguous()
+            labels = labels[:, : logits.shape[1]]
+            labels = labels.masked_fill(labels >= logits.shape[-1], -100)
+            return original(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+
+        model.loss_function = loss
+        return model
+
+    model = sliced(torch.float32)
+    liger_kernel.patch(model)
+    ours, our_grads = step(model, **batch())
+    assert calls["cross_entropy"]  # the steps of the fused loop
+    assert not ours.logits.is_real
+    (high, high_grads), (low, low_grads) = (
+        step(sliced(dtype), **batch()) for dtype in (torch.float64, torch.float32)
+    )
+    assert_no_worse("loss", ours.loss, high.loss, low.loss)
+    for name, grad in our_grads.items():
+        assert_no_worse(name, grad, high_grads[name], low_grads[name])
+
+
 def test_no_logits_are_ever_made() -> None:
     """The largest tensor of a training step is far smaller than the logits would be."""
     from torch.utils._python_dispatch import TorchDispatchMode

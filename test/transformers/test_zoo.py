@@ -22,8 +22,6 @@ UNBUILT = build.UNBUILT | (RELEASE.unbuilt if RELEASE else {})
 NOT_FUSED = {
     "chameleon": "writes into its logits before the loss",
     "idefics": "its head is two matrices, not a Linear",
-    "inkling2": "cuts padding off its vocabulary",
-    "inkling2_text": "cuts padding off its vocabulary",
     "musicgen": "one head and one loss per codebook",
     "musicgen_melody": "one head and one loss per codebook",
     "open-llama": "multiplies with its embedding, it has no head",

@@ -27,6 +27,7 @@ class Fused:
     hidden: Tensor
     scale: float = 1.0
     softcap: float | None = None
+    classes: int | None = None  # of the head's, the first so many
     in_tanh: bool = False  # tanh(scale * logits): a soft cap whose last factor is still to come
 
 
@@ -103,7 +104,7 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         if self._real is not None or self._fused is None:
             return self.materialize().shape
-        vocabulary: Any = self._head.out_features
+        vocabulary: Any = self._fused.classes or self._head.out_features
         return torch.Size((*self._fused.hidden.shape[:-1], vocabulary))
 
     def size(self, dim: int | None = None) -> Any:
@@ -160,8 +161,11 @@ class DeferredLogits:
 
     def __getitem__(self, index: Any) -> Any:
         fused = None
-        if self._fused is not None and _keeps_last_dimension(index, self.ndim):
-            fused = replace(self._fused, hidden=self._fused.hidden[index])
+        rows, classes = _without_classes(index, self.ndim)
+        if self._fused is not None and _keeps_last_dimension(rows, self.ndim):
+            fused = replace(self._fused, hidden=self._fused.hidden[rows])
+            if classes is not None:
+                fused = replace(fused, classes=min(classes, self.shape[-1]))
         return self._then(lambda t: t[index], fused)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -283,22 +287,36 @@ def _real(value: Any) -> Any:
     return value
 
 
+def _without_classes(index: Any, ndim: int) -> tuple[Any, int | None]:
+    """`[..., :k]` as (`[..., :]`, k), where a head has more rows than there are tokens; else (index, None)."""
+    last = index[-1] if isinstance(index, tuple) and index else None
+    if not isinstance(last, slice) or not isinstance(last.stop, int) or last.stop <= 0:
+        return index, None
+    reaches = any(i is Ellipsis for i in index) or _consumed(index) == ndim
+    if not reaches or last.start not in (None, 0) or last.step not in (None, 1):
+        return index, None
+    return (*index[:-1], slice(None)), last.stop
+
+
+def _consumed(index: tuple[Any, ...]) -> int:
+    """How many dimensions an index without None takes, but for those of its ellipsis."""
+    masks = (i.ndim for i in index if isinstance(i, Tensor) and i.dtype == torch.bool)
+    others = (i for i in index if not (isinstance(i, Tensor) and i.dtype == torch.bool))
+    return sum(masks) + sum(i is not Ellipsis for i in others)
+
+
 def _keeps_last_dimension(index: Any, ndim: int) -> bool:
     """Whether `logits[index]` selects rows only, so that `hidden[index]` selects the same ones."""
     index = index if isinstance(index, tuple) else (index,)
     if sum(i is Ellipsis for i in index) > 1 or any(i is None for i in index):
         return False
-    consumed = sum(
-        i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1
-        for i in index
-        if i is not Ellipsis
-    )
-    if Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
-        return consumed < ndim or (consumed == ndim and index[-1] == slice(None))
-    last = index[-1]
+    consumed, last = _consumed(index), index[-1] if index else Ellipsis
     if last is Ellipsis:
         return consumed < ndim
-    return isinstance(last, slice) and last == slice(None)
+    whole = isinstance(last, slice) and last == slice(None)
+    if any(i is Ellipsis for i in index):
+        return whole
+    return consumed < ndim or (consumed == ndim and whole)
 
 
 def _delegate(name: str) -> Callable[..., Any]:

@@ -42,6 +42,8 @@ class Frame:
     ) -> Tensor:
         """Called from inside the head's forward, where its weight is whole."""
         self.fused, fused = True, request.fused
+        if fused.classes is not None:
+            weight, bias = weight[: fused.classes], None if bias is None else bias[: fused.classes]
         if fused.scale != 1.0:
             hidden = hidden * fused.scale
             bias = None if bias is None else bias * fused.scale
