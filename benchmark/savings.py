@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -157,30 +158,15 @@ def measure(case: Case, device: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> str:
     """Peaks and savings in MiB."""
-    header = ("case", "tokens", "stock", "patched", "measured", "predicted", "ratio")
-    lines = [
-        (
-            row["name"],
-            str(row["batch"] * row["seq"]),
-            *(f"{row[name] / 2**20:.1f}" for name in ("stock_peak", "patched_peak", "measured", "predicted")),
-            f"{row['ratio']:.3f}",
-        )
+    sizes = ("stock_peak", "patched_peak", "measured", "predicted")
+    header = ("case", "tokens", *(f"{name}, MiB" for name in sizes), "predicted / measured")
+    lines = (
+        (row["name"], str(row["batch"] * row["seq"]), *(f"{row[n] / 2**20:.1f}" for n in sizes), f"{row['ratio']:.3f}")
         for row in rows
-    ]  # fmt: skip
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-        for line in (header, *lines):
-            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-        return
-    table = Table(*header, title="Peak memory of one step, MiB")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    )  # fmt: skip
+    return markdown(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in chosen:
             rows.append(measure(case, args.device))
             gc.collect()
-    show(rows)
+    print(show(rows))
     if args.out:
         from results import describe_run
 

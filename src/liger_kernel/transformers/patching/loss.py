@@ -224,8 +224,8 @@ def _before_forward(
 
 
 def _may_count(labels: Tensor) -> bool:
-    """A compiled or a captured graph is the same for every number of labels."""
-    if torch.compiler.is_compiling():
+    """A compiled or a captured graph is the same for every number of labels, and a DTensor holds only some of them."""
+    if torch.compiler.is_compiling() or type(labels) is not Tensor:
         return False
     return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
 
