@@ -227,6 +227,34 @@ def test_autocast(reduction: str, implementation: str) -> None:
         assert_no_worse(name, a, b, c)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_keeps_the_gradients_of_unlikely_classes(
+    reduction: str, plain_implementation: None
+) -> None:
+    """Against eager under a gradient scaler, which multiplies the loss before it gets small."""
+    states, weight, target = drawn(5000, 8, 8000)
+    with torch.no_grad():
+        weight.mul_(0.1)  # every class about as likely as any other
+
+    def gradients(function: Any, scale: float, low: bool) -> list[Tensor]:
+        args = [t.detach().to(torch.float32 if low else torch.float64) for t in (states, weight)]
+        leaves = [t.requires_grad_() for t in args]
+        with torch.autocast(DEVICE, torch.float16, enabled=low):
+            loss = function(*leaves, target, reduction=reduction)[0]
+        return [g / scale for g in torch.autograd.grad(loss * scale, leaves)]
+
+    def eager(x: Tensor, w: Tensor, y: Tensor, reduction: str) -> tuple[Tensor]:
+        logits = torch.nn.functional.linear(x, w)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (torch.nn.functional.cross_entropy(wide, y, reduction=reduction),)
+
+    high = gradients(eager, 1.0, low=False)
+    low = gradients(eager, 2.0**14 if reduction == "mean" else 16.0, low=True)
+    ours = gradients(fused_linear_cross_entropy, 2.0**14, low=True)
+    for name, *found in zip(("hidden", "weight"), ours, high, low, strict=True):
+        assert_no_worse(name, *found)
+
+
 def test_autocast_takes_mixed_dtypes(plain_implementation: None) -> None:
     states, weight, target = drawn()
     half = states.detach().bfloat16().requires_grad_()

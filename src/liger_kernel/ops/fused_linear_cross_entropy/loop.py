@@ -17,6 +17,7 @@ from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
 from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount, kept_rows
 
 MIB = 2**20
+HEADROOM = 64.0  # a row of logit gradients sums to twice that: far from the largest float16, 65504
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -133,6 +134,12 @@ class WeightGradient:
         else:
             torch.addmm(total, rows, x, **options, out=total)
 
+    def takes_large(self, dtype: torch.dtype) -> bool:
+        """Whether sums of logit gradients in `dtype` cannot overflow on their way into the running sum."""
+        x = torch.empty(0, dtype=dtype, device=self.total.device)
+        wide = self.total.dtype == torch.float32
+        return wide and (x.device.type == "cpu" or _has_mixed_gemm(self.total, x))
+
     def result(self) -> Tensor:
         if self.empty:
             self.total.zero_()
@@ -170,8 +177,7 @@ def run(
     class_weight = None if class_weight is None else class_weight.contiguous()
     # `.sum().backward()` hands an expanded scalar to backward
     row_scale = None if row_scale is None else row_scale.contiguous()
-    impl = implementation("cross_entropy", hidden)
-    step = getattr(impl, "step", plain.step)
+    step = getattr(implementation("cross_entropy", hidden), "step", plain.step)
     needs_dx, needs_dw, needs_db = needs
     dtype, options = settings.dtype, settings.options
     totals = Totals.of(target, class_weight, options, settings.return_token_accuracy)
@@ -194,6 +200,11 @@ def run(
     dw = WeightGradient(weight, cdiv(n_rows, rows), settings.accum_dtype) if needs_dw else None
     db = torch.zeros(n_classes, dtype=out.loss.dtype, device=hidden.device) if needs_db else None
 
+    unit = None
+    if row_scale is None and any(needs) and (dw is None or dw.takes_large(dtype)):
+        unit = _unit(dtype, options, totals, hidden.device)
+        row_scale = None if unit is None else unit.expand(n_rows).contiguous()
+
     w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
     slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
@@ -201,10 +212,7 @@ def run(
     def chunk(at: slice, logits: Tensor) -> None:
         where = at if kept is None else kept[at]
         x = hidden[where].to(dtype)
-        if b is None:
-            torch.mm(x, w.t(), out=logits)
-        else:
-            torch.addmm(b, x, w.t(), out=logits)
+        _project(x, w, b, logits)
         scale = None if row_scale is None else row_scale[at]
         dlogits = logits if any(needs) else None  # from here on the slab holds its own gradient
         step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
@@ -225,9 +233,39 @@ def run(
         None if dw is None else dw.result(),
         None if db is None or bias is None else db.to(bias.dtype),
     )
+    if unit is not None:
+        scale_(grads, 1 / unit)
     if kept is not None:
         out = out.spread(kept, hidden.shape[0])
     return out.reduced(options, totals), grads
+
+
+def _unit(
+    dtype: torch.dtype, options: Options, totals: Totals, device: torch.device
+) -> Tensor | None:
+    """By what logit gradients are multiplied while `dtype` holds them; None for 1.
+
+    Divided by the number of tokens, the gradients of unlikely classes fall below what float16 can hold, and a gradient
+    scaler comes too late for them: it multiplies the loss that these gradients are already made of.
+    """
+    if dtype != torch.float16:
+        return None
+    divisor = None
+    if options.reduction == "mean":
+        divisor = totals.count if totals.weight is None else totals.weight
+    if divisor is None:
+        return torch.full((), HEADROOM, device=device)
+    tokens = divisor.to(torch.float32)
+    tokens = tokens.masked_fill(tokens <= 0, 1)
+    return HEADROOM * tokens.log2().ceil().exp2()  # a power of 2: taking it back rounds nothing
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """out = x @ w.T + b"""
+    if b is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(b, x, w.t(), out=out)
 
 
 def _multiply_into(out: Tensor, where: slice | Tensor, a: Tensor, b: Tensor) -> None:
