@@ -249,8 +249,9 @@ def in_child(
     for line in child.stdout.splitlines():
         if line.startswith(RESULT_MARK):
             found: dict[str, Any] = json.loads(line.removeprefix(RESULT_MARK))
-            if mode == "incumbent" and str(Path(args.peer_site).resolve()) not in found["package"]:
-                return {**key, "error": f"{found['package']} is not under {args.peer_site}"}
+            package = found.pop("package")  # a path of this machine
+            if mode == "incumbent" and str(Path(args.peer_site).resolve()) not in package:
+                return {**key, "error": f"{package} is not under {args.peer_site}"}
             return {**key, **found}
     sys.stderr.write(child.stdout + child.stderr)
     last = [line for line in child.stderr.splitlines() if line.strip()][-1:] or ["no output"]
