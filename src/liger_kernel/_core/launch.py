@@ -35,6 +35,7 @@ def processor_count(device: torch.device) -> int:
     return 2
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may take to load ahead; 0 where loading ahead through it was not measured."""
     if device.type != "cuda" or torch.version.hip is not None:

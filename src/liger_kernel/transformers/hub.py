@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.backends.triton import DEVICE_TYPES
-from liger_kernel.transformers.patching import norms, rope
+from liger_kernel.transformers.patching import norms, rope, walk
 
 #: `kernels` calls AMD GPUs by their own name
 DEVICES = (*DEVICE_TYPES, "rocm")
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
             self.__dict__[norms.PLAN] = norms.find_plan(self)
         if self.__dict__[norms.PLAN] is None:
             return type(self).forward(self, hidden_states)
-        return norms.norm_forward(self, hidden_states)
+        return walk.call(self, norms.NormPlan.kind, hidden_states)
 
 
 class RotaryEmbedding(nn.Module):

@@ -22,12 +22,6 @@ from liger_kernel.transformers.patching.state import State
 PLAN = walk.marker("norm")
 
 
-def norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a norm that has a plan."""
-    plan: NormPlan = self.__dict__[PLAN]
-    return plan.call(self, *args, **kwargs)
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
