@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -196,6 +197,35 @@ def assert_same_step_of(model_type: str, patched: nn.Module, **overrides: Any) -
     assert_no_worse("loss", ours.loss, high.loss, low.loss)
     for name, grad in our_grads.items():
         assert_no_worse(name, grad, high_grads[name], low_grads[name])
+
+
+@pytest.mark.parametrize("rebuildable", [True, False])
+def test_rope_within_a_decorator(
+    rebuildable: bool, monkeypatch: pytest.MonkeyPatch, calls: collections.Counter[str]
+) -> None:
+    """As HF decorates forwards whose arguments get new names; where the function is hidden, the report says so."""
+    attention = type(build("llama").model.layers[0].self_attn)
+    function = attention.forward
+    hidden = [function]
+    decorated: list[int] = []
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        decorated.append(1)
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def hiding(*args: Any, **kwargs: Any) -> Any:
+        decorated.append(1)
+        return hidden[0](*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", wrapper if rebuildable else hiding)
+    model = build("llama")
+    report = liger_kernel.patch(model)
+    assert {row.by is not None for row in report.rows if row.kind == "rope"} == {rebuildable}
+    assert_same_step("llama", torch.float32, model)
+    assert decorated
+    assert bool(calls["rope"]) == rebuildable
 
 
 @pytest.mark.parametrize(
