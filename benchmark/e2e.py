@@ -5,22 +5,24 @@
     python benchmark/e2e.py --modes patched,incumbent --peer-site DIR  # DIR: pip install --target DIR liger-kernel
     python benchmark/e2e.py --device cpu --shape tiny --quick          # does it run at all?
 
-Each mode runs in a process of its own on the same random tokens; the losses must agree. The rows are merged into
-benchmark/results/<gpu>.json. To add a shape, add a row to `SHAPES`; to add a mode, one to `MODES`.
+Each mode runs in a process of its own, row after row, on the same random tokens; the losses must agree. The rows are
+merged into benchmark/results/<gpu>.json. To add a shape, add a row to `SHAPES`; to add a mode, one to `MODES`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,14 +69,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-#: shape, sequence, batch, gradient checkpointing
+
+
+class Setup(NamedTuple):
+    """What is trained: a row of the table."""
+
+    shape: str
+    seq: int
+    batch: int
+    checkpointing: bool = False
+
+
 TABLE = (
-    ("llama-3.2-1b", 2048, 8, False),
-    ("llama-3.2-1b", 16384, 1, False),
-    ("llama-3.2-1b", 32768, 1, True),
-    ("llama-3-8b-4-layers", 4096, 4, False),
-    ("qwen3-0.6b", 2048, 8, False),
-    ("qwen3-0.6b", 512, 4, False),
+    Setup("llama-3.2-1b", 2048, 8),
+    Setup("llama-3.2-1b", 16384, 1),
+    Setup("llama-3.2-1b", 32768, 1, checkpointing=True),
+    Setup("llama-3-8b-4-layers", 4096, 4),
+    Setup("qwen3-0.6b", 2048, 8),
+    Setup("qwen3-0.6b", 512, 4),
 )
 
 
@@ -136,7 +148,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--peer-site", help="folder with the incumbent, as `pip install --target` makes it"
     )
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one mode of one row")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="ROWS", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     unknown = set(args.modes.split(",")) - set(MODES)
     if unknown:
@@ -167,13 +179,13 @@ def build(shape: str, seq: int, checkpointing: bool, device: str) -> Any:
     return model.train()
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
+def train(args: argparse.Namespace, row: Setup) -> dict[str, Any]:
     """One mode of one row, in this process."""
     device = args.device
-    model = MODES[args.modes](build(args.shape, args.seq, args.checkpointing, device))
+    model = MODES[args.modes](build(row.shape, row.seq, row.checkpointing, device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(0)
-    shape, classes = (args.batch, args.seq), SHAPES[args.shape]["vocab_size"]
+    shape, classes = (row.batch, row.seq), SHAPES[row.shape]["vocab_size"]
     batches = [torch.randint(classes, shape, generator=generator, device=device) for _ in range(2)]
     unused = torch.rand(shape, generator=generator, device=device) < args.ignored
     seconds, losses = [], []
@@ -192,7 +204,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         losses.append(loss.item())
     median = statistics.median(seconds[args.warmup :])
     return {
-        "tokens_per_s": args.batch * args.seq / median,
+        "tokens_per_s": row.batch * row.seq / median,
         "step_ms": 1e3 * median,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
         "loss": losses[-1],
@@ -201,32 +213,32 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def worker(args: argparse.Namespace) -> None:
+    """The other end of `in_child`: a line of JSON per row, and nothing kept from one row to the next."""
+    for row in json.loads(args.worker):
+        try:
+            found = train(args, Setup(*row))
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        print("\n" + RESULT_MARK + json.dumps(found), flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def in_child(
-    args: argparse.Namespace, row: tuple[str, int, int, bool], mode: str
-) -> dict[str, Any]:
+def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator[dict[str, Any]]:
+    """One mode of all rows, in a process of its own."""
     import sources
 
-    shape, seq, batch, checkpointing = row
-    key = {"shape": shape, "seq": seq, "batch": batch, "checkpointing": checkpointing, "mode": mode}
-    key["ignored"] = args.ignored
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--worker",
-        "--modes",
-        mode,
-        "--shape",
-        shape,
-    ]
-    command += ["--seq", str(seq), "--batch", str(batch), "--device", args.device]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(rows)]
+    command += ["--modes", mode, "--device", args.device, "--ignored", str(args.ignored)]
     command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
-    command += ["--ignored", str(args.ignored)]
-    command += ["--checkpointing"] if checkpointing else []
     environment = dict(os.environ)
     if mode == "incumbent":
         environment = sources.peer_environment(args.peer_site)
@@ -235,27 +247,26 @@ def in_child(
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [sources.SOURCE, os.environ.get("PYTHONPATH")])
         )
-    try:
-        child = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=args.timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {**key, "error": f"not done after {args.timeout} s"}
-    for line in child.stdout.splitlines():
-        if line.startswith(RESULT_MARK):
+    left = list(rows)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        limit = threading.Timer(args.timeout * len(rows), child.kill)
+        limit.start()
+        for line in child.stdout:
+            if not line.startswith(RESULT_MARK):
+                sys.stderr.write(line)
+                continue
             found: dict[str, Any] = json.loads(line.removeprefix(RESULT_MARK))
-            package = found.pop("package")  # a path of this machine
-            if mode == "incumbent" and str(Path(args.peer_site).resolve()) not in package:
-                return {**key, "error": f"{package} is not under {args.peer_site}"}
-            return {**key, **found}
-    sys.stderr.write(child.stdout + child.stderr)
-    last = [line for line in child.stderr.splitlines() if line.strip()][-1:] or ["no output"]
-    return {**key, "error": f"code {child.returncode}: {last[0]}"[:300]}
+            package = found.pop("package", "")  # a path of this machine
+            key = {**left.pop(0)._asdict(), "mode": mode, "ignored": args.ignored}
+            if mode == "incumbent" and "error" not in found:
+                if str(Path(args.peer_site).resolve()) not in package:
+                    found = {"error": f"{package} is not under {args.peer_site}"}
+            yield {**key, **found}
+        limit.cancel()
+    for row in left:
+        error = f"its process ended with code {child.returncode}, after {args.timeout} s a row at most"
+        yield {**row._asdict(), "mode": mode, "ignored": args.ignored, "error": error}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -272,29 +283,28 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.worker:
-        print("\n" + RESULT_MARK + json.dumps(train(args)), flush=True)
+        worker(args)
         return 0
     import sources  # not in a worker: it would put our package before the incumbent
     from results import default_path, describe_run, load, merge, save
 
     rows = [row for row in TABLE if args.shape in (None, row[0]) and args.seq in (None, row[1])]
     if args.shape and args.seq and args.batch:
-        rows = [(args.shape, args.seq, args.batch, args.checkpointing)]
+        rows = [Setup(args.shape, args.seq, args.batch, args.checkpointing)]
     elif args.shape and not rows:
-        rows = [(args.shape, args.seq or 64, args.batch or 2, args.checkpointing)]
+        rows = [Setup(args.shape, args.seq or 64, args.batch or 2, args.checkpointing)]
     path = args.json or default_path(args.device)
     run = describe_run(
         args.device, warmup=args.warmup, incumbent=sources.site_version(args.peer_site)
     )
-    failed, found = False, []
-    for row in rows:
-        for mode in args.modes.split(","):
-            found.append(in_child(args, row, mode))
-            print(line(found[-1]), flush=True)
-            failed |= "error" in found[-1]
+    found = []
+    for mode in args.modes.split(","):
+        for row in in_child(args, rows, mode):
+            found.append(row)
+            print(line(row), flush=True)
             save(path, merge(load(path), "e2e", run, found))
     print(f"{len(found)} rows in {path}")
-    return 1 if failed else 0
+    return 1 if any("error" in row for row in found) else 0
 
 
 if __name__ == "__main__":

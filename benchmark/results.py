@@ -3,6 +3,8 @@
     {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...]}
 
 A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
+
+    python benchmark/results.py INTO.json FROM.json ...    # merge what several processes measured on one kind of GPU
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +92,34 @@ def _key(kind: str, row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEYS[kind])
 
 
+def combined(content: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`content` with everything of `other`, whose rows replace those with the same key."""
+    for kind in KEYS:
+        for name, run in other["runs"].items():
+            content = merge(content, kind, run, [row for row in other[kind] if row["run"] == name])
+    return content
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all: an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     os.replace(draft, path)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    into = Path(argv[0])
+    content = load(into)
+    for name in argv[1:]:
+        content = combined(content, json.loads(Path(name).read_text()))
+    save(into, content)
+    print(f"{into}: {', '.join(f'{len(content[kind])} {kind} rows' for kind in KEYS)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -36,7 +36,7 @@ LAYERS = ("_core", "backends", "ops", "distributed", "chunked_loss", "transforme
 #: outside the layers: what only tests and benchmarks import
 TEST_ONLY = "testing"
 #: ops without kernels of their own: they are built from a sibling's
-OPS_WITHOUT_TRITON = frozenset({"fused_linear_cross_entropy"})
+OPS_WITHOUT_TRITON = frozenset({"fused_linear_cross_entropy", "gated_mlp"})
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "triton.py")
 KERNEL_FILES = ("triton.py", "kernels.py")
 

@@ -94,14 +94,15 @@ def _implementation(op: str, device_type: str, requested: str | None) -> Any:
     return Recompute(getattr(importlib.import_module(f"{package}.reference"), op))
 
 
-def host_bound(x: Tensor, elements: int) -> bool:
-    """Whether `x` is a GPU tensor of at most `elements`, so small that PyTorch's own C++ ops, if few, are faster.
+def host_bound(x: Tensor, limit: int, elements: int | None = None) -> bool:
+    """Whether `elements` (of `x`) on a GPU are at most `limit`: so few that PyTorch's own C++ ops, if few, are faster.
 
     There the kernels take a few microseconds, and Python most of the time: on the H200 machine a no-op
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
     was asked for by name.
     """
-    return _requested is None and x.numel() <= elements and x.device.type in _triton.DEVICE_TYPES
+    size = x.numel() if elements is None else elements
+    return _requested is None and size <= limit and x.device.type in _triton.DEVICE_TYPES
 
 
 def implementation(op: str, x: Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import (
     check_choice,
     check_floating,
@@ -77,31 +77,24 @@ def cross_entropy(
     check_labels(target, logits.shape[1], ignore_index)
     if not torch.is_grad_enabled():
         logits = logits.detach()  # `needs_input_grad` does not know about no_grad
-    return _CrossEntropy.apply(logits, target.contiguous(), weight, options)
+    weight = None if weight is None else weight.contiguous()
+    impl = implementation("cross_entropy", logits)
+    return _CrossEntropy.apply(impl, options, logits, target.contiguous(), weight)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Op):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: tuple[Any, ...],
-    ) -> Outputs:
-        impl = implementation("cross_entropy", logits)
-        if weight is not None:
-            weight = weight.contiguous()
-        outputs = run_forward(ctx, impl, (logits, target, weight), options)
+    def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Outputs:
+        outputs: Outputs = Op.forward(ctx, impl, options, *tensors)
         only_loss_has_gradient(ctx, outputs)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.options[3] != "none":
+        if grads[0] is not None and ctx.of_forward[1][3] != "none":
             refuse_second_backward(ctx, "cross_entropy")
-        return run_backward(ctx, *grads)
+        return Op.backward(ctx, *grads)
 
 
 def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:

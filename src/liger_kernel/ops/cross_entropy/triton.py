@@ -16,7 +16,6 @@ from liger_kernel._core.kernels import launch
 from liger_kernel._core.launch import (
     as_rows,
     cdiv,
-    device_guard,
     next_power_of_2,
     processor_count,
     shared_memory,
@@ -28,8 +27,9 @@ from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
 class Config:
     """One program walks a row in blocks, `stages` of them in flight.
 
-    Measured on an H200 over 63 settings: loading ahead takes a step of 8192x128256 from 1.81 to 1.43 ms, and one of
-    16384x32000 from 0.98 to 0.65 ms; with a soft cap small blocks on many programs hide the tanh better.
+    Measured on an H100 over 60 settings, in place: rows of 128k fit the L2 only if each processor has one of them under
+    way, so a block takes all of its shared memory (2048x128256 0.511 -> 0.468 ms, 2048x256000 1.051 -> 1.006). Shorter
+    rows leave room for more (4096x32000 0.233 -> 0.212). With a soft cap, small blocks on many programs hide the tanh.
     """
 
     block: int
@@ -39,7 +39,7 @@ class Config:
     @staticmethod
     @functools.cache
     def of(n_cols: int, itemsize: int, capped: bool, shared_memory: int) -> Config:
-        longest = 4096 if capped else 8192 if n_cols <= 65536 else 16384
+        longest = 4096 if capped else 16384 if n_cols <= 65536 else 32768
         block = min(next_power_of_2(n_cols), longest)
         ahead = max(0, shared_memory - 8192) // (block * itemsize)  # blocks that fit
         if ahead < 1 or n_cols <= block:
@@ -47,7 +47,7 @@ class Config:
             # a work group of AMD has at most 1024 threads, 64 to a warp
             most = 32 if torch.version.hip is None else 16
             return Config(block, warps=min(most, max(4, block // 512)), stages=1)
-        warps = block // 512 if capped else block // 1024
+        warps = min(16, block // 512 if capped else block // 1024)
         return Config(block, warps, stages=1 + min(ahead, 1 if capped else 2))
 
 
@@ -140,7 +140,9 @@ def _cross_entropy(
     best = 0  # the first column that holds `top`
     for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
         mask = start + cols < n_cols
-        x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(
+            x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_last"
+        ).to(tl.float32)
         if HAS_SOFTCAP:
             x = softcap * _tanh(x / softcap, EXACT)
         if HAS_SMOOTHING:
@@ -219,7 +221,9 @@ def _cross_entropy(
             # last block first: it is the one most likely still in the cache
             start = (n_blocks - 1 - i) * BLOCK
             mask = start + cols < n_cols
-            x = tl.load(x_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(
+                x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
             cap_slope = 1.0
             if HAS_SOFTCAP:
                 t = _tanh(x / softcap, EXACT)
@@ -233,7 +237,9 @@ def _cross_entropy(
                 else:
                     g -= share
             g = tl.where(start + cols == hit_at, g - hit, g) * cap_slope
-            tl.store(grad_row + start + cols, g.to(grad_ptr.dtype.element_ty), mask=mask)
+            g = g.to(grad_ptr.dtype.element_ty)
+            # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
+            tl.store(grad_row + start + cols, g, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -283,43 +289,42 @@ def step(
         return
     memory = shared_memory(logits.device)
     config = Config.of(n_cols, logits.element_size(), options.softcap is not None, memory)
-    with device_guard(logits.device):
-        launch(
-            _cross_entropy,
-            (n_rows,),
-            logits,
-            grad,
-            target,
-            weight,
-            out.loss,
-            out.z_loss,
-            out.accuracy,
-            out.predicted,
-            totals.count,
-            totals.weight,
-            totals.weight_all,
-            row_scale,
-            logits.stride(0),
-            0 if grad is None else grad.stride(0),
-            n_cols,
-            options.ignore_index,
-            options.lse_square_scale,
-            options.label_smoothing,
-            options.softcap or 0.0,
-            MEAN=options.reduction == "mean",
-            HAS_WEIGHT=weight is not None,
-            HAS_SMOOTHING=options.label_smoothing != 0,
-            HAS_SOFTCAP=options.softcap is not None,
-            HAS_ROW_SCALE=row_scale is not None,
-            TOKEN_SCALING=options.token_scaling,
-            WRITE_GRAD=grad is not None,
-            WRITE_Z_LOSS=out.z_loss is not None,
-            WRITE_ACCURACY=out.accuracy is not None,
-            WRITE_PREDICTED=out.predicted is not None,
-            BLOCK=config.block,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
+    launch(
+        _cross_entropy,
+        (n_rows,),
+        logits,
+        grad,
+        target,
+        weight,
+        out.loss,
+        out.z_loss,
+        out.accuracy,
+        out.predicted,
+        totals.count,
+        totals.weight,
+        totals.weight_all,
+        row_scale,
+        logits.stride(0),
+        0 if grad is None else grad.stride(0),
+        n_cols,
+        options.ignore_index,
+        options.lse_square_scale,
+        options.label_smoothing,
+        options.softcap or 0.0,
+        MEAN=options.reduction == "mean",
+        HAS_WEIGHT=weight is not None,
+        HAS_SMOOTHING=options.label_smoothing != 0,
+        HAS_SOFTCAP=options.softcap is not None,
+        HAS_ROW_SCALE=row_scale is not None,
+        TOKEN_SCALING=options.token_scaling,
+        WRITE_GRAD=grad is not None,
+        WRITE_Z_LOSS=out.z_loss is not None,
+        WRITE_ACCURACY=out.accuracy is not None,
+        WRITE_PREDICTED=out.predicted is not None,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
 
 
 def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
@@ -330,22 +335,21 @@ def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
     largest = max(buffer.numel() for buffer in found)
     programs = min(cdiv(largest, block), 8 * processor_count(factor.device))
     a, b, c = (*found, None, None)[:3]
-    with device_guard(factor.device):
-        launch(
-            _scale,
-            (programs,),
-            a,
-            b,
-            c,
-            factor,
-            a.numel(),
-            0 if b is None else b.numel(),
-            0 if c is None else c.numel(),
-            HAS_B=b is not None,
-            HAS_C=c is not None,
-            BLOCK=block,
-            num_warps=8,
-        )
+    launch(
+        _scale,
+        (programs,),
+        a,
+        b,
+        c,
+        factor,
+        a.numel(),
+        0 if b is None else b.numel(),
+        0 if c is None else c.numel(),
+        HAS_B=b is not None,
+        HAS_C=c is not None,
+        BLOCK=block,
+        num_warps=8,
+    )
 
 
 def forward(
@@ -388,8 +392,6 @@ def backward(
     options: tuple[int, float, float, str, float | None, bool, bool, bool],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    if grads[0] is None:
-        return (None,) * len(needs)
     if options[3] != "none":
         (grad,) = saved
         scale_((grad,), grads[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import (
     check_choice,
     check_floating,
@@ -48,25 +48,12 @@ def fused_add_rms_norm(
     check_same_device(x=x, residual=residual, weight=weight)
     if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
         return reference.fused_add_rms_norm(x, residual, weight, eps, offset, casting_mode)
-    return _FusedAddRMSNorm.apply(x, residual, weight, eps, offset, casting_mode)
+    impl = implementation("fused_add_rms_norm", x)
+    return _FusedAddRMSNorm.apply(impl, (eps, offset, casting_mode), x, residual, weight)
 
 
-class _FusedAddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        offset: float,
-        casting_mode: str,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        impl = implementation("fused_add_rms_norm", x)
-        return run_forward(ctx, impl, (x, residual, weight), (eps, offset, casting_mode))
-
-    backward = staticmethod(run_backward)
+class _FusedAddRMSNorm(Op):
+    pass
 
 
 class LigerFusedAddRMSNormFunction:

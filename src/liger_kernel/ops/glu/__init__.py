@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor, on_shards
 from liger_kernel._core.launch import as_rows
@@ -52,7 +52,7 @@ def glu(
         return reference.glu(gate, up, *options)
     if is_dtensor(gate) or is_dtensor(up):
         return on_shards(lambda g, u: glu(g, u, *options), gate, up, shape=gate.shape)
-    return _GLU.apply(gate, up, *options)
+    return _GLU.apply(implementation("glu", gate), options, gate, up)
 
 
 def glu_packed(
@@ -81,25 +81,11 @@ def glu_packed(
     if is_dtensor(gate_up):
         shape = torch.Size((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
         return on_shards(lambda t: glu_packed(t, *options), gate_up, shape=shape, whole_dims=(-1,))
-    return _GLU.apply(gate_up, None, *options)
+    return _GLU.apply(implementation("glu", gate_up), options, gate_up, None)
 
 
-class _GLU(torch.autograd.Function):
+class _GLU(Op):
     """Without `up`, `gate` is packed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor | None,
-        activation: str,
-        gate_multiplier: float,
-        down_multiplier: float,
-    ) -> Tensor:
-        impl = implementation("glu", gate)
-        return run_forward(ctx, impl, (gate, up), (activation, gate_multiplier, down_multiplier))
-
-    backward = staticmethod(run_backward)
 
 
 class LigerSiLUMulFunction:

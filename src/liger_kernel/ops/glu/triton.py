@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import as_rows, cdiv, device_guard, next_power_of_2
+from liger_kernel._core.launch import as_rows, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,13 @@ def _glu_bwd(
     down_multiplier,
     NEEDS_DGATE: tl.constexpr,
     NEEDS_DUP: tl.constexpr,
+    WRITE_Y: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """With d = dy down_multiplier: dup = d f(gate gate_multiplier), f rounded as in the forward, and
-    dgate = d up f'(gate gate_multiplier) gate_multiplier. One program owns one tile.
+    dgate = d up f'(gate gate_multiplier) gate_multiplier. With WRITE_Y, y takes the place of dy. One program owns one tile.
     """
     rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
     dtype = gate_ptr.dtype.element_ty
@@ -121,13 +122,17 @@ def _glu_bwd(
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     dy *= down_multiplier
     value, slope = _activation(gate * gate_multiplier, ACTIVATION)
-    if NEEDS_DGATE:
+    rounded = value.to(dtype).to(tl.float32)
+    if NEEDS_DGATE or WRITE_Y:
         up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if NEEDS_DGATE:
         dgate = dy * up * slope * gate_multiplier
         tl.store(dgate_ptr + rows * dgate_stride + cols, dgate.to(dtype), mask=mask)
     if NEEDS_DUP:
-        dup = dy * value.to(dtype).to(tl.float32)
-        tl.store(dup_ptr + rows * dup_stride + cols, dup.to(dtype), mask=mask)
+        tl.store(dup_ptr + rows * dup_stride + cols, (dy * rounded).to(dtype), mask=mask)
+    if WRITE_Y:
+        y = (rounded * up * down_multiplier).to(dtype)
+        tl.store(dy_ptr + rows * dy_stride + cols, y, mask=mask)
 
 
 def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,24 +160,23 @@ def forward(
     y = torch.empty((*gate.shape[:-1], n_cols), dtype=gate.dtype, device=gate.device)
     config = Config.of(n_cols)
     if n_rows:
-        with device_guard(gate.device):
-            launch(
-                _glu_fwd,
-                (config.programs(n_rows, n_cols),),
-                gate_rows,
-                up_rows,
-                y,
-                gate_rows.stride(0),
-                up_rows.stride(0),
-                n_rows,
-                n_cols,
-                gate_multiplier,
-                down_multiplier,
-                ACTIVATION=activation,
-                ROWS=config.rows,
-                COLS=config.cols,
-                num_warps=config.warps,
-            )
+        launch(
+            _glu_fwd,
+            (config.programs(n_rows, n_cols),),
+            gate_rows,
+            up_rows,
+            y,
+            gate_rows.stride(0),
+            up_rows.stride(0),
+            n_rows,
+            n_cols,
+            gate_multiplier,
+            down_multiplier,
+            ACTIVATION=activation,
+            ROWS=config.rows,
+            COLS=config.cols,
+            num_warps=config.warps,
+        )
     return y, saved
 
 
@@ -182,12 +186,31 @@ def backward(
     options: tuple[str, float, float],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
+    return _backward(as_rows(grads[0]), grads[0].shape, saved, options, needs, write_y=False)
+
+
+def backward_with_output(
+    dy: Tensor,
+    saved: Sequence[Tensor | None],
+    options: tuple[str, float, float],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """`backward` that leaves the output of the forward in dy (R, F), whose rows have unit stride."""
+    return _backward(dy, dy.shape, saved, options, needs, write_y=True)
+
+
+def _backward(
+    dy: Tensor,
+    shape: torch.Size,
+    saved: Sequence[Tensor | None],
+    options: tuple[str, float, float],
+    needs: Sequence[bool],
+    write_y: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     gate, up = saved
     activation, gate_multiplier, down_multiplier = options
     needs_dgate, needs_dup = needs
-    dy = as_rows(grads[0])
     n_rows, n_cols = dy.shape
-    shape = grads[0].shape
     if needs_dgate and up is None:  # packed: one gradient, written in halves
         needs_dup = True
         gate, up = _halves(gate)
@@ -198,25 +221,25 @@ def backward(
         dgate, dup = (None if t is None else as_rows(t) for t in found)
     config = Config.of(n_cols)
     if n_rows:
-        with device_guard(dy.device):
-            launch(
-                _glu_bwd,
-                (config.programs(n_rows, n_cols),),
-                dy,
-                gate,
-                up,
-                dgate,
-                dup,
-                *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
-                n_rows,
-                n_cols,
-                gate_multiplier,
-                down_multiplier,
-                NEEDS_DGATE=needs_dgate,
-                NEEDS_DUP=needs_dup,
-                ACTIVATION=activation,
-                ROWS=config.rows,
-                COLS=config.cols,
-                num_warps=config.warps,
-            )
+        launch(
+            _glu_bwd,
+            (config.programs(n_rows, n_cols),),
+            dy,
+            gate,
+            up,
+            dgate,
+            dup,
+            *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
+            n_rows,
+            n_cols,
+            gate_multiplier,
+            down_multiplier,
+            NEEDS_DGATE=needs_dgate,
+            NEEDS_DUP=needs_dup,
+            WRITE_Y=write_y,
+            ACTIVATION=activation,
+            ROWS=config.rows,
+            COLS=config.cols,
+            num_warps=config.warps,
+        )
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
@@ -43,18 +43,11 @@ def layer_norm(
     same = all(p is None or p.dtype == x.dtype for p in (weight, bias))
     if same and host_bound(x, _SMALL):  # PyTorch computes in fp32 too, and rounds once
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _LayerNorm.apply(implementation("layer_norm", x), (eps,), x, weight, bias)
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
-        impl = implementation("layer_norm", x)
-        return run_forward(ctx, impl, (x, weight, bias), (eps,))
-
-    backward = staticmethod(run_backward)
+class _LayerNorm(Op):
+    pass
 
 
 class LigerLayerNormFunction:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_floating
 from liger_kernel._core.dtensor import is_dtensor, on_shards
 from liger_kernel.backends import host_bound, implementation
@@ -32,15 +32,11 @@ def relu_squared(x: Tensor) -> Tensor:
         return reference.relu_squared(x)
     if is_dtensor(x):
         return on_shards(relu_squared, x, shape=x.shape)
-    return _ReLUSquared.apply(x)
+    return _ReLUSquared.apply(implementation("relu_squared", x), (), x)
 
 
-class _ReLUSquared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return run_forward(ctx, implementation("relu_squared", x), (x,), ())
-
-    backward = staticmethod(run_backward)
+class _ReLUSquared(Op):
+    pass
 
 
 class LigerReLUSquaredFunction:

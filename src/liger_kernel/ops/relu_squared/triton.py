@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import cdiv, device_guard
+from liger_kernel._core.launch import cdiv
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ def _relu_squared_bwd(x_ptr, dy_ptr, dx_ptr, n, BLOCK: tl.constexpr):
 def _launch(kernel: triton.JITFunction, x: Tensor, *others: Tensor) -> None:
     config, n = Config(), x.numel()
     if n:
-        with device_guard(x.device):
-            grid = (cdiv(n, config.block),)
-            launch(kernel, grid, x, *others, n, BLOCK=config.block, num_warps=config.warps)
+        grid = (cdiv(n, config.block),)
+        launch(kernel, grid, x, *others, n, BLOCK=config.block, num_warps=config.warps)
 
 
 def forward(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor, tuple[Tensor]]:

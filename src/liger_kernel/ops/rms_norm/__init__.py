@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import (
     check_choice,
     check_floating,
@@ -62,7 +62,7 @@ def rms_norm(
     if plain and _FUSED_IN_TORCH and host_bound(x, _SMALL):
         # one rounding at the end in either mode, so at least as exact
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    return _RMSNorm.apply(x, weight, eps, offset, casting_mode)
+    return _RMSNorm.apply(implementation("rms_norm", x), (eps, offset, casting_mode), x, weight)
 
 
 def on_row_shards(function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Any:
@@ -91,15 +91,8 @@ def on_row_shards(function: Callable[..., Tensor], x: Tensor, *parameters: Tenso
     return on_shards(lambda local: function(local, *whole), rows, shape=x.shape, whole_dims=(-1,))
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, casting_mode: str
-    ) -> Tensor:
-        impl = implementation("rms_norm", x)
-        return run_forward(ctx, impl, (x, weight), (eps, offset, casting_mode))
-
-    backward = staticmethod(run_backward)
+class _RMSNorm(Op):
+    pass
 
 
 class LigerRMSNormFunction:

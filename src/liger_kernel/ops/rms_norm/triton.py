@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,6 @@ from liger_kernel._core.kernels import column_sums, launch
 from liger_kernel._core.launch import (
     as_rows,
     cdiv,
-    device_guard,
     next_power_of_2,
     processor_count,
     shared_memory,
@@ -381,42 +381,42 @@ def norm_forward(
     """(y, x + residual, x as rows, mean, rstd); `rounded`: to the dtype of x before the weight."""
     rows = as_rows(x)  # (R, N)
     r_rows = None if residual is None else as_rows(residual)
-    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     n_rows, n_cols = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    mean = torch.empty(n_rows, dtype=torch.float32, device=x.device) if centered else None
+    y = x.new_empty(x.shape)
+    s = None if residual is None else x.new_empty(x.shape)
+    rstd = x.new_empty(n_rows, dtype=torch.float32)
+    mean = x.new_empty(n_rows, dtype=torch.float32) if centered else None
     config = Config.of(n_cols)
     if n_rows:
-        with device_guard(x.device):
-            launch(
-                _norm_fwd,
-                (cdiv(n_rows, config.rows),),
-                rows,
-                r_rows,
-                weight,
-                bias,
-                y,
-                s,
-                mean,
-                rstd,
-                rows.stride(0),
-                0 if r_rows is None else r_rows.stride(0),
-                n_rows,
-                eps,
-                offset,
-                N=n_cols,
-                HAS_RESIDUAL=residual is not None,
-                HAS_WEIGHT=weight is not None,
-                HAS_BIAS=bias is not None,
-                CENTERED=centered,
-                ROUND=rounded,
-                ROWS=config.rows,
-                BLOCK=config.block,
-                LOOPED=config.looped,
-                num_warps=config.warps,
-            )
+        launch(
+            _norm_fwd,
+            (cdiv(n_rows, config.rows),),
+            rows,
+            r_rows,
+            weight,
+            bias,
+            y,
+            s,
+            mean,
+            rstd,
+            rows.stride(0),
+            0 if r_rows is None else r_rows.stride(0),
+            n_rows,
+            eps,
+            offset,
+            N=n_cols,
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            CENTERED=centered,
+            ROUND=rounded,
+            ROWS=config.rows,
+            BLOCK=config.block,
+            LOOPED=config.looped,
+            num_warps=config.warps,
+        )
     return y, s, rows, mean, rstd
 
 
@@ -437,41 +437,87 @@ def norm_backward(
     needs_dx, needs_dw, needs_db = needs
     weight = None if weight is None else weight.contiguous()
     n_rows, n_cols = rows.shape
+    device = rows.device
     loaded = rows.element_size() + grad.element_size() * (1 if grad_sum is None else 2)
-    config = BackwardConfig.of(n_cols, loaded, shared_memory(rows.device))
+    config = BackwardConfig.of(n_cols, loaded, shared_memory(device))
     dy = as_rows(grad)
     ds = None if grad_sum is None else as_rows(grad_sum)
-    ds_stride = 0 if ds is None else ds.stride(0)
-    dx = torch.empty(grad.shape, dtype=rows.dtype, device=rows.device) if needs_dx else None
+    dx = rows.new_empty(grad.shape) if needs_dx else None
     parameters = ((weight, needs_dw), (bias, needs_db))
     dtypes = [p.dtype for p, need in parameters if need and p is not None]
-    programs = processor_count(rows.device) * config.programs_per_processor
+    programs = processor_count(device) * config.programs_per_processor
     programs = max(1, min(cdiv(n_rows, config.rows), programs))
-    shape = (len(dtypes), programs, n_cols)
-    partial = torch.empty(shape, dtype=torch.float32, device=rows.device) if dtypes else None
-    for_dx = {"HAS_DS": ds is not None, "HAS_WEIGHT": weight is not None}
-    for_sums = {"NEEDS_DW": needs_dw, "NEEDS_DB": needs_db, "ROUND": rounded}
-    shared = {"N": n_cols, "CENTERED": mean is not None}
-    looped = n_cols > config.block
-    tile = {"BLOCK": config.block, "num_warps": 16 if looped else config.warps}
-    strides = (dy.stride(0), ds_stride, rows.stride(0))
-    with device_guard(rows.device):
-        if not looped:
-            inputs = (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset)
-            flags = for_dx | for_sums | shared | tile
-            flags |= {"NEEDS_DX": needs_dx, "ROWS": config.rows, "STAGES": config.stages}
-            launch(_norm_bwd, (programs,), *inputs, **flags)
-        else:
-            if needs_dx and n_rows:
-                inputs = (dy, ds, rows, weight, mean, rstd, dx, *strides, offset)
-                launch(_norm_bwd_dx_looped, (n_rows,), *inputs, **for_dx, **shared, **tile)
-            if dtypes:
-                inputs = (dy, rows, mean, rstd, partial, dy.stride(0), rows.stride(0), n_rows)
-                tile = {"ROWS": 2, "BLOCK": 2048, "STAGES": config.stages, "num_warps": 8}
-                grid = (programs, cdiv(n_cols, 2048))
-                launch(_norm_bwd_partial_looped, grid, *inputs, **for_sums, **shared, **tile)
-        sums = iter(() if partial is None else column_sums(partial, dtypes))
-    return dx, next(sums) if needs_dw else None, next(sums) if needs_db else None
+    partial = None
+    if dtypes:
+        partial = rows.new_empty((len(dtypes), programs, n_cols), dtype=torch.float32)
+    strides = (dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0))
+    walk = _backward_in_blocks if n_cols > config.block else _backward_at_once
+    walk(
+        (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset),
+        config,
+        programs,
+        NEEDS_DW=needs_dw,
+        NEEDS_DB=needs_db,
+        ROUND=rounded,
+    )
+    sums = [] if partial is None else column_sums(partial, dtypes)
+    return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
+
+
+Inputs = tuple[Any, ...]  # the run-time arguments of `_norm_bwd`
+
+
+def _backward_at_once(
+    inputs: Inputs, config: BackwardConfig, programs: int, **for_sums: bool
+) -> None:
+    _, ds, rows, weight, mean, _, dx, *_ = inputs
+    launch(
+        _norm_bwd,
+        (programs,),
+        *inputs,
+        N=rows.shape[1],
+        HAS_DS=ds is not None,
+        HAS_WEIGHT=weight is not None,
+        CENTERED=mean is not None,
+        NEEDS_DX=dx is not None,
+        **for_sums,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def _backward_in_blocks(
+    inputs: Inputs, config: BackwardConfig, programs: int, **for_sums: bool
+) -> None:
+    dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset = inputs
+    n_cols, centered = rows.shape[1], mean is not None
+    if dx is not None and n_rows:
+        launch(
+            _norm_bwd_dx_looped,
+            (n_rows,),
+            *(dy, ds, rows, weight, mean, rstd, dx, *strides, offset),
+            N=n_cols,
+            HAS_DS=ds is not None,
+            HAS_WEIGHT=weight is not None,
+            CENTERED=centered,
+            BLOCK=config.block,
+            num_warps=16,
+        )
+    if partial is not None:
+        launch(
+            _norm_bwd_partial_looped,
+            (programs, cdiv(n_cols, 2048)),
+            *(dy, rows, mean, rstd, partial, strides[0], strides[2], n_rows),
+            N=n_cols,
+            CENTERED=centered,
+            **for_sums,
+            ROWS=2,
+            BLOCK=2048,
+            STAGES=config.stages,
+            num_warps=8,
+        )
 
 
 def forward(

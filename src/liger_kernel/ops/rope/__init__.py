@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import run_backward, run_forward
+from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel.backends import implementation
 from liger_kernel.ops.rope import reference
@@ -60,7 +60,7 @@ def rope(
     options = (unsqueeze_dim, rotary_dim, interleaved)
     if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
         return reference.rope(q, k, cos, sin, *options)
-    return _RoPE.apply(q, k, cos, sin, *options)
+    return _RoPE.apply(implementation("rope", q), options, q, k, cos, sin)
 
 
 def _check_heads(q: Tensor, k: Tensor | None, unsqueeze_dim: int) -> None:
@@ -93,29 +93,15 @@ def _angles(q: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Te
             f"cos {shape} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)} with unsqueeze_dim={unsqueeze_dim}: "
             f"both must be ({seq}, R), (1, {seq}, R) or ({batch}, {seq}, R), or that with an axis of size 1 for heads."
         )
-    cos, sin = cos.detach(), sin.detach()
+    if cos.requires_grad or sin.requires_grad:
+        cos, sin = cos.detach(), sin.detach()
     if cos.stride(2) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin
 
 
-class _RoPE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        unsqueeze_dim: int,
-        rotary_dim: int,
-        interleaved: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        impl = implementation("rope", q)
-        return run_forward(ctx, impl, (q, k, cos, sin), (unsqueeze_dim, rotary_dim, interleaved))
-
-    backward = staticmethod(run_backward)
+class _RoPE(Op):
+    pass
 
 
 class LigerRopeFunction:

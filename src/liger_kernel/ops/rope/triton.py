@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import cdiv, device_guard, next_power_of_2
+from liger_kernel._core.launch import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,10 @@ def _rope(
         )
 
 
-def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, int, int, int]:
+def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, ...]:
     """Strides of (batch, token, head, column)."""
-    return x.stride(0), x.stride(3 - unsqueeze_dim), x.stride(unsqueeze_dim), x.stride(3)
+    batch, second, third, column = x.stride()
+    return (batch, third, second, column) if unsqueeze_dim == 1 else (batch, second, third, column)
 
 
 def _rotated(
@@ -216,47 +217,44 @@ def _rotated(
     unsqueeze_dim, rotary_dim, interleaved = options
     given = [x for x in tensors if x is not None]
     outs = [torch.empty_like(x) for x in given]
-    head_dim, seq = given[0].shape[3], given[0].shape[3 - unsqueeze_dim]
-    n_tokens = given[0].shape[0] * seq
-    heads = tuple(x.shape[unsqueeze_dim] for x in given)
+    first, last = given[0], given[-1]
+    head_dim, seq = first.shape[3], first.shape[3 - unsqueeze_dim]
+    n_tokens = first.shape[0] * seq
+    heads = tuple([x.shape[unsqueeze_dim] for x in given])
     config = Config.of(heads, head_dim, rotary_dim)
-    strides = [
-        stride
-        for x in zip(given, outs, strict=True)
-        for t in x
-        for stride in _strides(t, unsqueeze_dim)
-    ]
+    strides: tuple[int, ...] = ()
+    for x, out in zip(given, outs, strict=True):
+        strides += _strides(x, unsqueeze_dim) + _strides(out, unsqueeze_dim)
     if n_tokens:
-        with device_guard(cos.device):
-            launch(
-                _rope,
-                (cdiv(n_tokens, config.tokens),),
-                given[0],
-                given[-1],
-                outs[0],
-                outs[-1],
-                cos,
-                sin,
-                sign,
-                n_tokens,
-                seq,
-                0 if cos.shape[0] == 1 else cos.stride(0),
-                cos.stride(1),
-                *strides,
-                *(() if len(given) == 2 else (0,) * 8),
-                Q_HEADS=heads[0],
-                K_HEADS=heads[1] if len(given) == 2 else 0,
-                D=head_dim,
-                ROTARY=rotary_dim,
-                INTERLEAVED=interleaved,
-                COS_STEP=2 if interleaved and cos.shape[2] >= rotary_dim else 1,
-                TOKENS=config.tokens,
-                Q_BLOCK=config.heads[0],
-                K_BLOCK=config.heads[-1],
-                BLOCK_HALF=config.block_half,
-                BLOCK_REST=config.block_rest,
-                num_warps=config.warps,
-            )
+        launch(
+            _rope,
+            (cdiv(n_tokens, config.tokens),),
+            first,
+            last,
+            outs[0],
+            outs[-1],
+            cos,
+            sin,
+            sign,
+            n_tokens,
+            seq,
+            0 if cos.shape[0] == 1 else cos.stride(0),
+            cos.stride(1),
+            *strides,
+            *(() if len(given) == 2 else (0,) * 8),
+            Q_HEADS=heads[0],
+            K_HEADS=heads[1] if len(given) == 2 else 0,
+            D=head_dim,
+            ROTARY=rotary_dim,
+            INTERLEAVED=interleaved,
+            COS_STEP=2 if interleaved and cos.shape[2] >= rotary_dim else 1,
+            TOKENS=config.tokens,
+            Q_BLOCK=config.heads[0],
+            K_BLOCK=config.heads[-1],
+            BLOCK_HALF=config.block_half,
+            BLOCK_REST=config.block_rest,
+            num_warps=config.warps,
+        )
     rotated = iter(outs)
     return [None if x is None else next(rotated) for x in tensors]
 

@@ -1,4 +1,4 @@
-"""MLPs: `act(gate) * up` or the activation is replaced; the Linears stay modules, so adapters and sharding work."""
+"""MLPs: the gated product or the activation is replaced; the Linears stay modules, so adapters and sharding work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import relu_squared as relu_squared_op
 from liger_kernel.transformers.patching import proof, walk
+from liger_kernel.transformers.patching.linears import plain_weight
 from liger_kernel.transformers.patching.state import State
 
 ACTIVATIONS = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGeGLU", "gelu": "LigerGeGLU(erf)"}
@@ -45,12 +47,17 @@ class MLPPlan(walk.Plan):
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         into_act, out = (1.0 if n is None else getattr(module, n) for n in self.multipliers)
-        gate = getattr(module, self.gate)(x)
-        if self.up is None:
-            gated = glu_op.glu_packed(gate, self.activation, into_act)
+        up = None if self.up is None else getattr(module, self.up)
+        gate, down = getattr(module, self.gate), getattr(module, self.down)
+        weights = [None if m is None else plain_weight(m) for m in (gate, up, down)]
+        whole = weights[0] is not None and weights[2] is not None and (weights[1] is None) == (up is None)
+        if whole and all(w is None or w.dtype == x.dtype for w in weights):
+            # one op, which keeps a third less for backward
+            y = gated_mlp_op.gated_mlp(x, *weights, self.activation, into_act)  # type: ignore[arg-type]
+        elif up is None:
+            y = down(glu_op.glu_packed(gate(x), self.activation, into_act))
         else:
-            gated = glu_op.glu(gate, getattr(module, self.up)(x), self.activation, into_act)
-        y = getattr(module, self.down)(gated)
+            y = down(glu_op.glu(gate(x), up(x), self.activation, into_act))
         return y if out == 1 else y * out
 
 
