@@ -259,13 +259,15 @@ def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator
             found: dict[str, Any] = json.loads(line.removeprefix(RESULT_MARK))
             package = found.pop("package", "")  # a path of this machine
             key = {**left.pop(0)._asdict(), "mode": mode, "ignored": args.ignored}
-            if mode == "incumbent" and "error" not in found:
-                if str(Path(args.peer_site).resolve()) not in package:
-                    found = {"error": f"{package} is not under {args.peer_site}"}
+            site = str(Path(args.peer_site or "").resolve())
+            if mode == "incumbent" and "error" not in found and site not in package:
+                found = {"error": f"{package} is not under {args.peer_site}"}
             yield {**key, **found}
         limit.cancel()
     for row in left:
-        error = f"its process ended with code {child.returncode}, after {args.timeout} s a row at most"
+        error = (
+            f"its process ended with code {child.returncode}, after {args.timeout} s a row at most"
+        )
         yield {**row._asdict(), "mode": mode, "ignored": args.ignored, "error": error}
 
 

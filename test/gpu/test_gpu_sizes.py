@@ -40,7 +40,7 @@ class Huge:
 
 
 def rows_of(op: str, shape: tuple[int, int], vectors: int, **options: Any) -> Huge:
-    """A norm: one matrix and `vectors` weights or biases."""
+    """A norm, or what works on single elements: one matrix and `vectors` weights or biases."""
 
     def inputs(make: Make) -> tuple[Tensor, ...]:
         return make.randn(*shape), *(make.randn(shape[1]) for _ in range(vectors))
@@ -101,6 +101,15 @@ def linear_cross_entropy(rows: int, hidden: int, classes: int) -> Huge:
     )
 
 
+def gated_mlp(rows: int, hidden: int, features: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        inner = (make.randn(features, hidden, scale=hidden**-0.5) for _ in range(2))
+        return make.randn(rows, hidden), *inner, make.randn(hidden, features, scale=features**-0.5)
+
+    options = {"activation": "silu", "gate_multiplier": 1.0}
+    return Huge("gated_mlp", f"{rows}x{hidden}x{features}", inputs, (0, None, None, None), options)
+
+
 NORM = {"eps": 1e-6, "offset": 0.0, "casting_mode": "llama"}
 GLU = {"activation": "silu", "gate_multiplier": 1.0, "down_multiplier": 1.0}
 ROPE = {"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False}
@@ -114,6 +123,8 @@ HUGE = (
     pair_of("glu", WIDE, False, **GLU),
     pair_of("glu", TALL, False, **GLU),
     Huge("glu", "packed", lambda m: (m.randn(65_540, 2 * 16_388), None), (0, None), GLU),
+    rows_of("relu_squared", WIDE, 0),
+    gated_mlp(16_777_221, 129, 128),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
     rope("heads", 1, 262_148, 64, 128, axis=1),
@@ -134,6 +145,8 @@ MANY = (
     rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
+    rows_of("relu_squared", (3, 65_536 * 4096 + 1), 0),
+    gated_mlp(70_001, 16, 24),
 )
 
 

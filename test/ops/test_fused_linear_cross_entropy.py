@@ -174,7 +174,9 @@ def test_policy() -> None:
     assert rows(16384, 2048, 151936) == 2048
     assert rows(8192, 4096, 32000) == 4096
     assert rows(4096, 2304, 256000, needs_dw=False) == 1024
-    assert rows(2048, 896, 151936) == 1024
+    assert rows(2048, 896, 151936) == 1024  # two chunks, not one
+    assert rows(16384, 1024, 151936) == 2048
+    assert rows(32768, 1024, 32000) == 4096
     assert rows(2**20, 4096, 128256) == 2048
     assert rows(10, 4096, 128256) == 10
     assert rows(2100, 4096, 128256) == 1280  # two even chunks, not 2048

@@ -69,6 +69,15 @@ def _tanh(z, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _exp_of_difference(x, top, EXACT: tl.constexpr):
+    """exp(x - top); without EXACT as 2^(x / ln 2 - top / ln 2), one multiply-add less, whose rounding is far below that
+    of 16-bit logits."""
+    if EXACT:
+        return tl.exp(x - top)
+    return tl.exp2(x * 1.4426950408889634 - top * 1.4426950408889634)
+
+
+@triton.jit
 def _cross_entropy(
     x_ptr,
     grad_ptr,
@@ -140,9 +149,9 @@ def _cross_entropy(
     best = 0  # the first column that holds `top`
     for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
         mask = start + cols < n_cols
-        x = tl.load(
-            x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_last"
-        ).to(tl.float32)
+        x = tl.load(x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(
+            tl.float32
+        )
         if HAS_SOFTCAP:
             x = softcap * _tanh(x / softcap, EXACT)
         if HAS_SMOOTHING:
@@ -159,7 +168,7 @@ def _cross_entropy(
         new_top = tl.maximum(top, block_top)
         # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - anchor) + tl.sum(tl.exp(x - anchor), 0)
+        total = total * tl.exp(top - anchor) + tl.sum(_exp_of_difference(x, anchor, EXACT), 0)
         top = new_top
     lse = top + tl.log(total)
 
@@ -215,7 +224,6 @@ def _cross_entropy(
             share *= row_scale
         # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
         slope = tl.where(in_range, slope / total, float("nan"))
-        hit_at = tl.where(in_range, y, -1).to(tl.int32)
         n_blocks = tl.cdiv(n_cols, BLOCK)
         for i in tl.range(0, n_blocks, num_stages=STAGES):
             # last block first: it is the one most likely still in the cache
@@ -229,17 +237,27 @@ def _cross_entropy(
                 t = _tanh(x / softcap, EXACT)
                 x = softcap * t
                 cap_slope = 1.0 - t * t
-            g = slope * tl.exp(x - top)
+            g = slope * _exp_of_difference(x, top, EXACT)
             if HAS_SMOOTHING:
                 if HAS_WEIGHT:
                     w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
                     g -= share * w
                 else:
                     g -= share
-            g = tl.where(start + cols == hit_at, g - hit, g) * cap_slope
-            g = g.to(grad_ptr.dtype.element_ty)
+            g = (g * cap_slope).to(grad_ptr.dtype.element_ty)
             # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
             tl.store(grad_row + start + cols, g, mask=mask, eviction_policy="evict_first")
+        # the label's class again, with what only it has; a select for each class of the row would cost more
+        g = slope * _exp_of_difference(x_y, top, EXACT) - hit
+        if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                g -= share * tl.load(weight_ptr + label).to(tl.float32)
+            else:
+                g -= share
+        if HAS_SOFTCAP:
+            g *= 1.0 - (x_y / softcap) * (x_y / softcap)
+        tl.debug_barrier()
+        tl.store(grad_row + label, g.to(grad_ptr.dtype.element_ty))
 
 
 @triton.jit

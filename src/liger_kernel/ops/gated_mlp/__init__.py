@@ -42,7 +42,7 @@ def gated_mlp(
     Returns: (..., O) in the dtype of x, each matrix product and the gated product rounded once.
     For backward it keeps x, gate and up (T (H + 2F) elements for T tokens), where single ops keep another T F.
     Under autocast and torch.compile, and for DTensors, it is composed of single ops.
-    Raises: ValueError for shapes that do not fit or an unknown activation; TypeError for integers or dtypes that differ.
+    Raises: ValueError for an unknown activation or shapes that do not fit; TypeError for integers or other dtypes.
     """
     check_choice("activation", activation, ACTIVATIONS)
     check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
@@ -59,11 +59,7 @@ def gated_mlp(
     if torch.compiler.is_compiling():
         return reference.gated_mlp(x, *weights, *options)
     elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
-    if (
-        autocast
-        or host_bound(x, _SMALL, elements)
-        or any(map(is_dtensor, (x, *weights)))
-    ):
+    if autocast or host_bound(x, _SMALL, elements) or any(map(is_dtensor, (x, *weights))):
         return _composed(x, *weights, *options)
     return _GatedMLP.apply(implementation("glu", x), options, x, *weights)
 
@@ -89,7 +85,9 @@ class _GatedMLP(Op):
     @staticmethod
     def forward(ctx: Any, impl: Any, options: tuple[str, float], *tensors: Tensor | None) -> Tensor:
         x, gate_weight, up_weight, down_weight = tensors
-        assert x is not None and gate_weight is not None and down_weight is not None
+        assert x is not None
+        assert gate_weight is not None
+        assert down_weight is not None
         rows = as_rows(x)  # (T, H)
         gate = torch.mm(rows, gate_weight.t())  # (T, F), or (T, 2F) with up
         up = None if up_weight is None else torch.mm(rows, up_weight.t())
@@ -97,7 +95,9 @@ class _GatedMLP(Op):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
             ctx.of_forward = impl, (*options, 1.0), x.shape
-        y = x.new_empty(*x.shape[:-1], down_weight.shape[0])  # no view: the caller may change it in place
+        y = x.new_empty(
+            *x.shape[:-1], down_weight.shape[0]
+        )  # no view: the caller may change it in place
         torch.mm(product, down_weight.t(), out=y.view(product.shape[0], down_weight.shape[0]))
         return y
 

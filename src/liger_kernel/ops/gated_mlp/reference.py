@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
+from liger_kernel.ops.glu.reference import glu
 
 
 def gated_mlp(
@@ -20,15 +16,9 @@ def gated_mlp(
     activation: str,
     gate_multiplier: float,
 ) -> Tensor:
-    """(f(gate_multiplier * x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T, each product rounded as in eager code.
+    """(f(gate_multiplier * x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T, every product rounded as in eager.
 
     Without `up_weight`, `gate_weight` (2F, H) holds both: the gate in its first half, up in its second.
     """
-    gate = F.linear(x, gate_weight)
-    if up_weight is None:
-        gate, up = gate.chunk(2, -1)
-    else:
-        up = F.linear(x, up_weight)
-    if gate_multiplier != 1:
-        gate = gate * gate_multiplier
-    return F.linear(ACTIVATIONS[activation](gate) * up, down_weight)
+    up = None if up_weight is None else linear(x, up_weight)
+    return linear(glu(linear(x, gate_weight), up, activation, gate_multiplier, 1.0), down_weight)

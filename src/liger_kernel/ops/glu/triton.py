@@ -114,7 +114,7 @@ def _glu_bwd(
     COLS: tl.constexpr,
 ):
     """With d = dy down_multiplier: dup = d f(gate gate_multiplier), f rounded as in the forward, and
-    dgate = d up f'(gate gate_multiplier) gate_multiplier. With WRITE_Y, y takes the place of dy. One program owns one tile.
+    dgate = d up f'(gate gate_multiplier) gate_multiplier. With WRITE_Y, y takes the place of dy. A program owns a tile.
     """
     rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
     dtype = gate_ptr.dtype.element_ty

@@ -49,11 +49,15 @@ class MLPPlan(walk.Plan):
         into_act, out = (1.0 if n is None else getattr(module, n) for n in self.multipliers)
         up = None if self.up is None else getattr(module, self.up)
         gate, down = getattr(module, self.gate), getattr(module, self.down)
-        weights = [None if m is None else plain_weight(m) for m in (gate, up, down)]
-        whole = weights[0] is not None and weights[2] is not None and (weights[1] is None) == (up is None)
-        if whole and all(w is None or w.dtype == x.dtype for w in weights):
-            # one op, which keeps a third less for backward
-            y = gated_mlp_op.gated_mlp(x, *weights, self.activation, into_act)  # type: ignore[arg-type]
+        w_gate, w_down = plain_weight(gate), plain_weight(down)
+        w_up = None if up is None else plain_weight(up)
+        if (
+            w_gate is not None
+            and w_down is not None
+            and (up is None or w_up is not None)
+            and x.dtype == w_gate.dtype
+        ):  # one op, which keeps a third less for backward
+            y = gated_mlp_op.gated_mlp(x, w_gate, w_up, w_down, self.activation, into_act)
         elif up is None:
             y = down(glu_op.glu_packed(gate(x), self.activation, into_act))
         else:

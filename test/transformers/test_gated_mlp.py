@@ -1,0 +1,221 @@
+"""A patched gated MLP: one op where its projections are plain Linears, their own calls wherever those matter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import liger_kernel
+from liger_kernel.testing import Make
+from liger_kernel.transformers.patching import mlps
+
+HIDDEN, FEATURES, TOKENS = 16, 40, 12
+
+
+class Adapter(nn.Linear):
+    """A layer of somebody else's class."""
+
+
+def mlp(bias: bool = False) -> Any:
+    config = SimpleNamespace(
+        hidden_size=HIDDEN, intermediate_size=FEATURES, mlp_bias=bias, hidden_act="silu"
+    )
+    module = LlamaMLP(config)
+    liger_kernel.patch(nn.Sequential(module))
+    return module
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which ops ran: "gated_mlp" for the whole block, "glu" for its product alone."""
+    found: list[str] = []
+
+    def spy(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def spied(*args: Any) -> Any:
+            found.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, spied)
+
+    spy(mlps.gated_mlp_op, "gated_mlp")
+    spy(mlps.glu_op, "glu")
+    return found
+
+
+def step(module: nn.Module) -> tuple[Tensor, ...]:
+    """Output and gradients of input and weights."""
+    x = Make(torch.float32).randn(2, TOKENS // 2, HIDDEN).requires_grad_()
+    y = module(x)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights])
+
+
+def test_plain_linears_are_one_op(calls: list[str]) -> None:
+    module = mlp()
+    calls.clear()  # those of the proof
+    step(module)
+    assert calls == ["gated_mlp"]
+
+
+@contextlib.contextmanager
+def hooked(linear: Any, seen: list[Any]) -> Iterator[None]:
+    handle = linear.register_forward_hook(lambda *_: seen.append(1))
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def hooked_before(linear: Any, seen: list[Any]) -> Iterator[None]:
+    handle = linear.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def hooked_backward(linear: Any, seen: list[Any]) -> Iterator[None]:
+    handle = linear.register_full_backward_hook(lambda *_: seen.append(1))
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def hooked_everywhere(linear: Any, seen: list[Any]) -> Iterator[None]:
+    def hook(module: Any, *_: Any) -> None:
+        if module is linear:
+            seen.append(1)
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def replaced(linear: Any, seen: list[Any]) -> Iterator[None]:
+    original = linear.forward
+
+    def forward(x: Tensor) -> Any:
+        seen.append(1)
+        return original(x)
+
+    linear.forward = forward
+    yield
+    del linear.forward
+
+
+@contextlib.contextmanager
+def replaced_in_class(linear: Any, seen: list[Any]) -> Iterator[None]:
+    original = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Any:
+        if self is linear:
+            seen.append(1)
+        return original(self, x)
+
+    nn.Linear.forward = forward  # type: ignore[method-assign]
+    yield
+    nn.Linear.forward = original  # type: ignore[method-assign]
+
+
+WAYS: list[Callable[..., Any]] = [
+    hooked,
+    hooked_before,
+    hooked_backward,
+    hooked_everywhere,
+    replaced,
+    replaced_in_class,
+]
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__wrapped__.__name__)
+def test_whoever_watches_a_projection_sees_its_call(way: Any, name: str, calls: list[str]) -> None:
+    module = mlp()
+    alone = step(module)
+    calls.clear()
+    seen: list[Any] = []
+    with way(getattr(module, name), seen):
+        watched = step(module)
+    assert seen == [1]
+    assert calls == ["glu"]
+    for a, b in zip(alone, watched, strict=True):
+        assert (a - b).abs().max() <= 4 * torch.finfo(a.dtype).eps * b.abs().max()
+    step(module)
+    assert calls == ["glu", "gated_mlp"]  # as before, once nobody watches any more
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_layers_of_other_classes_keep_their_calls(name: str, calls: list[str]) -> None:
+    module = mlp()
+    calls.clear()
+    linear = getattr(module, name)
+    setattr(module, name, Adapter(linear.in_features, linear.out_features, bias=False))
+    step(module)
+    assert calls == ["glu"]
+
+
+def test_biases_keep_their_calls(calls: list[str]) -> None:
+    module = mlp(bias=True)
+    calls.clear()
+    step(module)
+    assert calls == ["glu"]
+
+
+def test_weights_of_another_dtype_are_left_to_the_linears(calls: list[str]) -> None:
+    module = mlp().bfloat16()
+    calls.clear()
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(torch.randn(3, HIDDEN))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(3, HIDDEN)).dtype == torch.bfloat16
+    assert calls == ["glu"]
+
+
+def saved(module: nn.Module) -> int:
+    """Elements kept for backward, besides parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes() // t.element_size()
+        return t
+
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    del y
+    return sum(kept.values())
+
+
+def test_the_product_is_not_kept() -> None:
+    module = mlp()
+    fused = saved(module)
+    with hooked(module.up_proj, []):
+        single = saved(module)
+    assert fused == TOKENS * (HIDDEN + 2 * FEATURES)
+    assert single == fused + TOKENS * FEATURES
+
+
+@pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "down_proj", "all"])
+def test_frozen_weights_get_no_gradient(frozen: str) -> None:
+    module = mlp()
+    everything = step(module)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(module, name).weight.requires_grad_(frozen not in (name, "all"))
+    names = [n for n, _ in module.named_parameters()]
+    some = step(module)
+    kept = [n for n, p in module.named_parameters() if p.requires_grad]
+    expected = [everything[2 + names.index(n)] for n in kept]
+    assert len(some) == 2 + len(kept)
+    for a, b in zip(some, (*everything[:2], *expected), strict=True):
+        assert torch.equal(a, b)
