@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import liger_kernel
+from liger_kernel.backends import use_implementation
 from liger_kernel.testing import Make
 from liger_kernel.transformers.patching import mlps
 
@@ -55,8 +56,10 @@ def step(module: nn.Module) -> tuple[Tensor, ...]:
     """Output and gradients of input and weights."""
     x = Make(torch.float32).randn(2, TOKENS // 2, HIDDEN).requires_grad_()
     y = module(x)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights])
+    module.zero_grad()
+    y.square().sum().backward()
+    found = [x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+    return y.detach(), *(g for g in found if g is not None)
 
 
 def test_plain_linears_are_one_op(calls: list[str]) -> None:
@@ -204,6 +207,70 @@ def test_the_product_is_not_kept() -> None:
         single = saved(module)
     assert fused == TOKENS * (HIDDEN + 2 * FEATURES)
     assert single == fused + TOKENS * FEATURES
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Kernels alone can write the gradients of gate and up over gate and up."""
+    with use_implementation("triton"):
+        yield
+
+
+def test_memory_is_reused_where_nobody_can_see_it(interpreted: None) -> None:
+    """Gate and up give their memory to their gradients, unless the graph, or somebody else, keeps them."""
+    module = mlp()
+    x = Make(torch.float32).randn(TOKENS, HIDDEN).requires_grad_()
+    wanted = [x, *module.parameters()]
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        held.append((t, t.clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    first = torch.autograd.grad(y.square().sum(), wanted)
+    assert len(held) > 3
+    assert all(torch.equal(t, was) for t, was in held)
+
+    loss = module(x).square().sum()
+    for retain in (True, True, False):
+        again = torch.autograd.grad(loss, wanted, retain_graph=retain)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    y = module(x)
+    (inner,) = [n for n, _ in y.grad_fn.next_functions if n is not None and "Product" in n.name()]
+    gate, was = inner.saved_tensors[1], inner.saved_tensors[1].clone()
+    torch.autograd.grad(y.square().sum(), wanted)
+    assert not torch.equal(gate, was)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients; and the last product is not made again where recomputing can stop before it."""
+    from torch.utils.checkpoint import checkpoint
+
+    from liger_kernel.ops import gated_mlp as op
+
+    module = mlp()
+    alone = step(module)
+    products = []
+    forward = op._Down.forward
+    monkeypatch.setattr(
+        op._Down, "forward", staticmethod(lambda *args: products.append(1) or forward(*args))
+    )
+    module_of = module.forward
+    module.__dict__["forward"] = lambda x: checkpoint(module_of, x, use_reentrant=reentrant)
+    for a, b in zip(alone, step(module), strict=True):
+        assert torch.equal(a, b)
+    assert len(products) == (2 if reentrant else 1)
+
+
+def test_no_second_derivative() -> None:
+    module = mlp()
+    y = module(torch.randn(3, HIDDEN, requires_grad=True))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), module.gate_proj.weight, create_graph=True)
 
 
 @pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "down_proj", "all"])

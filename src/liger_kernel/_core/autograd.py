@@ -18,6 +18,15 @@ import torch
 from torch import Tensor
 
 
+def refuse_double_backward() -> None:
+    """For the start of a backward: RuntimeError if its own gradient is asked for."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The fused ops have no second derivative (backward ran with create_graph=True); "
+            "unpatch the model, or compute this part with plain PyTorch."
+        )
+
+
 class Op(torch.autograd.Function):
     """`apply(implementation, options, *tensors)`: an op on any device. Each op has a subclass, which names its node.
 
@@ -36,11 +45,7 @@ class Op(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The fused ops have no second derivative (backward ran with create_graph=True); "
-                "unpatch the model, or compute this part with plain PyTorch."
-            )
+        refuse_double_backward()
         impl, options, needs = ctx.of_forward
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(needs))

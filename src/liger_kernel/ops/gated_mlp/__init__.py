@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op
+from liger_kernel._core.autograd import Op, refuse_double_backward
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
@@ -47,7 +47,7 @@ def gated_mlp(
     check_choice("activation", activation, ACTIVATIONS)
     check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_shapes(x, gate_weight, up_weight, down_weight)
-    weights = (gate_weight, up_weight, down_weight)
+    weights, inner = (gate_weight, up_weight, down_weight), (x, gate_weight, up_weight)
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast and any(w is not None and w.dtype != x.dtype for w in weights):
         raise TypeError(
@@ -59,9 +59,16 @@ def gated_mlp(
     if torch.compiler.is_compiling():
         return reference.gated_mlp(x, *weights, *options)
     elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
-    if autocast or host_bound(x, _SMALL, elements) or any(map(is_dtensor, (x, *weights))):
+    if (
+        not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inner))
+        or autocast
+        or host_bound(x, _SMALL, elements)
+        or any(map(is_dtensor, (x, *weights)))
+    ):
         return _composed(x, *weights, *options)
-    return _GatedMLP.apply(implementation("glu", x), options, x, *weights)
+    impl, nodes = implementation("glu", x), list[Any]()
+    product = _Product.apply(impl, (*options, 1.0), nodes, x, *weights)
+    return _Down.apply(nodes[0], product, down_weight)
 
 
 def _composed(
@@ -79,48 +86,64 @@ def _composed(
     return linear(glu(gate, linear(x, up_weight), activation, gate_multiplier), down_weight)
 
 
-class _GatedMLP(Op):
-    """Its `impl` is that of `glu`."""
+class _Product(Op):
+    """f(x @ gate.T) * (x @ up.T); its `impl` is that of `glu`. It keeps what `_Down` reads, which makes its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, impl: Any, options: tuple[str, float], *tensors: Tensor | None) -> Tensor:
-        x, gate_weight, up_weight, down_weight = tensors
-        assert x is not None
-        assert gate_weight is not None
-        assert down_weight is not None
+    def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Any) -> Tensor:
+        nodes, x, gate_weight, up_weight, down_weight = tensors
         rows = as_rows(x)  # (T, H)
         gate = torch.mm(rows, gate_weight.t())  # (T, F), or (T, 2F) with up
         up = None if up_weight is None else torch.mm(rows, up_weight.t())
-        product, _ = impl.forward(gate, up, *options, 1.0, needs=(False, False))
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
-            ctx.of_forward = impl, (*options, 1.0), x.shape
-        y = x.new_empty(
-            *x.shape[:-1], down_weight.shape[0]
-        )  # no view: the caller may change it in place
-        torch.mm(product, down_weight.t(), out=y.view(product.shape[0], down_weight.shape[0]))
-        return y
+        product: Tensor = impl.forward(gate, up, *options, needs=(False, False))[0]
+        ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
+        ctx.of_forward = impl, options, x.shape
+        ctx.held_by_us_alone = _saved_tensors_are_ours()
+        nodes.append(ctx)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return Op.backward(ctx, *grads)  # refuses
-        rows, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        impl, options, shape = ctx.of_forward
-        needs_dx, needs_gate, needs_up, needs_down = ctx.needs_input_grad[2:]
-        assert grads[0] is not None
+        found, ctx.found = ctx.found, None
+        return None, None, None, *found, None
+
+
+class _Down(torch.autograd.Function):
+    """`product @ down_weight.T`, and the backward of the whole block.
+
+    It saves nothing itself: a checkpointed layer stops recomputing when all that it saved is there again, and so never
+    repeats this product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, node: Any, product: Tensor, down_weight: Tensor) -> Tensor:
+        ctx.node = node
+        shape, n_out = node.of_forward[2], down_weight.shape[0]
+        y = product.new_empty(*shape[:-1], n_out)  # no view: HF may change it in place
+        torch.mm(product, down_weight.t(), out=y.view(product.shape[0], n_out))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        node = ctx.node
+        rows, gate, up, gate_weight, up_weight, down_weight = node.saved_tensors
+        impl, options, shape = node.of_forward
+        needs_dx, needs_gate, needs_up = node.needs_input_grad[3:6]
         dy = as_rows(grads[0])
-        dgate = dup = product = None
-        if needs_dx or needs_gate or needs_up:
-            dproduct = torch.mm(dy, down_weight)  # (T, F)
-            both = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
-            dgate, dup, product = _backward_of_product(impl, dproduct, gate, up, options, both)
-        elif needs_down:
-            product, _ = impl.forward(gate, up, *options, needs=(False, False))
-        down = torch.mm(dy.t(), product) if needs_down and product is not None else None
-        del product
+        dproduct = torch.mm(dy, down_weight)  # (T, F)
+        needs = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
+        if hasattr(impl, "backward_with_output"):
+            ours = node.held_by_us_alone and not _graph_is_kept()
+            into = (gate, up) if ours else None
+            dgate, dup = impl.backward_with_output(dproduct, (gate, up), options, needs, into)
+            product = dproduct
+        else:
+            product = impl.forward(gate, up, *options, needs=(False, False))[0]
+            dgate, dup = impl.backward((dproduct,), (gate, up), options, needs)
+        ddown = torch.mm(dy.t(), product) if ctx.needs_input_grad[2] else None
         dx = None
-        if needs_dx and dgate is not None:
+        if needs_dx:
             dx = torch.mm(dgate, gate_weight)
             if dup is not None:
                 dx.addmm_(dup, up_weight)
@@ -129,22 +152,21 @@ class _GatedMLP(Op):
             torch.mm(d.t(), rows) if need and d is not None else None
             for d, need in ((dgate, needs_gate), (dup, needs_up))
         )
-        return None, None, dx, *inner, down
+        node.found = (dx, *inner)
+        return None, product, ddown  # the second is never read
 
 
-def _backward_of_product(
-    impl: Any,
-    dproduct: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    options: tuple[Any, ...],
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dgate, dup, the product itself); packed, dgate holds both. `dproduct` may be overwritten."""
-    if hasattr(impl, "backward_with_output"):
-        return (*impl.backward_with_output(dproduct, (gate, up), options, needs), dproduct)
-    product, _ = impl.forward(gate, up, *options, needs=(False, False))
-    return (*impl.backward((dproduct,), (gate, up), options, needs), product)
+def _saved_tensors_are_ours() -> bool:
+    """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = top(False) if top is not None else ()
+    return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
+
+
+def _graph_is_kept() -> bool:
+    """Whether another backward through the same graph may follow this one (`retain_graph=True`)."""
+    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return known is None or bool(known())
 
 
 def _check_shapes(

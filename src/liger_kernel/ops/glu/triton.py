@@ -194,9 +194,13 @@ def backward_with_output(
     saved: Sequence[Tensor | None],
     options: tuple[str, float, float],
     needs: Sequence[bool],
+    into: Sequence[Tensor | None] | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`backward` that leaves the output of the forward in dy (R, F), whose rows have unit stride."""
-    return _backward(dy, dy.shape, saved, options, needs, write_y=True)
+    """`backward` that leaves the output of the forward in dy (R, F), whose rows have unit stride.
+
+    The gradients take the memory of `into`, which may be `saved`: every element is read before it is written.
+    """
+    return _backward(dy, dy.shape, saved, options, needs, write_y=True, into=into)
 
 
 def _backward(
@@ -206,18 +210,22 @@ def _backward(
     options: tuple[str, float, float],
     needs: Sequence[bool],
     write_y: bool,
+    into: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     gate, up = saved
     activation, gate_multiplier, down_multiplier = options
     needs_dgate, needs_dup = needs
     n_rows, n_cols = dy.shape
-    if needs_dgate and up is None:  # packed: one gradient, written in halves
+    packed = needs_dgate and up is None
+    if into is None:
+        shapes = ((*shape[:-1], 2 * n_cols) if packed else shape, shape)
+        into = [gate.new_empty(s) if need else None for s, need in zip(shapes, needs, strict=True)]
+    found = tuple(t if need else None for t, need in zip(into, needs, strict=True))
+    if packed:  # one gradient, written in halves
         needs_dup = True
         gate, up = _halves(gate)
-        found = (gate.new_empty(*shape[:-1], 2 * n_cols), None)
         dgate, dup = _halves(found[0])
     else:
-        found = tuple(gate.new_empty(shape) if need else None for need in needs)
         dgate, dup = (None if t is None else as_rows(t) for t in found)
     config = Config.of(n_cols)
     if n_rows:
