@@ -263,7 +263,9 @@ def test_checkpointed(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module.__dict__["forward"] = lambda x: checkpoint(module_of, x, use_reentrant=reentrant)
     for a, b in zip(alone, step(module), strict=True):
         assert torch.equal(a, b)
-    assert len(products) == (2 if reentrant else 1)
+    assert (
+        len(products) == 1
+    )  # reentrant checkpointing runs its forward without a graph, so composed of single ops
 
 
 def test_no_second_derivative() -> None:

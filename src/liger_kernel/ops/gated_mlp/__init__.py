@@ -87,7 +87,7 @@ def _composed(
 
 
 class _Product(Op):
-    """f(x @ gate.T) * (x @ up.T); its `impl` is that of `glu`. It keeps what `_Down` reads, which makes its gradients."""
+    """f(x @ gate.T) * (x @ up.T) by the `impl` of `glu`. It keeps what `_Down` reads, where its gradients are made."""
 
     @staticmethod
     def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Any) -> Tensor:
