@@ -142,7 +142,7 @@ def measure_provider(work: Workload, name: str, label: str, setting: Setting) ->
                     **key,
                     "mode": mode,
                     "compared": compared,
-                    **_measured(work, function, mode, setting),
+                    **_measured(work, function, mode, setting, ours),
                 }
             except Exception as error:
                 yield {**key, "mode": mode, "compared": compared, "error": _said(error)}
@@ -155,7 +155,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
 
-def _measured(work: Workload, function: Any, mode: str, setting: Setting) -> Row:
+def _measured(work: Workload, function: Any, mode: str, setting: Setting, ours: bool) -> Row:
     (call,) = work.calls(function, mode)
     if mode == "bwd":
         try:  # right the first time, as the comparison has shown
@@ -168,7 +168,8 @@ def _measured(work: Workload, function: Any, mode: str, setting: Setting) -> Row
     if setting.device == "cuda":
         row.update(peak_mb=peak_mb(call))
     if setting.device == "cuda" and not setting.brief:
-        row.update(allocations=allocations(call), launches=launches(call))
+        # the profiler takes its time, and only our own launches are ours to cut
+        row.update(allocations=allocations(call), launches=launches(call) if ours else None)
         del call
         try:
             copies = copies_beyond_cache(work.input_bytes())

@@ -18,6 +18,7 @@ from liger_kernel.testing import Make
 from liger_kernel.transformers.patching import mlps
 
 HIDDEN, FEATURES, TOKENS = 16, 40, 12
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run
 
 
 class Adapter(nn.Linear):
@@ -218,8 +219,8 @@ def interpreted() -> Iterator[None]:
 
 def test_memory_is_reused_where_nobody_can_see_it(interpreted: None) -> None:
     """Gate and up give their memory to their gradients, unless the graph, or somebody else, keeps them."""
-    module = mlp()
-    x = Make(torch.float32).randn(TOKENS, HIDDEN).requires_grad_()
+    module = mlp().to(DEVICE)
+    x = Make(torch.float32, DEVICE).randn(TOKENS, HIDDEN).requires_grad_()
     wanted = [x, *module.parameters()]
     held: list[tuple[Tensor, Tensor]] = []
 
