@@ -16,7 +16,6 @@ from liger_kernel._core.checks import check_choice, check_floating, check_same_d
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation
-from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, glu, glu_packed
 
 #: elements of the gate up to which the block is composed of single ops on a GPU: there the host is the bound, and there
@@ -47,7 +46,7 @@ def gated_mlp(
     check_choice("activation", activation, ACTIVATIONS)
     check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_shapes(x, gate_weight, up_weight, down_weight)
-    weights, inner = (gate_weight, up_weight, down_weight), (x, gate_weight, up_weight)
+    weights = (gate_weight, up_weight, down_weight)
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast and any(w is not None and w.dtype != x.dtype for w in weights):
         raise TypeError(
@@ -56,18 +55,18 @@ def gated_mlp(
         )
     check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     options = (activation, float(gate_multiplier))
-    if torch.compiler.is_compiling():
-        return reference.gated_mlp(x, *weights, *options)
     elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
     if (
-        not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inner))
+        torch.compiler.is_compiling()
         or autocast
+        or not torch.is_grad_enabled()
+        or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
         or host_bound(x, _SMALL, elements)
         or any(map(is_dtensor, (x, *weights)))
     ):
         return _composed(x, *weights, *options)
-    impl, nodes = implementation("glu", x), list[Any]()
-    product = _Product.apply(impl, (*options, 1.0), nodes, x, *weights)
+    nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
+    product = _Product.apply(implementation("glu", x), (*options, 1.0), nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 
 
