@@ -36,7 +36,7 @@ def params(large: bool) -> list[Any]:
         pytest.param(spec, case, id=f"{spec.name}-{case.id}")
         for spec in SPECS
         for case in spec.cases
-        if case.large == large
+        if case.large == large and not case.sweep
     ]
 
 
