@@ -145,7 +145,6 @@ MANY = (
     rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
-    rows_of("relu_squared", (3, 65_536 * 4096 + 1), 0),
     gated_mlp(70_001, 16, 24),
 )
 
@@ -171,7 +170,9 @@ def check(case: Huge) -> None:
                 tail.copy_(make.randn(1, *tail.shape)[0])
                 tail_grads[i] = tail.clone()
     found = backward(outputs, args, grads)
-    ours = tuple(None if out is None else last(out.detach(), out_axis).clone() for out in outputs)
+    ours = tuple(
+        None if out is None else edge(last(out.detach(), out_axis)).clone() for out in outputs
+    )
     ends = {i: edge(last(g, case.axes[i])).clone() for i, g in found.items()}
     del outputs, found, grads, args
 
@@ -186,14 +187,14 @@ def check(case: Huge) -> None:
     low, low_grads = call(spec.reference, case.options, leaves(small, wanted), tail_grads)
     for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
         if a is not None:
-            assert_no_worse(f"output {i}", a, b, c, elementwise=i in spec.elementwise)
+            assert_no_worse(f"output {i}", a, edge(b), edge(c), elementwise=i in spec.elementwise)
     for i in ends:
         assert_no_worse(f"gradient of input {i}", ends[i], high_grads[i], edge(low_grads[i]))
 
 
 def edge(t: Tensor) -> Tensor:
-    """All of it, or of a large matrix the end."""
-    return t if t.numel() < 2**26 else t[-64:]
+    """All of it, or of something large the last rows and columns: comparing 2^27 elements takes a minute."""
+    return t if t.numel() < 2**26 or t.ndim < 2 else t[-64:, ..., -(2**20) :]
 
 
 @pytest.mark.parametrize("case", HUGE, ids=lambda case: f"{case.op}-{case.id}")
