@@ -1,7 +1,7 @@
-"""Draw a file of results: `python benchmark/plots.py benchmark/results/nvidia-h200.json` writes the PNG beside it.
+"""Draw a file of results: `python benchmark/plots.py benchmark/results/<gpu>.json` writes two PNGs beside it.
 
-Left, how close each op comes to the ceiling of the device (full call, kernels alone where that is known); right, time
-and memory of fused linear cross entropy.
+<gpu>.png: left, how close each op comes to the ceiling of the device (full call, kernels alone where that is known);
+right, time and memory of fused linear cross entropy. <gpu>-sweep.png: the same against tokens and vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS = dict(zip(PROVIDER_ORDER, plt.get_cmap("tab10").colors, strict=False))
 
 def full_calls(content: dict[str, Any]) -> list[Row]:
     """Not those of the sweep, which are too many."""
-    return [row for row in content["ops"] if row["mode"] == "full" and "launches" in row]
+    return [row for row in content["ops"] if row["mode"] == "full" and "allocations" in row]
 
 
 def bars(axes: Any, rows: list[Row], value: str, title: str, unit: str) -> None:
@@ -75,6 +75,50 @@ def draw(content: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def curves(axes: Any, rows: list[Row], hidden: int, value: str, per_token: float) -> None:
+    """`value` per token against tokens, a line per provider and vocabulary: colours and widths."""
+    sizes = [(tuple(map(int, row["case"].split("-")[0].split("x"))), row) for row in rows]
+    sizes = [(size, row) for size, row in sizes if size[1] == hidden and row.get(value) is not None]
+    vocabularies = sorted({classes for (_, _, classes), _ in sizes})
+    for provider in [p for p in PROVIDER_ORDER if any(row["provider"] == p for _, row in sizes)]:
+        for width, classes in enumerate(vocabularies, 1):
+            points = sorted(
+                (n, per_token * row[value] / n)
+                for (n, _, c), row in sizes
+                if c == classes and row["provider"] == provider
+            )
+            if points:
+                label = f"{provider}, {classes // 1000}k classes"
+                colour = COLOURS[provider]
+                axes.plot(*zip(*points, strict=True), "o-", lw=width, color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel=f"tokens (hidden size {hidden})")
+    axes.set_xticks(
+        ticks := sorted({n for (n, _, _), _ in sizes}), [f"{n // 1024}k" for n in ticks]
+    )
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def draw_sweep(content: dict[str, Any], path: Path) -> bool:
+    """Whether there was something to draw."""
+    rows = [row for row in content["ops"] if row["op"] == LOSS_HEAD and row["mode"] == "full"]
+    rows = [row for row in rows if "allocations" not in row]
+    if not rows:
+        return False
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    for column, hidden in enumerate((1024, 8192)):
+        curves(axes[0][column], rows, hidden, "ms", 1e3)
+        curves(axes[1][column], rows, hidden, "peak_mb", 1e3)
+        axes[0][column].set_ylabel("microseconds per token (lower is better)")
+        axes[1][column].set_ylabel("kB per token above the inputs (lower is better)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(f"fused linear cross entropy, {content['gpu']}, bf16", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
 def main(argv: list[str]) -> int:
     if len(argv) not in (1, 2) or not Path(argv[0]).exists():
         print(__doc__, file=sys.stderr)
@@ -83,6 +127,9 @@ def main(argv: list[str]) -> int:
     target = Path(argv[1]) if len(argv) == 2 else source.with_suffix(".png")
     draw(load(source), target)
     print(target)
+    sweep = target.with_name(target.stem + "-sweep.png")
+    if draw_sweep(load(source), sweep):
+        print(sweep)
     return 0
 
 

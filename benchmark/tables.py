@@ -1,7 +1,7 @@
 """Turn a file of results into Markdown tables.
 
-    python benchmark/tables.py benchmark/results/nvidia-h200.json            # print them
-    python benchmark/tables.py benchmark/results/nvidia-h200.json README.md  # and renew them in these files
+    python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json  # print them
+    python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `head`
 (time and memory of the fused loss, without the sweep) or the name of an op.
@@ -37,11 +37,11 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def time_cell(row: Row | None, fastest: float | None) -> str:
     if row is None:
         return ""
+    gpu = f" ({row['gpu_ms']:.3g})" if row.get("gpu_ms") else ""
     if row.get("ms") is None:
-        return "fails" if "error" in row else "-"
+        return "fails" if "error" in row else gpu.strip() or "-"
     text = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}"
     text = f"**{text}**" if row["ms"] == fastest else text
-    gpu = f" ({row['gpu_ms']:.3g})" if row.get("gpu_ms") else ""
     return text + gpu + ("†" if row.get("compared", "").startswith("worse") else "")
 
 
@@ -55,7 +55,7 @@ def op_table(rows: list[Row]) -> str:
         for mode in MODE_ORDER:
             line = {p: cells.get((case, dtype, mode, p)) for p in providers}
             times = [row["ms"] for row in line.values() if row and row.get("ms") is not None]
-            if not times:
+            if not times and not any(row and row.get("gpu_ms") for row in line.values()):
                 continue
             ours = line.get("ours") or {}
             reached = (
@@ -69,7 +69,13 @@ def op_table(rows: list[Row]) -> str:
             )
             name = case if dtype == "bfloat16" else f"{case} {dtype}"
             body.append(
-                [name, mode, *(time_cell(line[p], min(times)) for p in providers), reached, memory]
+                [
+                    name,
+                    mode,
+                    *(time_cell(line[p], min(times, default=None)) for p in providers),
+                    reached,
+                    memory,
+                ]
             )
     return markdown(
         ["case", "", *providers, "rate of ours", "peak MB, " + "/".join(providers)], body
@@ -88,7 +94,7 @@ def ops_tables(content: dict[str, Any], only: str | None = None) -> str:
 def head_table(content: dict[str, Any]) -> str:
     """Forward and backward of the fused loss: milliseconds / MB above the inputs."""
     rows = [r for r in content["ops"] if (r["op"], r["mode"]) == (LOSS_HEAD, "full")]
-    cases = [r["case"] for r in rows if r["provider"] == "ours" and "launches" in r]
+    cases = [r["case"] for r in rows if r["provider"] == "ours" and "allocations" in r]
     providers = [p for p in PROVIDER_ORDER[2:] if any(r["provider"] == p for r in rows)]
     cells = {(r["case"], r["provider"]): r for r in rows}
 

@@ -202,6 +202,62 @@ def test_results_merge_by_key_and_forget_unused_runs() -> None:
         results.merge(content, "ops", {**first, "gpu": "other"}, [])
 
 
+def test_results_of_several_processes_are_combined() -> None:
+    first = {"gpu": "G", "date": "d1", "commit": "c" * 40}
+    second = {**first, "date": "d2"}
+    empty = results.load(Path("/nonexistent.json"))
+    one = results.merge(empty, "ops", first, [row(), row(mode="fwd")])
+    other = results.merge(empty, "ops", second, [row(ms=1.0), row(mode="bwd")])
+    both = results.combined(one, other)
+    assert [(r["mode"], r["ms"], r["run"][:2]) for r in both["ops"]] == [
+        ("bwd", 2.0, "d2"),
+        ("full", 1.0, "d2"),
+        ("fwd", 2.0, "d1"),
+    ]
+    assert results.combined(both, one)["ops"][1]["ms"] == 2.0
+
+
+def test_a_time_of_the_kernels_alone_is_shown() -> None:
+    assert tables.time_cell(row(ms=None, gpu_ms=0.5), None) == "(0.5)"
+    assert tables.time_cell(row(ms=None), None) == "-"
+    assert tables.time_cell(row(ms=None, error="broken"), None) == "fails"
+    only = tables.op_table([row(ms=None, gpu_ms=0.5)])
+    assert "| c | full | (0.5) |" in only
+
+
+def test_launches_are_counted_after_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the profiler has run, launches are slower: it must not run between two times."""
+    monkeypatch.setattr(runner, "launches", lambda call: call() is not None and 3)
+    setting = runner.Setting("cpu", torch.float32, ("fwd", "full"), 1.0, LIMITS)
+    pairs = runner.chosen(["rms_norm"], ["llama"], "cpu")
+    rows = list(runner.measure_here(pairs, ["ours", "eager"], setting, None))
+    assert not any("launches" in r for r in rows)
+    for r in rows:
+        r["allocations"] = 1  # counted on a GPU alone
+    runner.count_launches(pairs, rows, setting)
+    assert [r.get("launches") for r in rows] == [3, 3, None, None]
+
+
+def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
+    args = e2e.arguments(["--device", "cpu", "--quick", "--timeout", "60"])
+    setups = [e2e.Setup("tiny", 16, 2), e2e.Setup("no-such-shape", 16, 2), e2e.Setup("tiny", 8, 1)]
+    rows = list(e2e.in_child(args, setups, "stock"))
+    assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
+        ("tiny", 16, False),
+        ("no-such-shape", 16, True),
+        ("tiny", 8, False),
+    ]
+    assert "no-such-shape" in rows[1]["error"]
+    assert rows[0]["tokens_per_s"] > 0
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("plots")
+    source = BENCHMARK / "results" / "nvidia-h100-80gb-hbm3.json"
+    assert plots.main([str(source), str(tmp_path / "a.png")]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-sweep.png", "a.png"]
+
+
 def test_tables_replace_what_is_between_their_markers() -> None:
     run = {"gpu": "G", "driver": "1", "torch": "2", "triton": "3", "date": "d", "commit": "c"}
     rows = [row(), row(provider="eager", ms=4.0, gpu_ms=3.0), row(case="d", provider="eager")]
@@ -221,7 +277,7 @@ def test_tables_replace_what_is_between_their_markers() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_the_pages_show_the_results(page: str) -> None:
     root = Path(tables.__file__).parents[1]
-    content = results.load(root / "benchmark" / "results" / "nvidia-h200.json")
+    content = results.load(root / "benchmark" / "results" / "nvidia-h100-80gb-hbm3.json")
     text = (root / page).read_text()
     assert "<!-- benchmark:" in text
     assert tables.filled(text, content) == text, (
