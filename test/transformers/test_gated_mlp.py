@@ -246,6 +246,19 @@ def test_memory_is_reused_where_nobody_can_see_it(interpreted: None) -> None:
     assert not torch.equal(gate, was)
 
 
+@pytest.mark.parametrize("first", ["x", "down"])
+def test_a_second_backward_without_retain_graph_is_refused(first: str, interpreted: None) -> None:
+    """Whatever the first one asked for: the memory of gate and up is gone."""
+    module = mlp().to(DEVICE)
+    x = Make(torch.float32, DEVICE).randn(TOKENS, HIDDEN).requires_grad_()
+    inputs = {"x": x, "down": module.down_proj.weight}
+    y = module(x)
+    torch.autograd.grad(y, inputs[first], torch.ones_like(y))
+    for wanted in inputs.values():
+        with pytest.raises(RuntimeError, match="a second time"):
+            torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same gradients; and the last product is not made again where recomputing can stop before it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liger_kernel import backends
 from liger_kernel.testing import Make, assert_no_worse
-from liger_kernel.transformers import geglu, swiglu
+from liger_kernel.transformers import geglu, mlp, swiglu
 
 
 class MixtralExpert(nn.Module):
@@ -60,6 +60,13 @@ ROWS = {
         swiglu.LigerFalconH1SwiGLUMLP,
         "falcon_h1.FalconH1MLP",
         config(mlp_multipliers=[0.7, 0.3], mlp_bias=True),
+        {},
+    ),
+    "llama-one-op": (mlp.LigerMLP, "llama.LlamaMLP", config(), {}),
+    "falcon-h1-one-op": (
+        mlp.LigerFalconH1MLP,
+        "falcon_h1.FalconH1MLP",
+        config(mlp_multipliers=[0.7, 0.3]),
         {},
     ),
     "mixtral": (swiglu.LigerBlockSparseTop2MLP, MixtralExpert, config(), {}),
@@ -135,6 +142,8 @@ def test_forward_can_be_grafted(ours: Any) -> None:
         swiglu.LigerQwen3MoeSwiGLUMLP,
         swiglu.LigerHunyuanV1SwiGLUMLP,
         swiglu.LigerFalconH1SwiGLUMLP,
+        mlp.LigerMLP,
+        mlp.LigerFalconH1MLP,
     ],
 )
 def test_activation_is_checked(ours: Any) -> None:
@@ -157,6 +166,12 @@ def test_function_is_looked_up_at_the_call(monkeypatch: pytest.MonkeyPatch) -> N
         swiglu, "LigerSiLUMulFunction", SimpleNamespace(apply=lambda a, b: torch.zeros_like(a))
     )
     assert not module(torch.randn(2, 24)).any()
+
+
+@pytest.mark.parametrize("ours", [mlp.LigerMLP, mlp.LigerFalconH1MLP])
+def test_one_op_has_no_biases(ours: Any) -> None:
+    with pytest.raises(ValueError, match=f"{ours.__name__} does not support bias.*LigerSwiGLUMLP"):
+        ours(config(mlp_bias=True, mlp_multipliers=[1, 1]))
 
 
 def test_no_biases_without_mlp_bias_in_the_config() -> None:

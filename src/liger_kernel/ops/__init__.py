@@ -17,7 +17,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
-    "gated_mlp": (),
+    "gated_mlp": ("LigerMLPFunction",),
     "glu": (
         "LigerFusedGateUpSiLUMulFunction",
         "LigerGELUMulFunction",

@@ -10,6 +10,7 @@ from typing import Any
 _EXPORTS = {
     "LigerBlockSparseTop2MLP": "swiglu",
     "LigerCrossEntropyLoss": "cross_entropy",
+    "LigerFalconH1MLP": "mlp",
     "LigerFalconH1SwiGLUMLP": "swiglu",
     "LigerFusedAddRMSNorm": "fused_add_rms_norm",
     "LigerFusedLinearCrossEntropyLoss": "fused_linear_cross_entropy",
@@ -17,6 +18,7 @@ _EXPORTS = {
     "LigerGEGLUMLPForGemma4": "geglu",
     "LigerHunyuanV1SwiGLUMLP": "swiglu",
     "LigerLayerNorm": "layer_norm",
+    "LigerMLP": "mlp",
     "LigerPhi3SwiGLUMLP": "swiglu",
     "LigerQwen3MoeSwiGLUMLP": "swiglu",
     "LigerRMSNorm": "rms_norm",

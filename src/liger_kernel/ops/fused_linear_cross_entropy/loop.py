@@ -63,7 +63,7 @@ class ChunkPolicy:
         if settings.chunk_size is not None:
             return max(1, min(settings.chunk_size, n_rows))
         sum_dtype = settings.accum_dtype or torch.promote_types(weight.dtype, torch.float32)
-        wide_sum = needs_dw and sum_dtype.itemsize > 2
+        wide_sum = needs_dw and sum_dtype.itemsize > settings.dtype.itemsize
         rows = self._within(n_rows, weight, settings, wide_sum)
         half = cdiv(cdiv(n_rows, 2), self.multiple) * self.multiple
         rounded = needs_dw and settings.accum_dtype is None and weight.dtype.itemsize == 2

@@ -86,7 +86,10 @@ def _composed(
 
 
 class _Product(Op):
-    """f(x @ gate.T) * (x @ up.T) by the `impl` of `glu`. It keeps what `_Down` reads, where its gradients are made."""
+    """f(x @ gate.T) * (x @ up.T) by the `impl` of `glu`. It keeps what `_Down` reads, where its gradients are made.
+
+    `down_weight` is among its inputs, so that no backward through `_Down` leaves this node, and what it keeps, alive.
+    """
 
     @staticmethod
     def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Any) -> Tensor:
@@ -166,6 +169,23 @@ def _graph_is_kept() -> bool:
     """Whether another backward through the same graph may follow this one (`retain_graph=True`)."""
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return known is None or bool(known())
+
+
+class LigerMLPFunction:
+    """`apply` in the argument order of the incumbent: SwiGLU, any device, strides and number of backwards."""
+
+    @staticmethod
+    def apply(
+        input: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        gate_multiplier: float = 1.0,
+        down_multiplier: float = 1.0,
+    ) -> Tensor:
+        weights = (gate_weight, up_weight, down_weight)
+        y = gated_mlp(input, *weights, "silu", gate_multiplier)
+        return y if down_multiplier == 1 else y * down_multiplier
 
 
 def _check_shapes(
