@@ -73,6 +73,28 @@ class Recompute:
         options: tuple[Any, ...],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
+        return self._again(grads, saved, options, needs)[0]
+
+    def backward_with_output(
+        self,
+        grad: Tensor,
+        saved: Sequence[Tensor | None],
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+        into: Sequence[Tensor | None] | None = None,
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """The gradients, and the one output that the function has; `into` is memory that it may use, and does not."""
+        found, (output,) = self._again((grad,), saved, options, needs)
+        return found, output.detach()
+
+    def _again(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+        options: tuple[Any, ...],
+        needs: Sequence[bool],
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The gradients and the outputs."""
         tensors = [
             None if t is None else t.detach().requires_grad_(need)
             for t, need in zip(saved, needs, strict=True)
@@ -87,10 +109,10 @@ class Recompute:
         ]
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
         if not pairs:
-            return (None,) * len(tensors)
+            return (None,) * len(tensors), outputs
         found = iter(
             torch.autograd.grad(
                 [out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
             )
         )
-        return tuple(next(found) if need else None for need in needs)
+        return tuple(next(found) if need else None for need in needs), outputs

@@ -86,7 +86,9 @@ def _composed(
 
 
 class _Product(Op):
-    """f(x @ gate.T) * (x @ up.T) by the `impl` of `glu`. It keeps what `_Down` reads, where its gradients are made.
+    """f(x @ gate.T) * (x @ up.T). It keeps what `_Down` reads, where its gradients are made.
+
+    Its `impl` is that of `glu`: besides `forward` and `backward` it offers `backward_with_output`.
 
     `down_weight` is among its inputs, so that no backward through `_Down` leaves this node, and what it keeps, alive.
     """
@@ -135,14 +137,9 @@ class _Down(torch.autograd.Function):
         dy = as_rows(grads[0])
         dproduct = torch.mm(dy, down_weight)  # (T, F)
         needs = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
-        if hasattr(impl, "backward_with_output"):
-            ours = node.held_by_us_alone and not _graph_is_kept()
-            into = (gate, up) if ours else None
-            dgate, dup = impl.backward_with_output(dproduct, (gate, up), options, needs, into)
-            product = dproduct
-        else:
-            product = impl.forward(gate, up, *options, needs=(False, False))[0]
-            dgate, dup = impl.backward((dproduct,), (gate, up), options, needs)
+        into = (gate, up) if node.held_by_us_alone and not _graph_is_kept() else None
+        found, product = impl.backward_with_output(dproduct, (gate, up), options, needs, into)
+        dgate, dup = found
         ddown = torch.mm(dy.t(), product) if ctx.needs_input_grad[2] else None
         dx = None
         if needs_dx:

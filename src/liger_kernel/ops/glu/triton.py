@@ -194,13 +194,13 @@ def backward_with_output(
     saved: Sequence[Tensor | None],
     options: tuple[str, float, float],
     needs: Sequence[bool],
-    into: Sequence[Tensor | None] | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`backward` that leaves the output of the forward in dy (R, F), whose rows have unit stride.
+    into: Sequence[Tensor | None] | None = None,
+) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    """The gradients, and the output of the forward in the memory of dy (R, F), whose rows have unit stride.
 
     The gradients take the memory of `into`, which may be `saved`: every element is read before it is written.
     """
-    return _backward(dy, dy.shape, saved, options, needs, write_y=True, into=into)
+    return _backward(dy, dy.shape, saved, options, needs, write_y=True, into=into), dy
 
 
 def _backward(
