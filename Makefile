@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | test-zoo | test-matrix | check | bench OP=rms_norm
+# make demo | test | test-gpu | test-zoo | test-matrix | check | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-zoo test-matrix check format bench clean
+.PHONY: help demo test test-gpu test-zoo test-matrix check format bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -55,6 +55,15 @@ format: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmark/run.py $(if $(OP),--op $(OP)) $(ARGS)
+
+# everything beside its peers, then tables and plots: most of an hour of a GPU, on a machine that does nothing else
+bench-all: $(READY)
+	@test -d "$(PEERS)" || { echo "make bench-all PEERS=dir, made by: pip install --target dir --no-deps liger-kernel cut-cross-entropy"; exit 1; }
+	$(RUN) benchmark/run.py --peer-site $(PEERS) $(ARGS)
+	$(RUN) benchmark/run.py fused_linear_cross_entropy --sweep --mode full --peer-site $(PEERS) $(ARGS)
+	$(RUN) benchmark/e2e.py --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
+	$(RUN) benchmark/host.py
+	results=$$($(RUN) benchmark/results.py) && $(RUN) benchmark/tables.py $$results README.md docs/performance.md && $(RUN) benchmark/plots.py $$results
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info

@@ -4,6 +4,7 @@
 
 A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
 
+    python benchmark/results.py                            # where the results of this machine's GPU are kept
     python benchmark/results.py INTO.json FROM.json ...    # merge what several processes measured on one kind of GPU
 """
 
@@ -109,9 +110,12 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) < 2:
+    if len(argv) == 1:
         print(__doc__, file=sys.stderr)
         return 2
+    if not argv:
+        print(default_path("cuda" if torch.cuda.is_available() else "cpu"))
+        return 0
     into = Path(argv[0])
     content = load(into)
     for name in argv[1:]:
