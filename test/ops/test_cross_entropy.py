@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +63,32 @@ def test_gradient_of_a_certain_label_is_rounded_once(dtype: torch.dtype) -> None
     error = (logits.grad[0, 3].double() - truth).abs() / truth.abs()
     assert logits.grad[0, 3] != 0
     assert error <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_keeps_the_gradients_of_unlikely_classes(reduction: str) -> None:
+    """Against eager under a gradient scaler, which multiplies the loss, and so the gradients while they are in fp32."""
+    make = Make(torch.float16, DEVICE)
+    logits, target = make.randn(1500, 2000, scale=0.1), make.labels(1500, 2000, 0.2)
+    scale = 2.0**14 if reduction == "mean" else 16.0
+
+    def gradient(dtype: torch.dtype, function: Any) -> Tensor:
+        leaf = logits.detach().clone().requires_grad_()
+        loss = function(leaf if function is ours else leaf.to(dtype))
+        return torch.autograd.grad(loss.to(torch.float32) * scale, leaf)[0].double() / scale
+
+    def ours(x: Tensor) -> Tensor:
+        return cross_entropy(x, target, reduction=reduction)[0]
+
+    def eager(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(x, target, reduction=reduction)
+
+    exact = logits.double().requires_grad_()
+    (high,) = torch.autograd.grad(eager(exact), exact)
+    found, low = gradient(torch.float16, ours), gradient(torch.float32, eager)
+    kept = high != 0
+    shares = [(t[kept] / high[kept]) for t in (found, high, low)]
+    assert_no_worse("share of the gradient", shares[0].half(), shares[1], shares[2].half())
 
 
 @pytest.mark.parametrize("step", [rows.step, kernels.step], ids=["plain", "triton"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+HEADROOM = 64.0  # a row of logit gradients sums to twice that: far from the largest float16, 65504
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,26 @@ def step(
     if row_scale is not None:
         g *= row_scale.to(g.dtype)[:, None]
     grad.copy_(g.masked_fill_(ignored[:, None], 0))
+
+
+def gradient_unit(
+    dtype: torch.dtype, options: Options, totals: Totals, device: torch.device
+) -> Tensor | None:
+    """By what logit gradients are multiplied while `dtype` holds them; None for 1.
+
+    Divided by the number of tokens, the gradients of unlikely classes fall below what float16 can hold, and a gradient
+    scaler comes too late for them: it multiplies the loss that these gradients are already made of.
+    """
+    if dtype != torch.float16:
+        return None
+    divisor = None
+    if options.reduction == "mean":
+        divisor = totals.count if totals.weight is None else totals.weight
+    if divisor is None:
+        return torch.full((), HEADROOM, device=device)
+    tokens = divisor.to(torch.float32)
+    tokens = tokens.masked_fill(tokens <= 0, 1)
+    return HEADROOM * tokens.log2().ceil().exp2()  # a power of 2: taking it back rounds nothing
 
 
 def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:

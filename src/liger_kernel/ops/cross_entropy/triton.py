@@ -20,7 +20,7 @@ from liger_kernel._core.launch import (
     processor_count,
     shared_memory,
 )
-from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
+from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals, gradient_unit
 
 
 @dataclass(frozen=True)
@@ -390,10 +390,12 @@ def forward(
         target, torch.float32, return_z_loss, return_token_accuracy, return_predicted_tokens
     )
     rows = as_rows(logits)
-    grad = None
+    grad = unit = scale = None
     if needs[0] and reduction != "none":
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    step(rows, target, weight, totals, options, out, grad)
+        unit = gradient_unit(logits.dtype, options, totals, logits.device)
+        scale = None if unit is None else unit.expand(rows.shape[0]).contiguous()
+    step(rows, target, weight, totals, options, out, grad, scale)
     loss, z_loss, accuracy, predicted = out.reduced(options, totals)
     outputs = (
         loss.to(logits.dtype),
@@ -401,7 +403,7 @@ def forward(
         accuracy,
         predicted,
     )
-    return outputs, (rows, target, weight) if reduction == "none" else (grad,)
+    return outputs, (rows, target, weight) if reduction == "none" else (grad, unit)
 
 
 def backward(
@@ -411,8 +413,8 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     if options[3] != "none":
-        (grad,) = saved
-        scale_((grad,), grads[0])
+        grad, unit = saved
+        scale_((grad,), grads[0] if unit is None else grads[0] / unit)
         return grad, None, None
     logits, target, weight = saved
     chosen = Options(*options[:5])

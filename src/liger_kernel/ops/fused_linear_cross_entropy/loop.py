@@ -17,7 +17,6 @@ from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
 from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount, kept_rows
 
 MIB = 2**20
-HEADROOM = 64.0  # a row of logit gradients sums to twice that: far from the largest float16, 65504
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -207,7 +206,7 @@ def run(
 
     unit = None
     if row_scale is None and any(needs) and (dw is None or dw.takes_large(dtype)):
-        unit = _unit(dtype, options, totals, hidden.device)
+        unit = plain.gradient_unit(dtype, options, totals, hidden.device)
         row_scale = None if unit is None else unit.expand(n_rows).contiguous()
 
     w = weight.to(dtype)
@@ -243,26 +242,6 @@ def run(
     if kept is not None:
         out = out.spread(kept, hidden.shape[0])
     return out.reduced(options, totals), grads
-
-
-def _unit(
-    dtype: torch.dtype, options: Options, totals: Totals, device: torch.device
-) -> Tensor | None:
-    """By what logit gradients are multiplied while `dtype` holds them; None for 1.
-
-    Divided by the number of tokens, the gradients of unlikely classes fall below what float16 can hold, and a gradient
-    scaler comes too late for them: it multiplies the loss that these gradients are already made of.
-    """
-    if dtype != torch.float16:
-        return None
-    divisor = None
-    if options.reduction == "mean":
-        divisor = totals.count if totals.weight is None else totals.weight
-    if divisor is None:
-        return torch.full((), HEADROOM, device=device)
-    tokens = divisor.to(torch.float32)
-    tokens = tokens.masked_fill(tokens <= 0, 1)
-    return HEADROOM * tokens.log2().ceil().exp2()  # a power of 2: taking it back rounds nothing
 
 
 def _project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
