@@ -8,8 +8,8 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import (
     check_choice,
-    check_floating,
     check_last_dim,
+    check_parameters,
     check_same_device,
 )
 from liger_kernel.backends import implementation
@@ -36,14 +36,13 @@ def fused_add_rms_norm(
     Raises: ValueError for an unknown mode, or shapes or dtypes that do not fit; TypeError for integer tensors.
     """
     check_choice("casting_mode", casting_mode, CASTING_MODES)
-    check_floating(x=x, residual=residual, weight=weight)
+    check_parameters(x, weight=weight)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
             f"x and residual must have one shape and dtype, got {x.dtype} {tuple(x.shape)} and {residual.dtype} "
             f"{tuple(residual.shape)}; expand or convert one of them."
         )
-    check_last_dim("weight", weight, x.shape[-1], "x")
-    check_same_device(x=x, residual=residual, weight=weight)
+    check_same_device(x=x, residual=residual)
     if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
         return reference.fused_add_rms_norm(x, residual, weight, eps, offset, casting_mode)
     impl = implementation("fused_add_rms_norm", x)

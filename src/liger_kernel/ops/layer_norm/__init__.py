@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
+from liger_kernel._core.checks import check_last_dim, check_parameters
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation
@@ -30,10 +30,7 @@ def layer_norm(
     Returns: (..., N) in the dtype of x, computed in fp32 and rounded once, whatever the dtypes of weight and bias.
     Raises: ValueError for a weight or bias that does not fit; TypeError for integer tensors.
     """
-    check_floating(x=x, weight=weight, bias=bias)
-    check_last_dim("weight", weight, x.shape[-1], "x")
-    check_last_dim("bias", bias, x.shape[-1], "x")
-    check_same_device(x=x, weight=weight, bias=bias)
+    check_parameters(x, weight=weight, bias=bias)
     if torch.compiler.is_compiling():  # Inductor fuses the norm with its neighbours
         return reference.layer_norm(x, weight, bias, eps)
     if is_dtensor(x) or is_dtensor(weight) or is_dtensor(bias):

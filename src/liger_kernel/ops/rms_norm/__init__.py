@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import (
-    check_choice,
-    check_floating,
-    check_last_dim,
-    check_same_device,
-)
+from liger_kernel._core.checks import check_choice, check_last_dim, check_parameters
 from liger_kernel._core.dtensor import is_dtensor, on_shards
 from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation, use_implementation
@@ -50,9 +45,7 @@ def rms_norm(
     Raises: ValueError for an unknown mode or a weight that does not fit; TypeError for integer tensors.
     """
     check_choice("casting_mode", casting_mode, CASTING_MODES)
-    check_floating(x=x, weight=weight)
-    check_last_dim("weight", weight, x.shape[-1], "x")
-    check_same_device(x=x, weight=weight)
+    check_parameters(x, weight=weight)
     if torch.compiler.is_compiling():  # Inductor fuses the norm with its neighbours
         return reference.rms_norm(x, weight, eps, offset, casting_mode)
     if is_dtensor(x) or is_dtensor(weight):

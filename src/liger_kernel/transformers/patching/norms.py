@@ -84,17 +84,17 @@ class NormPlan(walk.Plan):
             x, gate = args[0], kwargs[self.gate.name]
         else:
             return type(module).forward(module, *args, **kwargs)
-        if not self._takes(module, x, gate):
+        weight = self._weight(module)
+        if not self._takes(weight, x, gate):
             return type(module).forward(module, *args, **kwargs)
-        return self.compute(module, x, gate)
+        return self.compute(module, x, gate, weight)
 
-    def _takes(self, module: nn.Module, x: Tensor, gate: Any) -> bool:
+    def _takes(self, weight: Tensor | None, x: Tensor, gate: Any) -> bool:
         """Whether this is a call of the proven form."""
         if gate is None:
             form = self.ungated
         else:
             form = self.gate is not None and isinstance(gate, Tensor) and gate.shape == x.shape
-        weight = self._weight(module)
         if not form or weight is None or weight.dtype == x.dtype:
             return form
         narrow = (x.dtype.itemsize == 2, weight.dtype.itemsize == 2)
@@ -105,26 +105,36 @@ class NormPlan(walk.Plan):
     def _weight(self, module: nn.Module) -> Tensor | None:
         return getattr(module, "weight", None) if self.weighted else None
 
-    def compute(self, module: nn.Module, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    def compute(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        gate: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """`weight`: that of the module, if the caller has it already; looking it up takes time."""
+        weight = self._weight(module) if weight is None else weight
         gated = self.gate if gate is not None else None
         if gated is None or gate is None:
-            return self._norm(module, x).to(x.dtype)
+            return self._norm(module, weight, x)
         if gated.first:
-            return self._norm(module, gated.apply(gate, x)).to(x.dtype)
+            return self._norm(module, weight, gated.apply(gate, x)).to(x.dtype)
         # a norm that rounds does so before the gate, too
-        normed = self._norm(module, x if self.casting_mode == "llama" else _wide(x))
+        normed = self._norm(module, weight, x if self.casting_mode == "llama" else _wide(x))
         return gated.apply(gate, normed).to(x.dtype)
 
-    def _norm(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _norm(self, module: nn.Module, weight: Tensor | None, x: Tensor) -> Tensor:
+        """In the dtype of x."""
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
-        weight = self._weight(module)
         if self.op == "layer_norm":
             weight = weight + self.offset if weight is not None and self.offset else weight
             return layer_norm_op.layer_norm(x, weight, getattr(module, "bias", None), eps)
         if self.group_size:
             groups = _wide(x).unflatten(-1, (-1, self.group_size))
             normed = rms_norm_op.rms_norm(groups, None, eps).flatten(-2)
-            return normed if weight is None else normed * (self.offset + _wide(weight))
+            return (normed if weight is None else normed * (self.offset + _wide(weight))).to(
+                x.dtype
+            )
         return rms_norm_op.rms_norm(x, weight, eps, self.offset, self.casting_mode)
 
 
