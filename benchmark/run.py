@@ -201,7 +201,7 @@ def measure_here(
 
 
 def count_launches(pairs: Pairs, rows: list[Row], setting: Setting) -> None:
-    """Add "launches" to our rows. After all times are taken: once used, the profiler slows down every launch."""
+    """Add "launches" to our rows. After all times are taken: the profiler stays attached to its process."""
     missing = {
         (row["op"], row["case"], row["mode"]): row
         for row in rows

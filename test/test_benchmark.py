@@ -226,7 +226,7 @@ def test_a_time_of_the_kernels_alone_is_shown() -> None:
 
 
 def test_launches_are_counted_after_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the profiler has run, launches are slower: it must not run between two times."""
+    """The profiler stays attached to its process: it must not run between two times."""
     monkeypatch.setattr(runner, "launches", lambda call: call() is not None and 3)
     setting = runner.Setting("cpu", torch.float32, ("fwd", "full"), 1.0, LIMITS)
     pairs = runner.chosen(["rms_norm"], ["llama"], "cpu")
