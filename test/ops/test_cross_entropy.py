@@ -14,6 +14,7 @@ from liger_kernel.ops.cross_entropy import (
     cross_entropy,
     cross_entropy_backward,
     cross_entropy_forward,
+    reference,
     rows,
 )
 from liger_kernel.ops.cross_entropy import triton as kernels
@@ -104,6 +105,26 @@ def test_label_out_of_range_gives_nan(step: object) -> None:
         assert grad.isnan().any(1).tolist() == [False, True, False]
         assert out.accuracy is not None
         assert out.accuracy[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_classes_masked_with_the_lowest_number(dtype: torch.dtype) -> None:
+    """As HF masks them, and so many at the start of the row that the first block of the kernel holds nothing else."""
+    make = Make(dtype, DEVICE)
+    logits = make.randn(2, 65_600, scale=3)
+    logits[:, :65_536] = torch.finfo(dtype).min
+    target = torch.tensor([65_540, 65_599], device=DEVICE)
+
+    def run(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        loss = function(leaf, target)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    low = run(lambda x, y: reference.cross_entropy(x, y)[0], logits)
+    high = run(lambda x, y: reference.cross_entropy(x, y)[0], logits.double())
+    for name, *found in zip(("loss", "logits"), run(cross_entropy, logits), high, low, strict=True):
+        assert_no_worse(name, *found)
 
 
 def test_step_may_overwrite_its_logits(implementation: str) -> None:

@@ -69,15 +69,6 @@ def _tanh(z, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _exp_of_difference(x, top, EXACT: tl.constexpr):
-    """exp(x - top); without EXACT as 2^(x / ln 2 - top / ln 2), one multiply-add less, whose rounding is far below that
-    of 16-bit logits."""
-    if EXACT:
-        return tl.exp(x - top)
-    return tl.exp2(x * 1.4426950408889634 - top * 1.4426950408889634)
-
-
-@triton.jit
 def _cross_entropy(
     x_ptr,
     grad_ptr,
@@ -168,7 +159,7 @@ def _cross_entropy(
         new_top = tl.maximum(top, block_top)
         # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - anchor) + tl.sum(_exp_of_difference(x, anchor, EXACT), 0)
+        total = total * tl.exp(top - anchor) + tl.sum(tl.exp(x - anchor), 0)
         top = new_top
     lse = top + tl.log(total)
 
@@ -237,7 +228,7 @@ def _cross_entropy(
                 t = _tanh(x / softcap, EXACT)
                 x = softcap * t
                 cap_slope = 1.0 - t * t
-            g = slope * _exp_of_difference(x, top, EXACT)
+            g = slope * tl.exp(x - top)
             if HAS_SMOOTHING:
                 if HAS_WEIGHT:
                     w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
@@ -248,7 +239,7 @@ def _cross_entropy(
             # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
             tl.store(grad_row + start + cols, g, mask=mask, eviction_policy="evict_first")
         # the label's class again, with what only it has; a select for each class of the row would cost more
-        g = slope * _exp_of_difference(x_y, top, EXACT) - hit
+        g = slope * tl.exp(x_y - top) - hit
         if HAS_SMOOTHING:
             if HAS_WEIGHT:
                 g -= share * tl.load(weight_ptr + label).to(tl.float32)
