@@ -247,28 +247,34 @@ def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [sources.SOURCE, os.environ.get("PYTHONPATH")])
         )
-    left = list(rows)
+    keys = [{**row._asdict(), "mode": mode, "ignored": args.ignored} for row in rows]
+    site = str(Path(args.peer_site or "").resolve())
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        limit = threading.Timer(args.timeout * len(rows), child.kill)
-        limit.start()
-        for line in child.stdout:
-            if not line.startswith(RESULT_MARK):
-                sys.stderr.write(line)
-                continue
-            found: dict[str, Any] = json.loads(line.removeprefix(RESULT_MARK))
-            package = found.pop("package", "")  # a path of this machine
-            key = {**left.pop(0)._asdict(), "mode": mode, "ignored": args.ignored}
-            site = str(Path(args.peer_site or "").resolve())
-            if mode == "incumbent" and "error" not in found and site not in package:
-                found = {"error": f"{package} is not under {args.peer_site}"}
-            yield {**key, **found}
-        limit.cancel()
-    for row in left:
-        error = (
-            f"its process ended with code {child.returncode}, after {args.timeout} s a row at most"
-        )
-        yield {**row._asdict(), "mode": mode, "ignored": args.ignored, "error": error}
+        limit = started(args.timeout, child.kill)
+        try:
+            for line in child.stdout:
+                if not line.startswith(RESULT_MARK):
+                    sys.stderr.write(line)
+                    continue
+                limit.cancel()
+                found: dict[str, Any] = json.loads(line.removeprefix(RESULT_MARK))
+                package = found.pop("package", "")  # a path of this machine
+                if mode == "incumbent" and "error" not in found and site not in package:
+                    found = {"error": f"{package} is not under {args.peer_site}"}
+                yield {**keys.pop(0), **found}
+                limit = started(args.timeout, child.kill)
+        finally:
+            limit.cancel()
+    for key in keys:
+        error = f"its process ended with code {child.returncode}; a row may take {args.timeout} s"
+        yield {**key, "error": error}
+
+
+def started(seconds: float, action: Callable[[], Any]) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
 
 
 def line(row: dict[str, Any]) -> str:

@@ -251,6 +251,13 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     assert rows[0]["tokens_per_s"] > 0
 
 
+def test_a_row_that_takes_too_long_ends_its_process() -> None:
+    args = e2e.arguments(["--device", "cpu", "--timeout", "1"])  # importing takes longer
+    rows = list(e2e.in_child(args, [e2e.Setup("tiny", 16, 2), e2e.Setup("tiny", 8, 1)], "stock"))
+    assert [row["seq"] for row in rows] == [16, 8]
+    assert all("a row may take 1 s" in row["error"] for row in rows)
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
     plots = pytest.importorskip("plots")
     source = BENCHMARK / "results" / "nvidia-h100-80gb-hbm3.json"

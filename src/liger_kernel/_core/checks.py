@@ -28,14 +28,12 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
     One pass where all is well: a small model calls it a hundred times a step.
     """
     size, device = x.shape[-1], x.device
-    for p in parameters.values():
-        if p is not None and (
-            p.ndim != 1 or p.shape[0] != size or p.device != device or not p.is_floating_point()
-        ):
-            break
-    else:
-        if x.is_floating_point():
-            return
+    if x.is_floating_point() and all(
+        p is None
+        or (p.ndim == 1 and p.shape[0] == size and p.device == device and p.is_floating_point())
+        for p in parameters.values()
+    ):
+        return
     check_floating(x=x, **parameters)
     for name, parameter in parameters.items():
         check_last_dim(name, parameter, size, "x")

@@ -45,27 +45,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     # What Triton compiles a kernel for: of a pointer the dtype and whether it is aligned, of an integer whether it is
     # 1, a multiple of 16, or wide.
-    key = [kernel.fn, device, *constants.values()]
+    kinds = [kernel.fn, device, *constants.values()]
     values = []
     for arg in args:
         if isinstance(arg, Tensor):
             pointer = arg.data_ptr()
-            key.append(arg.dtype if pointer & 15 == 0 else (arg.dtype, 0))
+            kinds.append(arg.dtype if pointer & 15 == 0 else (arg.dtype, 0))
             values.append(pointer)
             continue
         values.append(arg)
         if type(arg) is int:
             wide = not -_INT32 <= arg < _INT32
-            key.append(1 if arg == 1 else (arg & 15 == 0, wide))
+            kinds.append(1 if arg == 1 else (arg & 15 == 0, wide))
         else:
-            key.append(type(arg))
-    found = _compiled.get(tuple(key))
+            kinds.append(type(arg))
+    key = tuple(kinds)
+    found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **constants)
         # the launcher takes every parameter by position and skips the constant ones
         tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
         before = (compiled.function, compiled.packed_metadata, None, None, None)  # no hooks
-        _compiled[tuple(key)] = compiled.run, before, tail
+        _compiled[key] = compiled.run, before, tail
         return
     run, before, tail = found
     x, y, z = (*grid, 1, 1)[:3]

@@ -16,7 +16,7 @@ from liger_kernel._core.checks import check_choice, check_floating, check_same_d
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation
-from liger_kernel.ops.glu import ACTIVATIONS, glu, glu_packed
+from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 
 #: elements of the gate up to which the block is composed of single ops on a GPU: there the host is the bound, and there
 #: is little memory to save
@@ -79,10 +79,10 @@ def _composed(
     gate_multiplier: float,
 ) -> Tensor:
     linear = torch.nn.functional.linear
-    gate = linear(x, gate_weight)
-    if up_weight is None:
-        return linear(glu_packed(gate, activation, gate_multiplier), down_weight)
-    return linear(glu(gate, linear(x, up_weight), activation, gate_multiplier), down_weight)
+    up = None if up_weight is None else linear(x, up_weight)
+    return linear(
+        gated_product(linear(x, gate_weight), up, activation, gate_multiplier), down_weight
+    )
 
 
 class _Product(Op):

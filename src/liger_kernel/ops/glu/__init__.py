@@ -82,6 +82,18 @@ def glu_packed(
     return _GLU.apply(implementation("glu", gate_up), options, gate_up, None)
 
 
+def gated_product(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str = "silu",
+    gate_multiplier: float = 1.0,
+    down_multiplier: float = 1.0,
+) -> Tensor:
+    """`glu`, or without `up` `glu_packed` of `gate`."""
+    options = (activation, gate_multiplier, down_multiplier)
+    return glu_packed(gate, *options) if up is None else glu(gate, up, *options)
+
+
 class _GLU(Op):
     """Without `up`, `gate` is packed."""
 

@@ -6,14 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from liger_kernel.ops.glu import glu, glu_packed, reference
+from liger_kernel.ops.glu import gated_product, reference
 from liger_kernel.testing import Make, OpCase, OpSpec
 
 DEFAULTS = {"activation": "silu", "gate_multiplier": 1.0, "down_multiplier": 1.0}
-
-
-def _glu(gate: Tensor, up: Tensor | None, **options: Any) -> Tensor:
-    return glu_packed(gate, **options) if up is None else glu(gate, up, **options)
 
 
 def _case(
@@ -46,7 +42,7 @@ def _shaped(id: str, why: str, inputs: Any, **options: Any) -> OpCase:
 
 SPEC = OpSpec(
     name="glu",
-    function=_glu,
+    function=gated_product,
     reference=reference.glu,
     differentiable=(0, 1),
     cases=(

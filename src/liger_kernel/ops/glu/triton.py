@@ -157,7 +157,7 @@ def forward(
         gate_rows, up_rows = as_rows(gate), as_rows(up)  # (R, F)
         saved = (gate_rows, up_rows if needs[0] else None)
     n_rows, n_cols = gate_rows.shape
-    y = torch.empty((*gate.shape[:-1], n_cols), dtype=gate.dtype, device=gate.device)
+    y = gate.new_empty(*gate.shape[:-1], n_cols)
     config = Config.of(n_cols)
     if n_rows:
         launch(

@@ -58,10 +58,12 @@ class MLPPlan(walk.Plan):
             and x.dtype == w_gate.dtype
         ):  # one op, which keeps a third less for backward
             y = gated_mlp_op.gated_mlp(x, w_gate, w_up, w_down, self.activation, into_act)
-        elif up is None:
-            y = down(glu_op.glu_packed(gate(x), self.activation, into_act))
         else:
-            y = down(glu_op.glu(gate(x), up(x), self.activation, into_act))
+            gated = gate(x)  # before up, as in HF: adapters draw their dropout in this order
+            product = glu_op.gated_product(
+                gated, None if up is None else up(x), self.activation, into_act
+            )
+            y = down(product)
         return y if out == 1 else y * out
 
 
