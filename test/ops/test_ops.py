@@ -106,3 +106,27 @@ def test_second_backward_is_right_or_refused(spec: OpSpec) -> None:
     second = backward()
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+class Cut(torch.autograd.Function):
+    """Sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_gradient_arrives(spec: OpSpec) -> None:
+    case = spec.cases[0]
+    inputs, grads = drawn(spec, case, Make(torch.float32, DEVICE))
+    args = leaves(inputs, wanted_inputs(spec, inputs))
+    outputs = as_tuple(spec.function(*args, **case.options))
+    total = sum(Cut.apply(outputs[i]).sum() for i in grads)
+    wanted = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    for grad in torch.autograd.grad(total, wanted, allow_unused=True):
+        assert grad is None or not grad.any()
