@@ -1,6 +1,6 @@
 """The file of results: `benchmark/results/<gpu>.json`.
 
-    {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...]}
+    {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...], "host": [row, ...]}
 
 A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
 
@@ -27,6 +27,7 @@ FOLDER = sources.ROOT / "benchmark" / "results"
 KEYS = {
     "ops": ("op", "case", "dtype", "provider", "mode"),
     "e2e": ("shape", "seq", "batch", "checkpointing", "ignored", "mode"),
+    "host": ("op", "case", "provider"),
 }
 Row = dict[str, Any]
 
@@ -62,16 +63,14 @@ def _driver() -> str | None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    return {"gpu": None, "runs": {}, "ops": [], "e2e": []}
+    empty: dict[str, Any] = {"gpu": None, "runs": {}, **{kind: [] for kind in KEYS}}
+    return {**empty, **json.loads(path.read_text())} if path.exists() else empty
 
 
 def merge(
     content: dict[str, Any], kind: str, run: dict[str, Any], rows: list[Row]
 ) -> dict[str, Any]:
-    """`content` with `rows` (kind "ops" or "e2e") of `run`; runs that no row names any more are dropped.
+    """`content` with `rows` (`kind`: see `KEYS`) of `run`; runs that no row names any more are dropped.
 
     Raises: ValueError if the file holds the results of another GPU.
     """
@@ -119,7 +118,7 @@ def main(argv: list[str]) -> int:
     into = Path(argv[0])
     content = load(into)
     for name in argv[1:]:
-        content = combined(content, json.loads(Path(name).read_text()))
+        content = combined(content, load(Path(name)))
     save(into, content)
     print(f"{into}: {', '.join(f'{len(content[kind])} {kind} rows' for kind in KEYS)}")
     return 0

@@ -3,8 +3,8 @@
     python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json  # print them
     python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
-A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `head`
-(time and memory of the fused loss, without the sweep) or the name of an op.
+A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
+`head` (time and memory of the fused loss, without the sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -139,6 +139,23 @@ def e2e_cell(row: Row | None, best: float) -> str:
     return f"{speed}{memory} / {row['loss']:.4f}"
 
 
+def host_table(content: dict[str, Any]) -> str:
+    """Microseconds that Python is busy, forward / backward."""
+    cells = {(row["op"], row["case"], row["provider"]): row for row in content["host"]}
+    columns = ("ours", "kernels", "eager", "noop")
+
+    def cell(row: Row | None) -> str:
+        return "" if row is None else f"{row['fwd_us']:.0f} / {row['bwd_us']:.0f}"
+
+    body = [
+        [op, case, *(cell(cells.get((op, case, column))) for column in columns)]
+        for op, case in sorted({key[:2] for key in cells})
+    ]
+    if not body:
+        return "No results."
+    return "\n\n".join([markdown(["op", "case", *columns], body), provenance(content, "host")])
+
+
 def provenance(content: dict[str, Any], kind: str) -> str:
     """Where, when and with what; one line per run that the tables draw on."""
     used = {row["run"] for row in content[kind]}
@@ -160,8 +177,9 @@ def filled(text: str, content: dict[str, Any]) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind = match["kind"]
-        if kind in ("e2e", "head"):
-            made = {"e2e": e2e_table, "head": head_table}[kind](content)
+        whole = {"e2e": e2e_table, "head": head_table, "host": host_table}
+        if kind in whole:
+            made = whole[kind](content)
         else:
             made = ops_tables(content, None if kind == "ops" else kind)
         return f"<!-- benchmark:{kind} -->\n{made}\n<!-- /benchmark:{kind} -->"
@@ -176,7 +194,7 @@ def main(argv: list[str]) -> int:
         return 2
     content = load(Path(argv[0]))
     if len(argv) == 1:
-        print(ops_tables(content), e2e_table(content), sep="\n\n")
+        print(ops_tables(content), e2e_table(content), host_table(content), sep="\n\n")
     for name in argv[1:]:
         path = Path(name)
         before = path.read_text()

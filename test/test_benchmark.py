@@ -298,3 +298,16 @@ def test_the_shapes_are_the_models_they_are_named_after() -> None:
     for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
         model = e2e.build(shape, 64, False, "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_host_times_are_shown_beside_the_floor() -> None:
+    run = {"gpu": "G", "date": "d1", "commit": "c" * 40, "driver": "1", "torch": "2", "triton": "3"}
+    rows = [
+        {"op": op, "case": "c", "provider": p, "fwd_us": 10.2, "bwd_us": 20.6}
+        for op, p in (("-", "noop"), ("a", "ours"), ("a", "eager"))
+    ]
+    content = results.merge(results.load(Path("/nonexistent.json")), "host", run, rows)
+    table = tables.filled("<!-- benchmark:host -->\n<!-- /benchmark:host -->", content)
+    assert "| - | c |  |  |  | 10 / 21 |" in table
+    assert "| a | c | 10 / 21 |  | 10 / 21 |  |" in table
+    assert "d1 UTC" in table

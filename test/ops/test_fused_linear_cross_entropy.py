@@ -173,7 +173,7 @@ def test_policy() -> None:
     assert rows(8192, 4096, 128256, needs_dw=False) == 2048
     assert rows(16384, 2048, 151936) == 2048
     assert rows(8192, 4096, 32000) == 4096
-    assert rows(4096, 2304, 256000, needs_dw=False) == 1024
+    assert rows(4096, 2304, 256000, needs_dw=False) == 2048
     assert rows(2048, 896, 151936) == 1024  # two chunks, not one
     assert rows(16384, 1024, 151936) == 2048
     assert (

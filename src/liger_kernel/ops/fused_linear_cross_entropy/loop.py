@@ -39,16 +39,17 @@ class Settings:
 class ChunkPolicy:
     """Rows per chunk: few enough to bound the slab, enough to keep the matrix products at full speed.
 
-    Measured on an H100, bf16. Each chunk reads and writes the sum of dW once; in fp32 that takes as long as 0.4 of its
-    product at 2048 rows, as 0.8 at 1024: 28.2 against 25.6 ms for 4096x2304x256000, 95.5 against 86.5 for
-    32768x2048x128256. Twice as many rows as these limits give are worth 0 to 3 % (6 % at H=1024), and another 500 MiB.
-    They give 2048 rows at V=128k to V=256k, and 4096 at V=32k.
+    Measured on an H100, bf16. 256 rows run at 0.72 of the speed of 2048. Each chunk reads and writes the sum of dW
+    once; in fp32 that takes as long as 0.4 of its product at 2048 rows, as 0.8 at 1024: 28.2 against 25.6 ms for
+    4096x2304x256000, 95.5 against 86.5 for 32768x2048x128256. Without dW, 1024 rows cost 4 % (17.4 against 16.7 ms),
+    and its memory is there for a larger slab. Twice as many rows as these limits give are worth 0 to 3 % (6 % at
+    H=1024), and another 500 MiB. They give 2048 rows at V=128k to V=256k, and 4096 at V=32k.
     """
 
     slab_bytes: int = 640 * MIB
     most_rows: int = 4096
-    fewest_rows: int = 1024  # 256 rows run at 0.72 of the speed of 2048
-    fewest_rows_wide_sum: int = 2048
+    fewest_rows: int = 2048
+    fewest_rows_narrow_sum: int = 1024  # where the sum of dW is no wider than the logits
     fewest_rows_cpu: int = 256
     slab_per_weight_cpu: float = 1.2  # there a small head is not worth a slab many times its size
     multiple: int = 256
@@ -62,8 +63,8 @@ class ChunkPolicy:
         if settings.chunk_size is not None:
             return max(1, min(settings.chunk_size, n_rows))
         sum_dtype = settings.accum_dtype or torch.promote_types(weight.dtype, torch.float32)
-        wide_sum = needs_dw and sum_dtype.itemsize > settings.dtype.itemsize
-        rows = self._within(n_rows, weight, settings, wide_sum)
+        narrow_sum = needs_dw and sum_dtype.itemsize <= settings.dtype.itemsize
+        rows = self._within(n_rows, weight, settings, narrow_sum)
         half = cdiv(cdiv(n_rows, 2), self.multiple) * self.multiple
         rounded = needs_dw and settings.accum_dtype is None and weight.dtype.itemsize == 2
         hidden = weight.shape[1]
@@ -72,7 +73,7 @@ class ChunkPolicy:
             rows = half
         return max(1, min(rows, n_rows))
 
-    def _within(self, n_rows: int, weight: Tensor, settings: Settings, wide_sum: bool) -> int:
+    def _within(self, n_rows: int, weight: Tensor, settings: Settings, narrow_sum: bool) -> int:
         row_bytes = weight.shape[0] * settings.dtype.itemsize
         budget = settings.memory_budget
         if budget is not None:
@@ -84,14 +85,16 @@ class ChunkPolicy:
             rows = budget // row_bytes
             return rows - rows % self.multiple if rows > self.multiple else rows
         allowed = self.slab_bytes
-        fewest = self.fewest_rows_wide_sum if wide_sum else self.fewest_rows
+        fewest = self.fewest_rows_narrow_sum if narrow_sum else self.fewest_rows
         if weight.device.type == "cpu":
             per_weight = self.slab_per_weight_cpu * weight.numel() * settings.dtype.itemsize
             allowed, fewest = min(allowed, int(per_weight)), self.fewest_rows_cpu
         rows = min(self.most_rows, max(fewest, allowed // max(1, row_bytes)))
         rows = 1 << (rows.bit_length() - 1)
         # as many chunks, but no short one at the end, and two rather than one: they cost no more time
-        chunks = max(cdiv(n_rows, rows), 2 if n_rows >= 2 * min(fewest, self.fewest_rows) else 1)
+        chunks = max(
+            cdiv(n_rows, rows), 2 if n_rows >= 2 * min(fewest, self.fewest_rows_narrow_sum) else 1
+        )
         return min(rows, cdiv(cdiv(n_rows, chunks), self.multiple) * self.multiple)
 
 
