@@ -1,10 +1,12 @@
 """Host time per call: how long Python is busy with one forward and one backward of each op, GPU time left out.
 
-    python benchmark/host.py [OP ...] [--json FILE]
+    python benchmark/host.py [OP ...]
+    TRITON_INTERPRET=1 python benchmark/host.py rms_norm --device cpu  # does it run at all?
 
 Small inputs, many calls queued, the clock read before the device has finished: what bounds small models. `ours` is the
-op as users call it, which leaves the smallest inputs to PyTorch's own C++ ops; `kernels` always launches Triton; `noop`
-is an `autograd.Function` that allocates its results and computes nothing, which no Python op can beat.
+op as users call it, which leaves the smallest inputs to PyTorch's own C++ ops; `kernels` always launches Triton; `one
+thread` is that without the thread on which autograd runs a backward. The op "-" is an `autograd.Function` that
+allocates its results and computes nothing, which no op written in Python can beat.
 The rows are merged into benchmark/results/<gpu>.json.
 """
 
@@ -14,7 +16,8 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,22 @@ from liger_kernel.ops import OPS
 from liger_kernel.testing import OpCase, OpSpec
 from liger_kernel.testing.calls import as_tuple, drawing_on, drawn, leaves, wanted_inputs
 
-CALLS = 300
+CALLS = 100
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    with use_implementation("triton"), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+#: column -> in what the calls run
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "ours": nullcontext,
+    "kernels": partial(use_implementation, "triton"),
+    "one thread": one_thread,
+    "eager": nullcontext,
+}
 
 
 class _Noop(torch.autograd.Function):
@@ -42,16 +60,17 @@ class _Noop(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def microseconds(function: Callable[[], Any]) -> float:
+def microseconds(function: Callable[[], Any], device: str) -> float:
     """Median over 5 rounds of CALLS calls each."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     found = []
     for _ in range(5):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
             function()
         found.append((time.perf_counter() - start) / CALLS * 1e6)
-        torch.cuda.synchronize()
+        synchronize()
     return sorted(found)[2]
 
 
@@ -71,28 +90,35 @@ def measured(
 
     for _ in range(3):
         both()
-    one = microseconds(forward)
-    return {"fwd_us": one, "bwd_us": microseconds(both) - one}
+    device = next(iter(grads.values())).device.type
+    one = microseconds(forward, device)
+    return {"fwd_us": one, "bwd_us": microseconds(both, device) - one}
 
 
-def rows_of(spec: OpSpec, case: OpCase) -> Iterator[Row]:
-    with drawing_on("cuda", torch.bfloat16) as make:
+def rows_of(spec: OpSpec, case: OpCase, device: str) -> Iterator[Row]:
+    with drawing_on(device, torch.bfloat16) as make:
         inputs, grads = drawn(spec, case, make)
     args = leaves(inputs, wanted_inputs(spec, inputs))
-    for provider, function in (
-        ("ours", spec.function),
-        ("kernels", spec.function),
-        ("eager", spec.reference),
-    ):
-        with use_implementation("triton") if provider == "kernels" else nullcontext():
+    for way, context in WAYS.items():
+        function = spec.reference if way == "eager" else spec.function
+        with context():
             found = measured(function, case.options, args, grads)
-        yield {"op": spec.name, "case": case.id, "provider": provider, **found}
+        yield {"op": spec.name, "case": case.id, "provider": way, **found}
 
 
-def floor() -> Row:
-    x, weight = (torch.ones(n, device="cuda", requires_grad=True) for n in (1024, 1024))
-    found = measured(_Noop.apply, {}, [x, weight], {0: torch.ones_like(x)})
-    return {"op": "-", "case": "two inputs, one output", "provider": "noop", **found}
+def floor(device: str) -> Iterator[Row]:
+    x, weight = (torch.ones(1024, device=device, requires_grad=True) for _ in range(2))
+    for way in ("kernels", "one thread"):
+        with WAYS[way]():
+            found = measured(_Noop.apply, {}, [x, weight], {0: torch.ones_like(x)})
+        yield {"op": "-", "case": "2 inputs, 1 output", "provider": way, **found}
+
+
+def all_rows(ops: list[str], device: str) -> Iterator[Row]:
+    yield from floor(device)
+    for op in ops or OPS:
+        spec = importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC
+        yield from rows_of(spec, next(case for case in spec.cases if not case.large), device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,23 +126,21 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all; of {', '.join(OPS)}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, help="default: benchmark/results/<gpu>.json")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.ops) - set(OPS)):
         parser.error(f"unknown op {', '.join(unknown)}; known: {', '.join(OPS)}")
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU: without one, host and device cannot be told apart")
-    rows = [floor()]
-    for op in args.ops or OPS:
-        spec = importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC
-        rows += rows_of(spec, next(case for case in spec.cases if not case.large))
-    for row in rows:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; with --device cpu the times are those of host and device")
+    path, run = args.json or default_path(args.device), describe_run(args.device)
+    for row in all_rows(args.ops, args.device):
         print(
-            f"{row['op']:28} {row['case']:22} {row['provider']:8} "
-            f"forward {row['fwd_us']:7.1f} us  backward {row['bwd_us']:7.1f} us"
+            f"{row['op']:28} {row['case']:20} {row['provider']:11} "
+            f"forward {row['fwd_us']:7.1f} us  backward {row['bwd_us']:7.1f} us",
+            flush=True,
         )
-    path = args.json or default_path("cuda")
-    save(path, merge(load(path), "host", describe_run("cuda"), rows))
+        save(path, merge(load(path), "host", run, [row]))
 
 
 if __name__ == "__main__":

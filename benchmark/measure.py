@@ -94,6 +94,7 @@ def gpu_only(prepare: Callable[[], Sequence[Call]], estimate_ms: float) -> Timin
         torch.cuda.synchronize()
         _check_no_sync(calls[0])
     rounds = max(1, min(256, int(20 / estimate_ms)) // len(calls))
+    torch.cuda.empty_cache()  # a graph takes memory of its own; if it runs out, all of it is lost to the process
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):

@@ -142,7 +142,7 @@ def e2e_cell(row: Row | None, best: float) -> str:
 def host_table(content: dict[str, Any]) -> str:
     """Microseconds that Python is busy, forward / backward."""
     cells = {(row["op"], row["case"], row["provider"]): row for row in content["host"]}
-    columns = ("ours", "kernels", "eager", "noop")
+    columns = ("ours", "kernels", "one thread", "eager")
 
     def cell(row: Row | None) -> str:
         return "" if row is None else f"{row['fwd_us']:.0f} / {row['bwd_us']:.0f}"

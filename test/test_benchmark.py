@@ -18,6 +18,7 @@ BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
 import e2e  # noqa: E402
+import host  # noqa: E402
 import measure  # noqa: E402
 import providers  # noqa: E402
 import results  # noqa: E402
@@ -300,14 +301,28 @@ def test_the_shapes_are_the_models_they_are_named_after() -> None:
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.delitem(host.WAYS, "kernels")  # the interpreter, where there is no GPU
+    monkeypatch.setitem(host.WAYS, "one thread", host.WAYS["ours"])
+    monkeypatch.setattr(host, "floor", lambda device: iter(()))
+    path = tmp_path / "results.json"
+    host.main(["relu_squared", "--device", "cpu", "--json", str(path)])
+    found = {row["provider"]: row for row in json.loads(path.read_text())["host"]}
+    assert set(found) == set(host.WAYS)
+    assert all(row["fwd_us"] > 0 for row in found.values())
+    with pytest.raises(SystemExit):
+        host.main(["no_such_op", "--device", "cpu"])
+
+
 def test_host_times_are_shown_beside_the_floor() -> None:
     run = {"gpu": "G", "date": "d1", "commit": "c" * 40, "driver": "1", "torch": "2", "triton": "3"}
     rows = [
         {"op": op, "case": "c", "provider": p, "fwd_us": 10.2, "bwd_us": 20.6}
-        for op, p in (("-", "noop"), ("a", "ours"), ("a", "eager"))
+        for op, p in (("-", "kernels"), ("a", "ours"), ("a", "eager"))
     ]
     content = results.merge(results.load(Path("/nonexistent.json")), "host", run, rows)
     table = tables.filled("<!-- benchmark:host -->\n<!-- /benchmark:host -->", content)
-    assert "| - | c |  |  |  | 10 / 21 |" in table
-    assert "| a | c | 10 / 21 |  | 10 / 21 |  |" in table
+    assert "| - | c |  | 10 / 21 |  |  |" in table
+    assert "| a | c | 10 / 21 |  |  | 10 / 21 |" in table
     assert "d1 UTC" in table

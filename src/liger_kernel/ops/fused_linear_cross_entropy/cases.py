@@ -71,6 +71,16 @@ def _strided(make: Make) -> tuple[Tensor | None, ...]:
     )
 
 
+#: tokens, hidden size, classes, whose head it is, options
+HEADS: tuple[tuple[int, int, int, str, dict[str, Any]], ...] = (
+    (8192, 4096, 128256, "Llama-3-8B", {}),
+    (16384, 2048, 151936, "Qwen3-1.7B", {}),
+    (8192, 4096, 32000, "Llama-2-7B", {}),
+    (4096, 2304, 256000, "Gemma-2-2B", {"softcap": 30.0}),
+    (2048, 896, 151936, "Qwen2.5-0.5B", {}),
+    (32768, 2048, 128256, "Llama-3.2-1B, long", {}),
+)
+
 SPEC = OpSpec(
     one_backward=True,
     name="fused_linear_cross_entropy",
@@ -192,7 +202,10 @@ SPEC = OpSpec(
         _case(
             "counted", "most rows left out", 40, 16, 60, ignored=0.8, label_count=20, **EVERYTHING
         ),
-        _case("8192x4096x128256", "Llama-3-8B", 8192, 4096, 128256, large=True),
+        *(
+            _case(f"{n}x{hidden}x{classes}", why, n, hidden, classes, ignored=0.0, large=True, **o)
+            for n, hidden, classes, why, o in HEADS
+        ),
         _case(
             "8192x4096x128256-ignored90",
             "long prompts: a tenth of the labels counts",
@@ -209,15 +222,11 @@ SPEC = OpSpec(
             8192,
             4096,
             128256,
+            ignored=0.0,
             accum_dtype=torch.bfloat16,
             chunk_size=2048,
             large=True,
         ),
-        _case("16384x2048x151936", "Qwen3-1.7B", 16384, 2048, 151936, large=True),
-        _case("8192x4096x32000", "Llama-2-7B", 8192, 4096, 32000, large=True),
-        _case("4096x2304x256000", "Gemma-2-2B", 4096, 2304, 256000, softcap=30.0, large=True),
-        _case("2048x896x151936", "Qwen2.5-0.5B", 2048, 896, 151936, large=True),
-        _case("32768x2048x128256", "Llama-3.2-1B, long", 32768, 2048, 128256, large=True),
         *(
             _case(
                 f"{rows}x{hidden}x{classes}",
