@@ -58,7 +58,7 @@ class DeferredLogits:
     ):
         self._head, self._hidden, self._run, self._chain = head, hidden, run, chain
         self._fused = Fused(hidden) if root is None else fused
-        self._root = self if root is None else root
+        self._root = root  # None: this one. A reference to itself would hold the hidden states until Python's GC runs
         self._dtype: torch.dtype = hidden.dtype if root is None else root._dtype
         self._device: torch.device = hidden.device if root is None else root._device
         self._real: Tensor | None = None
@@ -73,7 +73,7 @@ class DeferredLogits:
     def materialize(self) -> Tensor:
         """The real logits, made once by the head's own call and the recorded operations."""
         if self._real is None:
-            if self._root is self:
+            if self._root is None:
                 self._real = self._head(self._hidden, None)  # the second argument: now
             else:
                 value = self._root.materialize()
@@ -92,8 +92,9 @@ class DeferredLogits:
         """The value after one more operation; real at once where the fused loss could not express it."""
         if fused is None or self._real is not None:
             return operation(self.materialize())
+        root = self if self._root is None else self._root
         after = DeferredLogits(
-            self._head, self._hidden, self._run, (*self._chain, operation), fused, self._root
+            self._head, self._hidden, self._run, (*self._chain, operation), fused, root
         )
         after._dtype, after._device = dtype or self._dtype, device or self._device
         return after

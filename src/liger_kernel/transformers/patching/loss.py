@@ -235,10 +235,14 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     if not stack or stack[-1].model is not model:
         return None  # the pre-hook itself raised
     frame = stack.pop()
+    made, frame.made = (
+        frame.made,
+        [],
+    )  # they refer to the frame: what refers to itself waits for Python's GC
     if not frame.armed or output is None:
         return None
     state = state_of(model)
-    if state is not None and not frame.fused and any(logits.is_real for logits in frame.made):
+    if state is not None and not frame.fused and any(logits.is_real for logits in made):
         state.report.retract("loss", "its forward needs real logits before the loss")
     as_tuple = isinstance(output, tuple)
     entries = list(enumerate(output)) if as_tuple else list(output.items())
