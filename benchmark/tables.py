@@ -98,17 +98,19 @@ def head_table(content: dict[str, Any]) -> str:
     providers = [p for p in PROVIDER_ORDER[2:] if any(r["provider"] == p for r in rows)]
     cells = {(r["case"], r["provider"]): r for r in rows}
 
-    def cell(row: Row | None) -> str:
+    def cell(row: Row | None, fastest: float) -> str:
         if row is None or row.get("ms") is None:
             return (
                 "" if row is None else "out of memory" if "OutOfMemory" in row["error"] else "fails"
             )
-        return f"{row['ms']:.3g} ms / {row['peak_mb']:,.0f} MB"
+        text = f"{row['ms']:.3g} ms / {row['peak_mb']:,.0f} MB"
+        return f"**{text}**" if row["ms"] == fastest else text
 
-    body = [
-        [case, f"**{cell(cells[case, 'ours'])}**", *(cell(cells.get((case, p))) for p in providers)]
-        for case in sorted(cases)
-    ]
+    body = []
+    for case in sorted(cases):
+        line = [cells.get((case, provider)) for provider in ("ours", *providers)]
+        fastest = min(row["ms"] for row in line if row and row.get("ms") is not None)
+        body.append([case, *(cell(row, fastest) for row in line)])
     return markdown(["tokens x hidden x vocabulary", "ours", *providers], body)
 
 
@@ -157,19 +159,29 @@ def host_table(content: dict[str, Any]) -> str:
 
 
 def provenance(content: dict[str, Any], kind: str) -> str:
-    """Where, when and with what; one line per run that the tables draw on."""
+    """Where, when and with what: a line per commit and versions that the tables draw on."""
     used = {row["run"] for row in content[kind]}
-    lines = []
-    for name, run in content["runs"].items():
-        if name in used:
-            ceilings = ""
-            if run.get("copy_gb_s"):
-                ceilings = f"; copy {run['copy_gb_s']:.0f} GB/s, matrix product {run['gemm_tflop_s']:.0f} TFLOP/s"
-            lines.append(
-                f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}, "
-                f"commit {run['commit'][:10]}, {run['date']} UTC{ceilings}."
-            )
-    return "\n".join(lines)
+    runs = [run for name, run in sorted(content["runs"].items()) if name in used]
+    lines: dict[str, list[Row]] = {}
+    for run in runs:
+        line = (
+            f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}, "
+            f"commit {run['commit'][:10]}"
+        )
+        lines.setdefault(line, []).append(run)
+    return "\n".join(f"{line}, {_when(together)}." for line, together in lines.items())
+
+
+def _when(runs: list[Row]) -> str:
+    text = f"{' and '.join(sorted({run['date'][:10] for run in runs}))} UTC"
+    for name, unit, key in (
+        ("copy", "GB/s", "copy_gb_s"),
+        ("matrix product", "TFLOP/s", "gemm_tflop_s"),
+    ):
+        found = sorted(round(run[key]) for run in runs if run.get(key))
+        if found:
+            text += f"; {name} {' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))} {unit}"
+    return text
 
 
 def filled(text: str, content: dict[str, Any]) -> str:

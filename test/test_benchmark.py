@@ -325,4 +325,16 @@ def test_host_times_are_shown_beside_the_floor() -> None:
     table = tables.filled("<!-- benchmark:host -->\n<!-- /benchmark:host -->", content)
     assert "| - | c |  | 10 / 21 |  |  |" in table
     assert "| a | c | 10 / 21 |  |  | 10 / 21 |" in table
-    assert "d1 UTC" in table
+    assert "commit cccccccccc, d1 UTC." in table
+
+
+def test_runs_of_one_commit_share_a_line() -> None:
+    run = {"gpu": "G", "commit": "c" * 40, "driver": "1", "torch": "2", "triton": "3"}
+    content = results.load(Path("/nonexistent.json"))
+    for day, case, copy in (("1", "c", 10.4), ("2", "d", 9.6), ("2", "e", None)):
+        more = {"date": f"2026-01-0{day} 10:00:00", "copy_gb_s": copy, "gemm_tflop_s": 7.0}
+        content = results.merge(content, "ops", {**run, **more}, [row(case=case)])
+    (line,) = tables.provenance(content, "ops").splitlines()
+    assert line.endswith(
+        "commit cccccccccc, 2026-01-01 and 2026-01-02 UTC; copy 10 GB/s; matrix product 7 TFLOP/s."
+    )

@@ -186,6 +186,7 @@ SPEC = OpSpec(
         ),
         _shaped("expanded", "stride 0", lambda m, y: m.expanded(6, 90), 90),
         _case("8192x128256", "Llama 3", 8192, 128256, ignored=0.0, large=True),
+        _case("8192x128256-ignored30", "rows that only get zeros", 8192, 128256, large=True),
         _case("16384x32000", "Llama 2", 16384, 32000, ignored=0.0, large=True),
         _case("4096x256000", "Gemma, capped", 4096, 256000, ignored=0.0, softcap=30.0, large=True),
         _case(
