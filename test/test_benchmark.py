@@ -328,6 +328,17 @@ def test_host_times_are_shown_beside_the_floor() -> None:
     assert "commit cccccccccc, d1 UTC." in table
 
 
+def test_the_fastest_head_is_bold_whoever_it_is() -> None:
+    key = {"op": tables.LOSS_HEAD, "allocations": 1}
+    rows = [
+        row(**key, ms=2.0, peak_mb=10.0),
+        row(**key, ms=1.5, peak_mb=20.0, provider="liger"),
+        row(**key, error="OutOfMemoryError: 1 GiB", provider="cce", ms=None),
+    ]
+    table = tables.head_table({"ops": rows})
+    assert "| c | 2 ms / 10 MB | **1.5 ms / 20 MB** | out of memory |" in table
+
+
 def test_runs_of_one_commit_share_a_line() -> None:
     run = {"gpu": "G", "commit": "c" * 40, "driver": "1", "torch": "2", "triton": "3"}
     content = results.load(Path("/nonexistent.json"))
