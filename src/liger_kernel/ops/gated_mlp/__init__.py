@@ -16,10 +16,11 @@ from liger_kernel._core.checks import check_choice, check_floating, check_same_d
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.launch import as_rows
 from liger_kernel.backends import host_bound, implementation
+from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 
-#: elements of the gate up to which the block is composed of single ops on a GPU: there the host is the bound, and there
-#: is little memory to save
+#: elements of the gate up to which the block is plain PyTorch on a GPU: there the host is the bound, and there is
+#: little memory to save
 _SMALL = 2**23
 
 
@@ -44,24 +45,20 @@ def gated_mlp(
     Raises: ValueError for an unknown activation or shapes that do not fit; TypeError for integers or other dtypes.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
-    _check_shapes(x, gate_weight, up_weight, down_weight)
     weights = (gate_weight, up_weight, down_weight)
     autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and any(w is not None and w.dtype != x.dtype for w in weights):
-        raise TypeError(
-            f"x is {x.dtype}, but the weights are {', '.join(str(w.dtype) for w in weights if w is not None)}; "
-            f"convert them with .to(), or use torch.autocast."
-        )
-    check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
+    _check_tensors(x, *weights, autocast)
     options = (activation, float(gate_multiplier))
-    elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and gate_multiplier == 1:
+        elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
+        if host_bound(x, _SMALL, elements):
+            return reference.gated_mlp(x, *weights, *options)
     if (
-        torch.compiler.is_compiling()
+        compiling
         or autocast
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
-        or host_bound(x, _SMALL, elements)
         or any(map(is_dtensor, (x, *weights)))
     ):
         return _composed(x, *weights, *options)
@@ -185,15 +182,27 @@ class LigerMLPFunction:
         return y if down_multiplier == 1 else y * down_multiplier
 
 
-def _check_shapes(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor
+def _check_tensors(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
-    shapes = [None if t is None else tuple(t.shape) for t in (gate_weight, up_weight, down_weight)]
-    matrices = all(shape is None or len(shape) == 2 for shape in shapes)
-    features = down_weight.shape[1] if matrices else 0
-    inner = (features if up_weight is not None else 2 * features, x.shape[-1] if x.ndim else 0)
-    if not matrices or shapes[0] != inner or shapes[1] not in (None, inner):
+    named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
+    weights = [w for w in named.values() if w is not None]
+    features = down_weight.shape[-1] if down_weight.ndim == 2 else -1
+    inner = (features if up_weight is not None else 2 * features, x.shape[-1] if x.ndim else -1)
+    fit = all(w.shape == inner for w in weights[:-1])
+    alike = all(w.dtype == x.dtype and w.device == x.device for w in weights)
+    if fit and alike and x.is_floating_point():
+        return  # the usual case, in one pass: every layer of a small model comes here
+    check_floating(x=x, **named)
+    if not fit:
+        shapes = ", ".join(f"{k} {w if w is None else tuple(w.shape)}" for k, w in named.items())
         raise ValueError(
-            f"gate_weight {shapes[0]}, up_weight {shapes[1]} and down_weight {shapes[2]} do not fit each other and x "
-            f"{tuple(x.shape)}: pass (F, H), (F, H) and (O, F), or (2F, H), None and (O, F), for x (..., H)."
+            f"{shapes} do not fit each other and x {tuple(x.shape)}: pass (F, H), (F, H) and (O, F), or (2F, H), None "
+            f"and (O, F), for x (..., H)."
         )
+    if not autocast and any(w.dtype != x.dtype for w in weights):
+        raise TypeError(
+            f"x is {x.dtype}, but the weights are {', '.join(str(w.dtype) for w in weights)}; "
+            f"convert them with .to(), or use torch.autocast."
+        )
+    check_same_device(x=x, **named)
