@@ -117,8 +117,13 @@ def chosen(ops: list[str], ids: list[str], device: str, sweep: bool = False) -> 
     return found
 
 
-def measure_provider(work: Workload, name: str, label: str, setting: Setting) -> Iterator[Row]:
-    """One row per mode; one row with "error" where the provider fails or is wrong. Nothing for what it does not do."""
+def measure_provider(
+    work: Workload, name: str, label: str, setting: Setting, bound: dict[str, Any]
+) -> Iterator[Row]:
+    """One row per mode; one row with "error" where the provider fails or is wrong. Nothing for what it does not do.
+
+    What is measured goes to `bound` too.
+    """
     key = {
         "op": work.spec.name,
         "case": work.case.id,
@@ -129,6 +134,7 @@ def measure_provider(work: Workload, name: str, label: str, setting: Setting) ->
         function = PROVIDERS[name].bind(work.spec, work.case)
         if function is None:
             return
+        bound[label] = function
         ours = name == "ours"
         try:
             compared = work.check(function, exact_dtype=ours)
@@ -148,6 +154,22 @@ def measure_provider(work: Workload, name: str, label: str, setting: Setting) ->
                 yield {**key, "mode": mode, "compared": compared, "error": _said(error)}
     except Exception as error:
         yield from ({**key, "mode": mode, "error": _said(error)} for mode in setting.modes)
+
+
+def second_turn(work: Workload, rows: list[Row], bound: dict[str, Any], setting: Setting) -> None:
+    """Time `rows` again, the last one first, and keep the better time: a card at its power limit gets slower and faster
+    by 5 % within minutes, and who runs first would profit."""
+    for row in reversed(rows):
+        if row.get("ms") is None:
+            continue
+        (call,) = work.calls(bound[row["provider"]], row["mode"])
+        timing = host_inclusive(call, setting.device, setting.budget_ms)
+        if timing.ms < row["ms"]:
+            row.update(asdict(timing))
+            if not row.get("gpu_ms"):
+                row.update(_rate(work, row["mode"], timing.ms, setting))
+        del call
+        _free(setting)
 
 
 def _said(error: Exception) -> str:
@@ -177,10 +199,20 @@ def _measured(work: Workload, function: Any, mode: str, setting: Setting) -> Row
             ).ms
         except NotCapturable as reason:
             row["gpu_ms"], row["gpu_note"] = None, str(reason)
-    reached = rate(best, *work.work(mode), setting.limits)
-    if reached is not None:
-        row.update(rate=reached.value, unit=reached.unit, percent_of_ceiling=reached.percent)
-    return row
+    return {**row, **_rate(work, mode, best, setting)}
+
+
+def _rate(work: Workload, mode: str, ms: float, setting: Setting) -> Row:
+    reached = rate(ms, *work.work(mode), setting.limits)
+    if reached is None:
+        return {}
+    return {"rate": reached.value, "unit": reached.unit, "percent_of_ceiling": reached.percent}
+
+
+def _free(setting: Setting) -> None:
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_here(
@@ -193,11 +225,14 @@ def measure_here(
         except Exception as error:
             yield problem(label or "ours", f"no inputs for {spec.name} {case.id}: {_said(error)}")
             continue
+        rows: list[Row] = []
+        bound: dict[str, Any] = {}
         for name in names:
-            yield from measure_provider(work, name, label or name, setting)
-            gc.collect()
-            if setting.device == "cuda":
-                torch.cuda.empty_cache()
+            rows += measure_provider(work, name, label or name, setting, bound)
+            _free(setting)
+        if case.flops:  # what runs at the power limit
+            second_turn(work, rows, bound, setting)
+        yield from rows
 
 
 def count_launches(pairs: Pairs, rows: list[Row], setting: Setting) -> None:
