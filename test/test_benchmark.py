@@ -229,12 +229,12 @@ def test_a_time_of_the_kernels_alone_is_shown() -> None:
 def test_power_bound_cases_have_a_second_turn_in_the_opposite_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    times = iter((5.0, 3.0, 2.0, 4.0))  # ours, eager; eager again, ours again
+    times = iter((5.0, 3.0, 2.0, 6.0))  # ours, eager; eager again, ours again
     monkeypatch.setattr(runner, "host_inclusive", lambda *_: measure.Timing.of([next(times)]))
     setting = runner.Setting("cpu", torch.float32, ("full",), 1.0, LIMITS)
     pairs = runner.chosen(["fused_linear_cross_entropy"], ["mean"], "cpu")
     ours, eager = runner.measure_here(pairs, ["ours", "eager"], setting, None)
-    assert (ours["provider"], ours["ms"], ours["p80"]) == ("ours", 4.0, 4.0)
+    assert (ours["provider"], ours["ms"], ours["p80"]) == ("ours", 5.0, 5.0)
     assert (eager["provider"], eager["ms"]) == ("eager", 2.0)
     flops = pairs[0][1].flops
     assert eager["rate"] == pytest.approx(flops / 2.0 / 1e9, rel=1e-12)
