@@ -156,20 +156,28 @@ def measure_provider(
         yield from ({**key, "mode": mode, "error": _said(error)} for mode in setting.modes)
 
 
-def second_turn(work: Workload, rows: list[Row], bound: dict[str, Any], setting: Setting) -> None:
-    """Time `rows` again, the last one first, and keep the better time: a card at its power limit gets slower and faster
-    by 5 % within minutes, and who runs first would profit."""
+def second_turn(
+    work: Workload, rows: list[Row], bound: dict[str, Any], setting: Setting
+) -> Iterator[Row]:
+    """Time `rows` again, the last one first; those that came out better.
+
+    A card at its power limit gets slower and faster by 5 % within minutes, and who runs first would profit.
+    """
     for row in reversed(rows):
         if row.get("ms") is None:
             continue
-        (call,) = work.calls(bound[row["provider"]], row["mode"])
-        timing = host_inclusive(call, setting.device, setting.budget_ms)
+        try:
+            (call,) = work.calls(bound[row["provider"]], row["mode"])
+            timing = host_inclusive(call, setting.device, setting.budget_ms)
+            del call
+        except Exception as error:
+            print(f"second turn of {line(row)}: {_said(error)}; the first stands", file=sys.stderr)
+            continue
+        finally:
+            _free(setting)
         if timing.ms < row["ms"]:
-            row.update(asdict(timing))
-            if not row.get("gpu_ms"):
-                row.update(_rate(work, row["mode"], timing.ms, setting))
-        del call
-        _free(setting)
+            share = {} if row.get("gpu_ms") else _rate(work, row["mode"], timing.ms, setting)
+            yield {**row, **asdict(timing), **share}
 
 
 def _said(error: Exception) -> str:
@@ -218,7 +226,7 @@ def _free(setting: Setting) -> None:
 def measure_here(
     pairs: Pairs, names: list[str], setting: Setting, label: str | None
 ) -> Iterator[Row]:
-    """The providers of this process, case by case."""
+    """The providers of this process, case by case; a row that comes again replaces the first."""
     for spec, case in pairs:
         try:
             work = Workload(spec, case, setting.dtype, setting.device)
@@ -228,11 +236,12 @@ def measure_here(
         rows: list[Row] = []
         bound: dict[str, Any] = {}
         for name in names:
-            rows += measure_provider(work, name, label or name, setting, bound)
+            for row in measure_provider(work, name, label or name, setting, bound):
+                rows.append(row)
+                yield row
             _free(setting)
         if case.flops:  # what runs at the power limit
-            second_turn(work, rows, bound, setting)
-        yield from rows
+            yield from second_turn(work, rows, bound, setting)
 
 
 def count_launches(pairs: Pairs, rows: list[Row], setting: Setting) -> None:
@@ -375,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
         count_launches(chosen(args.ops, args.case, args.device), rows, setting)
         keep(path, run, rows)
     failed = [row for row in rows if "error" in row and row["provider"] in ("ours", "-")]
-    print(f"{len(rows)} rows in {path}; {len(failed)} failures of ours")
+    kept = {(row["op"], row["case"], row["mode"], row["provider"]) for row in rows}
+    print(f"{len(kept)} rows in {path}; {len(failed)} failures of ours")
     return 1 if failed or not rows else 0
 
 

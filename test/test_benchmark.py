@@ -233,11 +233,32 @@ def test_power_bound_cases_have_a_second_turn_in_the_opposite_order(
     monkeypatch.setattr(runner, "host_inclusive", lambda *_: measure.Timing.of([next(times)]))
     setting = runner.Setting("cpu", torch.float32, ("full",), 1.0, LIMITS)
     pairs = runner.chosen(["fused_linear_cross_entropy"], ["mean"], "cpu")
-    ours, eager = runner.measure_here(pairs, ["ours", "eager"], setting, None)
+    ours, slower, eager = runner.measure_here(pairs, ["ours", "eager"], setting, None)
     assert (ours["provider"], ours["ms"], ours["p80"]) == ("ours", 5.0, 5.0)
+    assert (slower["provider"], slower["ms"]) == ("eager", 3.0)
     assert (eager["provider"], eager["ms"]) == ("eager", 2.0)
     flops = pairs[0][1].flops
     assert eager["rate"] == pytest.approx(flops / 2.0 / 1e9, rel=1e-12)
+
+
+def test_the_better_turn_is_kept_and_a_failing_one_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter((5.0, 3.0, 2.0))  # ours, eager; eager again; then the memory is gone
+
+    def timed(*_: Any) -> measure.Timing:
+        for ms in times:
+            return measure.Timing.of([ms])
+        raise torch.OutOfMemoryError("1 GiB")
+
+    monkeypatch.setattr(runner, "host_inclusive", timed)
+    op = "fused_linear_cross_entropy"
+    code, rows = benchmark(tmp_path, op, "--providers", "ours,eager", "--mode", "full")
+    assert code == 0
+    assert {row["provider"]: row["ms"] for row in rows} == {"ours": 5.0, "eager": 2.0}
+    out, err = capsys.readouterr()
+    assert "2 rows in " in out
+    assert "OutOfMemoryError: 1 GiB; the first stands" in err
 
 
 def test_launches_are_counted_after_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:

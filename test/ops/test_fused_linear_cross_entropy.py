@@ -176,9 +176,8 @@ def test_policy() -> None:
     assert rows(4096, 2304, 256000, needs_dw=False) == 2048
     assert rows(2048, 896, 151936) == 1024  # two chunks, not one
     assert rows(16384, 1024, 151936) == 2048
-    assert (
-        rows(32768, 4096, 256000) == 2048
-    )  # a sum in fp32 wants larger chunks than one in 16 bits
+    # a sum in fp32 wants larger chunks than one in 16 bits
+    assert rows(32768, 4096, 256000) == 2048
     assert rows(32768, 4096, 256000, accum_dtype=torch.bfloat16) == 1024
     assert rows(32768, 1024, 32000) == 4096
     assert rows(2**20, 4096, 128256) == 2048

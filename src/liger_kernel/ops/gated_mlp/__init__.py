@@ -61,25 +61,10 @@ def gated_mlp(
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
         or any(map(is_dtensor, (x, *weights)))
     ):
-        return _composed(x, *weights, *options)
+        return reference.gated_mlp(x, *weights, *options, gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
     product = _Product.apply(implementation("glu", x), (*options, 1.0), nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
-
-
-def _composed(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor | None,
-    down_weight: Tensor,
-    activation: str,
-    gate_multiplier: float,
-) -> Tensor:
-    linear = torch.nn.functional.linear
-    up = None if up_weight is None else linear(x, up_weight)
-    return linear(
-        gated_product(linear(x, gate_weight), up, activation, gate_multiplier), down_weight
-    )
 
 
 class _Product(Op):

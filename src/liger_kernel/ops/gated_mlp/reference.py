@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -15,10 +17,13 @@ def gated_mlp(
     down_weight: Tensor,
     activation: str,
     gate_multiplier: float,
+    product: Callable[..., Tensor] = glu,
 ) -> Tensor:
     """(f(gate_multiplier * x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T, every product rounded as in eager.
 
-    Without `up_weight`, `gate_weight` (2F, H) holds both: the gate in its first half, up in its second.
+    Without `up_weight`, `gate_weight` (2F, H) holds both: the gate in its first half, up in its second. `product` is
+    what computes `f(gate) * up`.
     """
     up = None if up_weight is None else linear(x, up_weight)
-    return linear(glu(linear(x, gate_weight), up, activation, gate_multiplier, 1.0), down_weight)
+    gated = product(linear(x, gate_weight), up, activation, gate_multiplier, 1.0)
+    return linear(gated, down_weight)

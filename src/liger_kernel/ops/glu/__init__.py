@@ -37,15 +37,13 @@ def glu(
     Raises: ValueError for an unknown activation or for shapes, dtypes or devices that differ; TypeError for integers.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    check_floating(gate=gate, up=up)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.ndim == 0:
-        check_floating(gate=gate, up=up)
         raise ValueError(
             f"gate and up must have the same dtype and shape (..., F), got {gate.dtype} {tuple(gate.shape)} and "
             f"{up.dtype} {tuple(up.shape)}; expand or convert one of them."
         )
-    check_floating(gate=gate)
-    if gate.device != up.device:
-        check_same_device(gate=gate, up=up)
+    check_same_device(gate=gate, up=up)
     options = (activation, float(gate_multiplier), float(down_multiplier))
     # Inductor fuses it with its neighbours; for small tensors two C++ ops cost less than one of ours
     if torch.compiler.is_compiling() or (options[1:] == (1.0, 1.0) and host_bound(gate, _SMALL)):

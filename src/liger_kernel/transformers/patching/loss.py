@@ -235,10 +235,8 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     if not stack or stack[-1].model is not model:
         return None  # the pre-hook itself raised
     frame = stack.pop()
-    made, frame.made = (
-        frame.made,
-        [],
-    )  # they refer to the frame: what refers to itself waits for Python's GC
+    # they refer to the frame, and what refers to itself waits for Python's GC
+    made, frame.made = frame.made, []
     if not frame.armed or output is None:
         return None
     state = state_of(model)
