@@ -10,7 +10,7 @@ from torch import Tensor
 
 import liger_kernel.ops.gated_mlp as module
 from liger_kernel.ops.gated_mlp import gated_mlp, reference
-from liger_kernel.ops.glu import glu, glu_packed
+from liger_kernel.ops.glu import gated_product, glu, glu_packed
 
 HIDDEN, FEATURES = 6, 8
 
@@ -109,3 +109,26 @@ def test_small_calls_on_a_gpu_are_plain_pytorch(
     assert (type(y.grad_fn) is type(plain.grad_fn)) == (multiplier == 1)
     if multiplier == 1:
         assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "amp"],
+)
+def test_what_is_composed_takes_the_fused_product(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def product(gate: Tensor, *others: Any) -> Tensor:
+        seen.append(gate.dtype)
+        return gated_product(gate, *others)
+
+    monkeypatch.setattr(module, "gated_product", product)
+    tensors = block()
+    with context():
+        found = gated_mlp(**tensors)
+        plain = reference.gated_mlp(*tensors.values(), "silu", 1.0)
+    assert seen == [found.dtype]
+    assert torch.equal(found, plain)
