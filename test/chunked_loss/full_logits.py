@@ -109,10 +109,16 @@ def evaluate(
 
 
 def draw_sequences(
-    dtype: torch.dtype, batch: int = 4, reference: bool = True, bias: bool = True
+    dtype: torch.dtype,
+    batch: int = 4,
+    reference: bool = True,
+    bias: bool = True,
+    sizes: tuple[int, int, int] = (7, 16, 37),
 ) -> Callable[[int], dict[str, Any]]:
-    """hidden (B, T, H), weight, target with ignored tokens, bias, and a reference model near the policy."""
-    length, width, classes = 7, 16, 37
+    """hidden (B, T, H), weight, target with ignored tokens, bias, and a reference model near the policy.
+
+    sizes: T, H and V."""
+    length, width, classes = sizes
 
     def draw(seed: int) -> dict[str, Any]:
         g = torch.Generator().manual_seed(seed)

@@ -23,8 +23,10 @@ ALL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def draw_policy(dtype: torch.dtype, vllm: str | None = None) -> Any:
-    sequences = draw_sequences(dtype, batch=4)
+def draw_policy(
+    dtype: torch.dtype, vllm: str | None = None, sizes: tuple[int, int, int] = (7, 16, 37)
+) -> Any:
+    sequences = draw_sequences(dtype, batch=4, sizes=sizes)
 
     def draw(seed: int) -> Any:
         i: dict[str, Any] = dict(sequences(seed))

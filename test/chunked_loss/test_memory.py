@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from liger_kernel import chunked_loss
 from liger_kernel.chunked_loss import functional
 
-B, T, H, V = 4, 256, 8, 300
+B, T, H, V = 8, 256, 8, 300
 PAIRED = ("CPO", "DPO", "ORPO", "SimPO")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -109,11 +110,13 @@ def test_label_out_of_range_gives_nan(step: object) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_classes_masked_with_the_lowest_number(dtype: torch.dtype) -> None:
-    """As HF masks them, and so many at the start of the row that the first block of the kernel holds nothing else."""
+    """As HF masks them, and so many at the start of the row that the first block of the kernel holds nothing else.
+    In the third row that is all of them: as likely as each other."""
     make = Make(dtype, DEVICE)
-    logits = make.randn(2, 65_600, scale=3)
+    logits = make.randn(3, 65_600, scale=3)
     logits[:, :65_536] = torch.finfo(dtype).min
-    target = torch.tensor([65_540, 65_599], device=DEVICE)
+    logits[2] = torch.finfo(dtype).min
+    target = torch.tensor([65_540, 65_599, 7], device=DEVICE)
 
     def run(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         leaf = x.detach().requires_grad_()
@@ -123,6 +126,7 @@ def test_classes_masked_with_the_lowest_number(dtype: torch.dtype) -> None:
 
     low = run(lambda x, y: reference.cross_entropy(x, y)[0], logits)
     high = run(lambda x, y: reference.cross_entropy(x, y)[0], logits.double())
+    assert high[0] > math.log(65_600) / 3
     for name, *found in zip(("loss", "logits"), run(cross_entropy, logits), high, low, strict=True):
         assert_no_worse(name, *found)
 

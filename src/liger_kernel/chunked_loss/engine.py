@@ -6,13 +6,28 @@ matrix products and computes the gradients of exactly what asks for one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.ops.cross_entropy import refuse_second_backward
+from liger_kernel.ops.cross_entropy.rows import Options
+from liger_kernel.ops.fused_linear_cross_entropy import (
+    check_labels,
+    check_tensors,
+    compute_dtype,
+    fused_linear_cross_entropy,
+    loop,
+)
+from liger_kernel.ops.fused_linear_cross_entropy.units import Units
 
 #: (hidden, weight, bias) of a frozen reference model
 Reference = tuple[Tensor, Tensor, Tensor | None]
+#: the log-probabilities of all tokens (B, T) -> the loss, and what is returned beside it, without gradient
+LossOfLogps = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
 def token_logps(
@@ -27,9 +42,7 @@ def token_logps(
 
     hidden: (B, T, H). weight: (V, H). target: (B, T). bias: (V,). Returns (B, T), at least fp32.
     """
-    if temperature != 1.0:
-        hidden = hidden / temperature
-        bias = None if bias is None else bias / temperature
+    hidden, bias = _cooled(hidden, bias, temperature)
     loss = fused_linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -40,6 +53,118 @@ def token_logps(
     )[0]
     assert loss is not None
     return -loss.view(target.shape)
+
+
+def _cooled(
+    hidden: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    if temperature == 1.0:
+        return hidden, bias
+    return hidden / temperature, None if bias is None else bias / temperature
+
+
+def loss_of_logps(
+    loss_fn: LossOfLogps,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    *,
+    unit: int,
+    order: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`loss_fn` of the `token_logps` of these arguments, with the logits made once where that is possible.
+
+    The loss must be a sum over units of `unit` tokens each, no term of which reads the log-probability of a token of
+    another unit; `order` (B * T,) lists the tokens unit by unit, None: they are so already. `loss_fn` is called for
+    every chunk, with arbitrary numbers for the tokens of others. What it gives beside the loss has no gradient.
+
+    The logits are made a second time, in backward, where a unit exceeds two chunks (`loop.ChunkPolicy`), under
+    torch.compile, and in float16, whose gradient scaler would come too late.
+    """
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    if any(needs) and not torch.compiler.is_compiling():
+        x, b = _cooled(hidden, bias, temperature)
+        x = x.reshape(-1, x.shape[-1])
+        labels = target.reshape(-1)
+        check_tensors(x, weight, labels, b)
+        dtype = compute_dtype(x, weight)
+        settings = loop.Settings(
+            Options(ignore_index, reduction="none"), False, False, False, dtype, None, None, None
+        )
+        rows = loop.POLICY.rows(max(1, labels.numel()), weight, settings, needs[1])
+        if dtype != torch.float16 and unit <= 2 * rows:
+            check_labels(labels, weight.shape[0], ignore_index)
+            loss, *found = _OneWalk.apply(
+                x, weight, b, labels, target.shape, settings, loss_fn, unit, order
+            )
+            return loss, tuple(found)
+    loss, found = loss_fn(token_logps(hidden, weight, target, bias, ignore_index, temperature))
+    return loss, tuple(t.detach() for t in found)
+
+
+class _OneWalk(torch.autograd.Function):
+    """As the fused loss: the gradients are made in forward, and one backward hands them out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        shape: torch.Size,
+        settings: loop.Settings,
+        loss_fn: LossOfLogps,
+        unit: int,
+        order: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ignored = target == settings.options.ignore_index
+        wide = torch.promote_types(settings.dtype, torch.float32)
+        # a log-probability at which every loss is smooth: that of 0 is a singular point of the odds ratio
+        others = torch.full(target.shape, -1.0, dtype=wide, device=target.device)
+        others.masked_fill_(ignored, 0.0)
+
+        def row_scale(losses: Tensor, where: slice | Tensor) -> Tensor:
+            """-d loss / d log-probability of these tokens."""
+            logps = others.clone()
+            logps[where] = -losses
+            leaf = logps.view(shape).requires_grad_()
+            with torch.enable_grad():
+                loss = loss_fn(leaf)[0]
+                (grad,) = torch.autograd.grad(loss, leaf)
+            return -grad.reshape(-1)[where]
+
+        (losses, *_), grads = loop.run(
+            hidden,
+            weight,
+            bias,
+            target,
+            None,
+            settings,
+            ctx.needs_input_grad[:3],
+            Units(unit, order, row_scale),
+        )
+        loss, found = loss_fn(-losses.view(shape))
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        return loss, *found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 9
+        refuse_second_backward(ctx, "this loss")
+        found = ctx.saved_tensors
+        loop.scale_(found, grads[0])
+        return *found, *(None,) * 6
 
 
 @torch.no_grad()

@@ -27,14 +27,22 @@ class LigerFusedLinearPPOBase:
         attention_mask: Tensor, num_items_in_batch: Tensor | float | None = None
     ) -> Tensor:
         """Tokens per rank, at least 1: `num_items_in_batch` counts those of all ranks, else the masks are added up."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if num_items_in_batch is not None:
+        if num_items_in_batch is None:
+            total = LigerFusedLinearPPOBase._tokens_of_all_ranks(attention_mask)
+        else:
             total = torch.as_tensor(
                 num_items_in_batch, dtype=torch.float32, device=attention_mask.device
             )
-        else:
-            total = attention_mask.sum(dtype=torch.float32)
-            if distributed:
-                torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM)
-        world = torch.distributed.get_world_size() if distributed else 1
+        world = torch.distributed.get_world_size() if _distributed() else 1
         return (total / world).clamp(min=1.0)
+
+    @staticmethod
+    def _tokens_of_all_ranks(attention_mask: Tensor) -> Tensor:
+        total = attention_mask.sum(dtype=torch.float32)
+        if _distributed():
+            torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM)
+        return total
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

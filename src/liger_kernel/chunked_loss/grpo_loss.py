@@ -12,8 +12,8 @@ from torch import Tensor
 from liger_kernel.chunked_loss.engine import (
     check_chunk_size,
     check_sequences,
+    loss_of_logps,
     reference_token_logps,
-    token_logps,
 )
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.policy import (
@@ -176,19 +176,26 @@ def _grpo(
             ref_logps = reference_token_logps(
                 (ref_input, ref_weight, ref_bias), token_ids, OUTSIDE, temperature
             )
-    logps = token_logps(hidden, weight, token_ids, bias, OUTSIDE, temperature)
-    loss, metrics = policy_loss(
-        policy,
-        logps,
-        mask,
-        advantages,
-        mask,
-        None if ref_logps is None else ref_logps.detach(),
-        None if old_logps is None else old_logps.detach(),
-        ratio,
-        num_items_in_batch,
-    )
-    return loss, tuple(metrics)
+    if num_items_in_batch is None and policy.per_token_of_all_ranks:
+        num_items_in_batch = LigerFusedLinearPPOBase._tokens_of_all_ranks(
+            mask
+        )  # once, not per chunk
+
+    def of_logps(logps: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return policy_loss(
+            policy,
+            logps,
+            mask,
+            advantages,
+            mask,
+            None if ref_logps is None else ref_logps.detach(),
+            None if old_logps is None else old_logps.detach(),
+            ratio,
+            num_items_in_batch,
+        )
+
+    unit = length if policy.reads_sequences else 1
+    return loss_of_logps(of_logps, hidden, weight, token_ids, bias, OUTSIDE, temperature, unit=unit)
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):

@@ -9,11 +9,11 @@ from torch import Tensor
 from liger_kernel.chunked_loss.engine import (
     check_chunk_size,
     check_sequences,
+    loss_of_logps,
     reference_of,
     reference_token_logps,
     sequence_logit_sums,
     sequence_logps,
-    token_logps,
 )
 from liger_kernel.chunked_loss.preference import LossAndMetrics
 
@@ -49,25 +49,30 @@ class LigerFusedLinearKTOFunction:
             )
         reference = reference_of(use_ref_model, ref_input, ref_weight, ref_bias)
         labelled = target != ignore_index
-        tokens = token_logps(_input, weight, target, bias, ignore_index)
-        logps = sequence_logps(tokens, labelled, average_log_prob)
-        ratio = logps
+        ref_logps = None
         if reference is not None:
             ref_tokens = reference_token_logps(reference, target, ignore_index)
-            ratio = logps - sequence_logps(ref_tokens, labelled, average_log_prob)
-
+            ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
         desirable = preference_labels.bool()
-        margin = beta * (ratio if kl is None else ratio - kl.detach())
-        losses = torch.where(desirable, -margin, margin).sigmoid()  # 1 - sigmoid(+-margin)
-        loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
-        with torch.no_grad():
-            logits = sequence_logit_sums(_input, weight, bias)
-            metrics = [
-                values.masked_fill(~side, 0.0).sum()
-                for values in (logps, logits, beta * ratio)
-                for side in (desirable, ~desirable)
-            ]
-        return loss, tuple(metrics)
+
+        def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+            logps = sequence_logps(tokens, labelled, average_log_prob)
+            ratio = logps if ref_logps is None else logps - ref_logps
+            margin = beta * (ratio if kl is None else ratio - kl.detach())
+            losses = torch.where(desirable, -margin, margin).sigmoid()  # 1 - sigmoid(+-margin)
+            loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
+            return loss, [logps, beta * ratio]
+
+        loss, (logps, rewards) = loss_of_logps(
+            of_logps, _input, weight, target, bias, ignore_index, unit=target.shape[1]
+        )
+        logits = sequence_logit_sums(_input, weight, bias)
+        metrics = tuple(
+            values.masked_fill(~side, 0.0).sum()
+            for values in (logps, logits, rewards)
+            for side in (desirable, ~desirable)
+        )
+        return loss, metrics
 
 
 class LigerFusedLinearKTOLoss(nn.Module):

@@ -58,6 +58,16 @@ class Policy:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
 
+    @property
+    def reads_sequences(self) -> bool:
+        """Whether the loss of a token reads the log-probabilities of others: those of its sequence."""
+        return self.importance_sampling_level == "sequence" or self.loss_type == "vespo"
+
+    @property
+    def per_token_of_all_ranks(self) -> bool:
+        """Whether the loss is divided by the number of tokens in the batches of all ranks."""
+        return self.loss_type in ("dapo", "cispo", "vespo")
+
     def check_length(self) -> None:
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from liger_kernel.chunked_loss.engine import (
     Reference,
     check_sequences,
+    loss_of_logps,
     reference_token_logps,
     sequence_logit_sums,
     sequence_logps,
@@ -61,37 +62,43 @@ def paired_loss(
         )
     pairs = batch // 2
     labelled = target != ignore_index
-    tokens = token_logps(hidden, weight, target, bias, ignore_index)
-    logps = sequence_logps(tokens, labelled, average_log_prob)
-    if reference is None:
-        ref_logps = torch.zeros_like(logps)
-    else:
+    ref_logps = hidden.new_zeros(batch, dtype=torch.float32)
+    if reference is not None:
         ref_tokens = reference_token_logps(reference, target, ignore_index)
         ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
-
     has_labels = labelled.any(1)
     compares = has_labels[:pairs] & has_labels[pairs:]
-    # log-probability 0 is a singular point of the odds ratio; its NaN would come back through `where`
-    sides = [
-        side.masked_fill(~compares, -1.0)
-        for both in (logps, ref_logps)
-        for side in (both[:pairs], both[pairs:])
-    ]
-    losses, *metrics = (found.masked_fill(~compares, 0.0) for found in pair_loss(*sides))
-    loss = losses.sum() / max(pairs, 1)
+    n_chosen = labelled[:pairs].sum().clamp(min=1)
 
-    nll_loss = torch.zeros_like(loss)
-    if compute_nll_loss:
-        labels = target if nll_target is None else nll_target
-        chosen = tokens[:pairs]
-        if nll_target is not None:
-            chosen = token_logps(hidden[:pairs], weight, nll_target[:pairs], bias, ignore_index)
-        nll_loss = -chosen.sum() / (labels[:pairs] != ignore_index).sum().clamp(min=1)
+    def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logps = sequence_logps(tokens, labelled, average_log_prob)
+        # log-probability 0 is a singular point of the odds ratio; its NaN would come back through `where`
+        sides = [
+            side.masked_fill(~compares, -1.0)
+            for both in (logps, ref_logps.to(logps.dtype))
+            for side in (both[:pairs], both[pairs:])
+        ]
+        losses, *metrics = (found.masked_fill(~compares, 0.0) for found in pair_loss(*sides))
+        loss = losses.sum() / max(pairs, 1)
+        nll_loss = torch.zeros_like(loss)
+        if compute_nll_loss and nll_target is None:
+            nll_loss = -tokens[:pairs].sum() / n_chosen
+            loss = loss + alpha * nll_loss
+        return loss, [logps[:pairs], logps[pairs:], nll_loss, *metrics]
+
+    rows = torch.arange(batch * length, device=target.device)
+    by_pair = rows.view(2, pairs, length).transpose(0, 1).reshape(-1)
+    loss, (chosen, rejected, nll_loss, *metrics) = loss_of_logps(
+        of_logps, hidden, weight, target, bias, ignore_index, unit=2 * length, order=by_pair
+    )
+    if compute_nll_loss and nll_target is not None:
+        labels = nll_target[:pairs]
+        tokens = token_logps(hidden[:pairs], weight, labels, bias, ignore_index)
+        nll_loss = -tokens.sum() / (labels != ignore_index).sum().clamp(min=1)
         loss = loss + alpha * nll_loss
-
     sums = sequence_logit_sums(hidden, weight, bias) / max(pairs * length * weight.shape[0], 1)
-    found = (logps[:pairs], logps[pairs:], sums[:pairs].sum(), sums[pairs:].sum(), nll_loss)
-    return loss, tuple(t.detach() for t in (*found, *metrics))
+    means = sums[:pairs].sum(), sums[pairs:].sum()
+    return loss, (chosen, rejected, *means, nll_loss.detach(), *metrics)
 
 
 def smoothed_sigmoid_loss(margin: Tensor, label_smoothing: float) -> Tensor:

@@ -53,13 +53,15 @@ def cross_entropy(
     Raises: ValueError and TypeError for arguments that do not fit; IndexError for a label out of range on the CPU.
         Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss and in the gradient.
     """
-    check_loss_arguments(target, weight, label_smoothing, reduction, softcap, logits.shape[-1])
-    check_floating(logits=logits)
+    check_loss_options(label_smoothing, reduction, softcap)
+    check_floating(logits=logits, weight=weight)
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
             f"logits have shape {tuple(logits.shape)} and target {tuple(target.shape)}, not (N, V) and (N,); "
             f"flatten them with .view(-1, V) and .view(-1)."
         )
+    check_last_dim("weight", weight, logits.shape[1], "the logits")
+    check_class_indices(target)
     check_same_device(logits=logits, target=target, weight=weight)
     options = (
         ignore_index,
@@ -93,7 +95,7 @@ class _CrossEntropy(Op):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is not None and ctx.of_forward[1][3] != "none":
-            refuse_second_backward(ctx, "cross_entropy")
+            refuse_second_backward(ctx, "cross_entropy", NONE_RECOMPUTES)
         return Op.backward(ctx, *grads)
 
 
@@ -102,12 +104,15 @@ def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def refuse_second_backward(ctx: Any, name: str) -> None:
+NONE_RECOMPUTES = ', or use reduction="none", whose backward recomputes'
+
+
+def refuse_second_backward(ctx: Any, name: str, way_out: str = "") -> None:
     """The gradient made in forward is scaled in place and handed out: there is only one of it."""
     if getattr(ctx, "spent", False):
         raise RuntimeError(
             f"A second backward through {name}: its gradient was computed in forward and handed out by the first one. "
-            f'Call {name} again, or use reduction="none", whose backward recomputes.'
+            f"Call {name} again{way_out}."
         )
     ctx.spent = True
 
@@ -120,19 +125,7 @@ def check_loss_options(label_smoothing: float, reduction: str, softcap: float | 
         raise ValueError(f"softcap={softcap} is not above 0.0; pass None for no soft-cap.")
 
 
-def check_loss_arguments(
-    target: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    softcap: float | None,
-    n_classes: int,
-    weight_name: str = "weight",
-) -> None:
-    """What every cross entropy checks; `weight` are its class weights."""
-    check_loss_options(label_smoothing, reduction, softcap)
-    check_last_dim(weight_name, weight, n_classes, "the logits")
-    check_floating(**{weight_name: weight})
+def check_class_indices(target: Tensor) -> None:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target has dtype {target.dtype}; pass class indices of an integer dtype.")
 

@@ -44,11 +44,13 @@ def terms(
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(~in_range, torch.nan)
     w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)
     w_y = w[label]
-    loss = w_y * (lse - x_y)
+    top = x.detach().amax(-1)
+    # lse - x_y would lose log V beside a large top
+    loss = w_y * ((x - top[:, None]).logsumexp(-1) - (x_y - top))
     if label_smoothing:
         smooth = lse * w.sum() - (x * w).sum(-1)
         loss = (1 - label_smoothing) * loss + label_smoothing / n_classes * smooth
-    z = lse_square_scale * lse.square()
+    z = lse_square_scale * lse.square() if lse_square_scale else torch.zeros_like(lse)
     count = valid.sum()
     if reduction == "mean":
         total = count if weight is None else w_y.masked_fill(~valid, 0).sum()

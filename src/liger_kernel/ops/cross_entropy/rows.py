@@ -120,7 +120,11 @@ def step(
     if o.softcap is not None:
         tanh = torch.tanh(x / o.softcap)
         x = o.softcap * tanh
-    lse = x.logsumexp(-1)
+    top = x.amax(-1)
+    exp = (x - top[:, None]).exp_()
+    total = exp.sum(-1)
+    log_total = total.log()
+    lse = top + log_total
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
     w = None if weight is None else weight.to(x.dtype)
@@ -130,7 +134,9 @@ def step(
         if w is None
         else (1 - o.label_smoothing) * w[label]
     )
-    slope, loss, z = hit, hit * (lse - x_y), o.lse_square_scale * lse.square()
+    # lse - x_y would lose log_total beside a large top
+    slope, loss = hit, hit * (log_total - (x_y - top))
+    z = o.lse_square_scale * lse.square() if o.lse_square_scale else torch.zeros_like(lse)
     smooth = o.label_smoothing / n_classes
     if smooth:
         weight_all = n_classes if totals.weight_all is None else totals.weight_all
@@ -144,9 +150,7 @@ def step(
         z, z_slope = z / totals.count, z_slope / totals.count
     loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
     if o.token_scaling:
-        probability = (
-            x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
-        )
+        probability = (x_y - top).exp() / total
         loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
         factor = factor * probability
 
@@ -161,7 +165,7 @@ def step(
             out.predicted.copy_(best)
     if grad is None:
         return
-    g = x.softmax(-1).mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
+    g = exp.mul_((slope / total).masked_fill_(out_of_range, torch.nan)[:, None])
     if smooth:
         g -= (smooth * factor)[:, None] * (1 if w is None else w)
     g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])

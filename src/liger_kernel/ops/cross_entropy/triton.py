@@ -167,7 +167,7 @@ def _cross_entropy(
     if HAS_WEIGHT:
         hit *= tl.load(weight_ptr + label).to(tl.float32)
     slope = hit
-    loss = hit * (lse - x_y)
+    loss = hit * (tl.log(total) - (x_y - top))  # lse - x_y would lose log(total) beside a large top
     share = 0.0
     if HAS_SMOOTHING:
         share = label_smoothing / n_cols

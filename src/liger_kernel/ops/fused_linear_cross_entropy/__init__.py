@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
 from liger_kernel.ops.cross_entropy import (
+    NONE_RECOMPUTES,
+    check_class_indices,
     check_labels,
-    check_loss_arguments,
+    check_loss_options,
     only_loss_has_gradient,
     refuse_second_backward,
 )
@@ -64,15 +66,8 @@ def fused_linear_cross_entropy(
     out; with "none" backward runs the loop again.
     Raises: as `cross_entropy`; TypeError if hidden and weight differ in dtype; ValueError for a chunk below one row.
     """
-    check_floating(hidden=hidden, weight=weight, bias=bias)
-    _check_shapes(hidden, weight, target)
-    check_last_dim("bias", bias, weight.shape[0], "the logits")
-    check_loss_arguments(
-        target, class_weight, label_smoothing, reduction, softcap, weight.shape[0], "class_weight"
-    )
-    check_same_device(
-        hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight
-    )
+    check_tensors(hidden, weight, target, bias, class_weight)
+    check_loss_options(label_smoothing, reduction, softcap)
     _check_chunking(chunk_size, memory_budget, accum_dtype)
     check_label_count(label_count, target.numel(), ignore_index)
     settings = loop.Settings(
@@ -82,7 +77,7 @@ def fused_linear_cross_entropy(
         return_z_loss,
         return_token_accuracy,
         return_predicted_tokens,
-        _compute_dtype(hidden, weight),
+        compute_dtype(hidden, weight),
         accum_dtype,
         chunk_size,
         memory_budget,
@@ -143,7 +138,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 needs=ctx.needs_input_grad[:3],
             )[4:]
         else:
-            refuse_second_backward(ctx, "fused_linear_cross_entropy")
+            refuse_second_backward(ctx, "fused_linear_cross_entropy", NONE_RECOMPUTES)
             found = fused_linear_cross_entropy_backward(grads[0], *ctx.saved_tensors)
         return (*found, None, None, None)
 
@@ -194,7 +189,7 @@ def fused_linear_cross_entropy_forward(
             return_z_loss,
             return_token_accuracy,
             return_predicted_tokens,
-            _compute_dtype(_input, weight),
+            compute_dtype(_input, weight),
             accum_dtype,
             None,
             _legacy_budget(_input, weight, chunk_mem_const),
@@ -292,7 +287,7 @@ def _check_legacy(ce_impl: str | None, ce_mode: str | None) -> None:
         )
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
@@ -304,7 +299,14 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+def check_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None = None,
+) -> None:
+    check_floating(hidden=hidden, weight=weight, bias=bias, class_weight=class_weight)
     if hidden.ndim != 2 or target.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and target {tuple(target.shape)}, not (N, H) and (N,); "
@@ -315,6 +317,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
             f"weight has shape {tuple(weight.shape)}, but hidden states are {hidden.shape[1]} wide; "
             f"pass a weight of shape (V, {hidden.shape[1]})."
         )
+    check_last_dim("bias", bias, weight.shape[0], "the logits")
+    check_last_dim("class_weight", class_weight, weight.shape[0], "the logits")
+    check_class_indices(target)
+    check_same_device(
+        hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight
+    )
 
 
 def _check_chunking(

@@ -14,7 +14,8 @@ from liger_kernel._core.launch import cdiv
 from liger_kernel.backends import implementation
 from liger_kernel.ops.cross_entropy import rows as plain
 from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
-from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount, kept_rows
+from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
+from liger_kernel.ops.fused_linear_cross_entropy.units import Units, chunks, rows_to_walk
 
 MIB = 2**20
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -33,6 +34,11 @@ class Settings:
     chunk_size: int | None
     memory_budget: int | None
     label_count: LabelCount | int | None = None
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Of the outputs beside the loss."""
+        return self.return_z_loss, self.return_token_accuracy, self.return_predicted_tokens
 
 
 @dataclass(frozen=True)
@@ -173,54 +179,54 @@ def run(
     class_weight: Tensor | None,
     settings: Settings,
     needs: Sequence[bool],
-    row_scale: Tensor | None = None,
+    row_scale: Tensor | Units | None = None,
 ) -> tuple[Outputs, Gradients]:
     """Loss terms of `hidden @ weight.T + bias`, and the gradients of sum(loss * row_scale) that `needs` asks for.
 
-    hidden (N, H), weight (V, H), bias (V,), target (N,), class_weight (V,), row_scale (N,). The gradients are those of
-    hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
+    hidden (N, H), weight (V, H), bias (V,), target (N,), class_weight (V,), row_scale (N,), or what makes it of the
+    losses. The gradients are those of hidden, weight and bias, in their dtypes. Rows with an ignored label are left out
+    where their number is known.
     """
     target = target.to(torch.int64).contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
+    units = row_scale if isinstance(row_scale, Units) else None
     # `.sum().backward()` hands an expanded scalar to backward
-    row_scale = None if row_scale is None else row_scale.contiguous()
+    row_scale = row_scale.contiguous() if isinstance(row_scale, Tensor) else None
     step = getattr(implementation("cross_entropy", hidden), "step", plain.step)
     needs_dx, needs_dw, needs_db = needs
     dtype, options = settings.dtype, settings.options
     totals = Totals.of(target, class_weight, options, settings.return_token_accuracy)
-    kept = kept_rows(target, options.ignore_index, settings.label_count)
+    kept, sizes = rows_to_walk(target, options.ignore_index, settings.label_count, units)
     if kept is not None:
         target = target[kept]
         row_scale = None if row_scale is None else row_scale[kept]
     n_rows, n_classes = target.shape[0], weight.shape[0]
-    rows = POLICY.rows(n_rows, weight, settings, needs_dw)
+    walk = chunks(n_rows, POLICY.rows(n_rows, weight, settings, needs_dw), sizes)
 
-    out = Rows.empty(
-        target,
-        torch.promote_types(dtype, torch.float32),
-        settings.return_z_loss,
-        settings.return_token_accuracy,
-        settings.return_predicted_tokens,
-    )
+    out = Rows.empty(target, torch.promote_types(dtype, torch.float32), *settings.wanted)
     new_dx = torch.empty if kept is None else torch.zeros
     dx = new_dx(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_dx else None
-    dw = WeightGradient(weight, cdiv(n_rows, rows), settings.accum_dtype) if needs_dw else None
+    dw = WeightGradient(weight, len(walk), settings.accum_dtype) if needs_dw else None
     db = torch.zeros(n_classes, dtype=out.loss.dtype, device=hidden.device) if needs_db else None
 
     unit = None
-    if row_scale is None and any(needs) and (dw is None or dw.takes_large(dtype)):
+    if units is None and row_scale is None and any(needs) and (dw is None or dw.takes_large(dtype)):
         unit = plain.gradient_unit(dtype, options, totals, hidden.device)
         row_scale = None if unit is None else unit.expand(n_rows).contiguous()
 
     w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
-    slab = torch.empty(min(rows, n_rows), n_classes, dtype=dtype, device=hidden.device)
+    most = max((at.stop - at.start for at in walk), default=0)
+    slab = torch.empty(most, n_classes, dtype=dtype, device=hidden.device)
 
     def chunk(at: slice, logits: Tensor) -> None:
         where = at if kept is None else kept[at]
         x = hidden[where].to(dtype)
         _project(x, w, b, logits)
         scale = None if row_scale is None else row_scale[at]
+        if units is not None:
+            step(logits, target[at], class_weight, totals, options, out[at])
+            scale = units.row_scale(out.loss[at], where)
         dlogits = logits if any(needs) else None  # from here on the slab holds its own gradient
         step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
         if dx is not None:
@@ -231,9 +237,8 @@ def run(
             db.add_(logits.sum(0, dtype=db.dtype))
 
     with _no_autocast(hidden.device.type):
-        for start in range(0, n_rows, rows):
-            at = slice(start, min(start + rows, n_rows))
-            chunk(at, slab[: at.stop - start])
+        for at in walk:
+            chunk(at, slab[: at.stop - at.start])
     del slab  # its memory serves the rounding of dw
     grads = (
         dx,
