@@ -62,6 +62,7 @@ bench-all: $(READY)
 	$(RUN) benchmark/run.py --peer-site $(PEERS) $(ARGS)
 	$(RUN) benchmark/run.py fused_linear_cross_entropy --sweep --mode full --peer-site $(PEERS) $(ARGS)
 	$(RUN) benchmark/e2e.py --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
+	$(RUN) benchmark/chunked.py --modes ours,eager,incumbent --peer-site $(PEERS)
 	$(RUN) benchmark/host.py
 	results=$$($(RUN) benchmark/results.py) && $(RUN) benchmark/tables.py $$results README.md docs/performance.md && $(RUN) benchmark/plots.py $$results
 

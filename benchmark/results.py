@@ -1,6 +1,6 @@
 """The file of results: `benchmark/results/<gpu>.json`.
 
-    {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...], "host": [row, ...]}
+    {"gpu": ..., "runs": {id: where and when}, "ops": [row, ...], "e2e": [row, ...], ...}
 
 A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
 
@@ -28,6 +28,7 @@ KEYS = {
     "ops": ("op", "case", "dtype", "provider", "mode"),
     "e2e": ("shape", "seq", "batch", "checkpointing", "ignored", "mode"),
     "host": ("op", "case", "provider"),
+    "chunked": ("loss", "case", "mode"),
 }
 Row = dict[str, Any]
 

@@ -4,7 +4,7 @@
     python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
-`head` (time and memory of the fused loss, without the sweep) or the name of an op.
+`chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -158,6 +158,35 @@ def host_table(content: dict[str, Any]) -> str:
     return "\n\n".join([markdown(["op", "case", *columns], body), provenance(content, "host")])
 
 
+def chunked_table(content: dict[str, Any]) -> str:
+    """Forward and backward of the losses on log-probabilities."""
+    rows = content["chunked"]
+    cells = {(row["loss"], row["case"], row["mode"]): row for row in rows}
+    modes = [m for m in ("ours", "eager", "incumbent") if any(row["mode"] == m for row in rows)]
+
+    def cell(row: Row | None, fastest: float | None) -> str:
+        if row is None or "ms" not in row:
+            return "" if row is None else "fails"
+        text = f"{row['ms']:.1f} ms"
+        memory = f" / {row['peak_mb']:,.0f} MB" if "peak_mb" in row else ""
+        mark = "†" if "compared" in row else ""
+        return (f"**{text}**" if row["ms"] == fastest else text) + memory + mark
+
+    body = []
+    for loss, case in sorted({key[:2] for key in cells}):
+        line = [cells.get((loss, case, mode)) for mode in modes]
+        fastest = min((row["ms"] for row in line if row and "ms" in row), default=None)
+        ours = cells.get((loss, case, "ours")) or {}
+        rate = f"{ours['tflop_s']:.0f} TFLOP/s" if "tflop_s" in ours else ""
+        body.append([f"{loss} {case}", *(cell(row, fastest) for row in line), rate])
+    if not body:
+        return "No results."
+    table = markdown(["loss, B x T x H x V", *modes, "rate of ours"], body)
+    marked = any("compared" in row for row in rows)
+    note = ["† less exact than our rule allows, on a small shape."] if marked else []
+    return "\n\n".join([table, *note, provenance(content, "chunked")])
+
+
 def provenance(content: dict[str, Any], kind: str) -> str:
     """Where, when and with what: a line per commit and versions that the tables draw on."""
     used = {row["run"] for row in content[kind]}
@@ -189,7 +218,12 @@ def filled(text: str, content: dict[str, Any]) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind = match["kind"]
-        whole = {"e2e": e2e_table, "head": head_table, "host": host_table}
+        whole = {
+            "e2e": e2e_table,
+            "head": head_table,
+            "host": host_table,
+            "chunked": chunked_table,
+        }
         if kind in whole:
             made = whole[kind](content)
         else:
@@ -206,7 +240,8 @@ def main(argv: list[str]) -> int:
         return 2
     content = load(Path(argv[0]))
     if len(argv) == 1:
-        print(ops_tables(content), e2e_table(content), host_table(content), sep="\n\n")
+        parts = ops_tables(content), e2e_table(content), chunked_table(content), host_table(content)
+        print(*parts, sep="\n\n")
     for name in argv[1:]:
         path = Path(name)
         before = path.read_text()

@@ -17,6 +17,7 @@ from liger_kernel.testing import OpSpec
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
+import chunked  # noqa: E402
 import e2e  # noqa: E402
 import host  # noqa: E402
 import measure  # noqa: E402
@@ -384,3 +385,26 @@ def test_runs_of_one_commit_share_a_line() -> None:
     assert line.endswith(
         "commit cccccccccc, 2026-01-01 and 2026-01-02 UTC; copy 10 GB/s; matrix product 7 TFLOP/s."
     )
+
+
+def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path)]
+    assert chunked.main(command) == 0
+    content = json.loads(path.read_text())
+    found = {(row["loss"], row["mode"]): row for row in content["chunked"]}
+    assert set(found) == {(loss, mode) for loss in chunked.LOSSES for mode in ("ours", "eager")}
+    assert all(row["ms"] > 0 for row in found.values())
+    assert not any("package" in row for row in found.values())
+    found["dpo", "eager"].update(ms=1e6, peak_mb=1234.5, compared="worse: dW")
+    table = tables.filled("<!-- benchmark:chunked -->\n<!-- /benchmark:chunked -->", content)
+    assert "| dpo tiny | **" in table
+    assert " | 1000000.0 ms / 1,234 MB† | " in table
+    with pytest.raises(SystemExit):
+        chunked.main([*command, "--modes", "incumbent"])
+
+
+def test_a_wrong_loss_is_found() -> None:
+    loss = chunked.LOSSES["dpo"]
+    assert chunked.wrong(loss, loss.eager, "cpu") is None
+    assert "loss is off" in chunked.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu")
