@@ -141,6 +141,7 @@ def worker(args: argparse.Namespace) -> None:
                 if args.modes == "ours":
                     raise ArithmeticError(reason)
                 row["compared"] = f"worse: {reason}"
+            torch._dynamo.reset()  # or the incumbent compiles for any shape, and fails
             given = inputs(SHAPES[args.shape], args.device, torch.bfloat16)
 
             def call(
