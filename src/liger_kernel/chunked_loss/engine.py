@@ -88,7 +88,7 @@ def loss_of_logps(
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    if any(needs) and not torch.compiler.is_compiling():
+    if any(needs) and target.numel() and not torch.compiler.is_compiling():
         x, b = _cooled(hidden, bias, temperature)
         x = x.reshape(-1, x.shape[-1])
         labels = target.reshape(-1)
@@ -97,7 +97,7 @@ def loss_of_logps(
         settings = loop.Settings(
             Options(ignore_index, reduction="none"), False, False, False, dtype, None, None, None
         )
-        rows = loop.POLICY.rows(max(1, labels.numel()), weight, settings, needs[1])
+        rows = loop.POLICY.rows(labels.numel(), weight, settings, needs[1])
         if dtype != torch.float16 and unit <= 2 * rows:
             check_labels(labels, weight.shape[0], ignore_index)
             loss, *found = _OneWalk.apply(
