@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liger_kernel.ops.cross_entropy.rows import FAR
+
 Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -40,17 +42,20 @@ def terms(
     x = x.masked_fill(~valid[:, None], 0)  # an ignored row counts for nothing, whatever it holds
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
+    top = x.detach().amax(-1)
+    shift = top.masked_fill(top.abs() < FAR, 0)
+    x = x - shift[:, None]
     lse = x.logsumexp(-1)
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(~in_range, torch.nan)
     w = x.new_ones(n_classes) if weight is None else weight.to(x.dtype)
     w_y = w[label]
-    top = x.detach().amax(-1)
-    # lse - x_y would lose log V beside a large top
-    loss = w_y * ((x - top[:, None]).logsumexp(-1) - (x_y - top))
+    loss = w_y * (lse - x_y)
     if label_smoothing:
         smooth = lse * w.sum() - (x * w).sum(-1)
         loss = (1 - label_smoothing) * loss + label_smoothing / n_classes * smooth
-    z = lse_square_scale * lse.square() if lse_square_scale else torch.zeros_like(lse)
+    z = torch.zeros_like(lse)
+    if lse_square_scale:
+        z = lse_square_scale * (lse + shift).square()
     count = valid.sum()
     if reduction == "mean":
         total = count if weight is None else w_y.masked_fill(~valid, 0).sum()

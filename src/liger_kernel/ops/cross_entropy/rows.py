@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+#: a row whose largest logit is further from 0 is shifted: its logsumexp would lose the logarithm of the sum
+FAR = 2.0**16
 HEADROOM = 64.0  # a row of logit gradients sums to twice that: far from the largest float16, 65504
 
 
@@ -121,10 +123,12 @@ def step(
         tanh = torch.tanh(x / o.softcap)
         x = o.softcap * tanh
     top = x.amax(-1)
-    exp = (x - top[:, None]).exp_()
-    total = exp.sum(-1)
-    log_total = total.log()
-    lse = top + log_total
+    far = top.abs() >= FAR
+    shift = torch.zeros_like(top)
+    if top.device.type != "cpu" or far.any():
+        shift = top.masked_fill(~far, 0)
+        x = x - shift[:, None]
+    lse = x.logsumexp(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
     w = None if weight is None else weight.to(x.dtype)
@@ -134,23 +138,25 @@ def step(
         if w is None
         else (1 - o.label_smoothing) * w[label]
     )
-    # lse - x_y would lose log_total beside a large top
-    slope, loss = hit, hit * (log_total - (x_y - top))
-    z = o.lse_square_scale * lse.square() if o.lse_square_scale else torch.zeros_like(lse)
+    slope, loss, z = hit, hit * (lse - x_y), torch.zeros_like(lse)
+    if o.lse_square_scale:
+        z = o.lse_square_scale * (lse + shift).square()
     smooth = o.label_smoothing / n_classes
     if smooth:
         weight_all = n_classes if totals.weight_all is None else totals.weight_all
         loss = loss + smooth * (lse * weight_all - (x.sum(-1) if w is None else x @ w))
         slope = slope + smooth * weight_all
     factor = torch.ones_like(lse)
-    z_slope = 2 * o.lse_square_scale * lse
+    z_slope = 2 * o.lse_square_scale * (lse + shift)
     if o.reduction == "mean":
         assert totals.count is not None
         factor = factor / (totals.count if totals.weight is None else totals.weight)
         z, z_slope = z / totals.count, z_slope / totals.count
     loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
     if o.token_scaling:
-        probability = (x_y - top).exp() / total
+        probability = (
+            x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
+        )
         loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
         factor = factor * probability
 
@@ -165,7 +171,7 @@ def step(
             out.predicted.copy_(best)
     if grad is None:
         return
-    g = exp.mul_((slope / total).masked_fill_(out_of_range, torch.nan)[:, None])
+    g = x.softmax(-1).mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
     if smooth:
         g -= (smooth * factor)[:, None] * (1 if w is None else w)
     g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])

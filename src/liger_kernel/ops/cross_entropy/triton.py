@@ -20,7 +20,16 @@ from liger_kernel._core.launch import (
     processor_count,
     shared_memory,
 )
-from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals, gradient_unit
+from liger_kernel.ops.cross_entropy.rows import (
+    FAR,
+    Options,
+    Outputs,
+    Rows,
+    Totals,
+    gradient_unit,
+)
+
+_FAR = tl.constexpr(FAR)
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,9 @@ def _cross_entropy(
     if HAS_WEIGHT:
         hit *= tl.load(weight_ptr + label).to(tl.float32)
     slope = hit
-    loss = hit * (tl.log(total) - (x_y - top))  # lse - x_y would lose log(total) beside a large top
+    # beside a top as far from 0 as that of classes that are all masked, lse would lose the logarithm of the sum
+    nll = tl.where(tl.abs(top) < _FAR, lse - x_y, tl.log(total) - (x_y - top))
+    loss = hit * nll
     share = 0.0
     if HAS_SMOOTHING:
         share = label_smoothing / n_cols
