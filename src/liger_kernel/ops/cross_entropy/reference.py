@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liger_kernel.ops.cross_entropy.rows import FAR
-
+#: a row whose largest logit is further from 0 is shifted: its logsumexp would lose the logarithm of the sum
+FAR = 2.0**16
 Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 

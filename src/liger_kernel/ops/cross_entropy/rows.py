@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger_kernel.ops.cross_entropy.reference import FAR
+
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-#: a row whose largest logit is further from 0 is shifted: its logsumexp would lose the logarithm of the sum
-FAR = 2.0**16
 HEADROOM = 64.0  # a row of logit gradients sums to twice that: far from the largest float16, 65504
 
 
@@ -123,10 +123,8 @@ def step(
         tanh = torch.tanh(x / o.softcap)
         x = o.softcap * tanh
     top = x.amax(-1)
-    far = top.abs() >= FAR
-    shift = torch.zeros_like(top)
-    if top.device.type != "cpu" or far.any():
-        shift = top.masked_fill(~far, 0)
+    shift = top.masked_fill(top.abs() < FAR, 0)
+    if shift.device.type != "cpu" or shift.any():
         x = x - shift[:, None]
     lse = x.logsumexp(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
