@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from liger_kernel.transformers.patching.state import State, is_replaced
@@ -35,7 +36,10 @@ def marker(kind: str) -> str:
 
 
 def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
-    return module.__dict__[marker(kind)].call(module, *args, **kwargs)
+    plan: Plan = module.__dict__[marker(kind)]
+    if torch.compiler.is_compiling():  # Inductor fuses HF's own code with its neighbours
+        return getattr(type(module), plan.slot)(module, *args, **kwargs)
+    return plan.call(module, *args, **kwargs)
 
 
 def name(module: nn.Module, kind: str) -> str:
