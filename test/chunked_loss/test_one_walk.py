@@ -143,6 +143,25 @@ def test_without_gradients_the_logits_become_none(projected: list[int]) -> None:
     assert frozen == loss
 
 
+def test_ranks_meet_once_however_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks with batches of different sizes have different numbers of chunks."""
+    met: list[float] = []
+
+    def all_reduce(total: Tensor, op: Any) -> None:
+        met.append(float(total))
+        total.mul_(3)  # the other rank has twice as many tokens
+
+    alone = run(grpo(), inputs())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    set_rows(monkeypatch, 8)
+    found = run(grpo(), inputs())
+    assert met == [labels_of("grpo", inputs())]
+    for mine, theirs in zip(found[3:], alone[3:], strict=True):  # the gradients
+        assert_no_worse("gradient", mine, theirs.double() * 2 / 3, theirs * (2 / 3))
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_no_tokens(name: str) -> None:
     i = inputs()
@@ -176,6 +195,7 @@ def test_labels_are_checked() -> None:
 def test_units_stay_whole() -> None:
     cut = [(0, 3), (3, 7), (7, 9)]
     assert chunks(9, 4, [2, 1, 0, 4, 2, 0]) == [slice(*at) for at in cut]
+    assert chunks(4, 4, [2, 2]) == [slice(0, 4)]
     assert chunks(9, 1, [9]) == [slice(0, 9)]
     assert chunks(9, 5, None) == [slice(0, 5), slice(5, 9)]
     assert chunks(0, 5, [0, 0]) == chunks(0, 5, []) == chunks(0, 5, None) == []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel import backends
@@ -129,6 +130,31 @@ def test_classes_masked_with_the_lowest_number(dtype: torch.dtype) -> None:
     assert high[0] > math.log(65_600) / 3
     for name, *found in zip(("loss", "logits"), run(cross_entropy, logits), high, low, strict=True):
         assert_no_worse(name, *found)
+
+
+@pytest.mark.parametrize("step", [rows.step, kernels.step], ids=["plain", "triton"])
+@pytest.mark.parametrize("z_scale", [0.0, 1e-9])
+def test_rows_far_from_zero(step: Any, z_scale: float) -> None:
+    """Beside a logit of 10^5, fp32 rounds the logsumexp to multiples of 1/128."""
+    make = Make(torch.float32, DEVICE)
+    logits = make.integers(3, 4, 400) + torch.tensor([[1e5], [-1e5], [2.0**17], [0.0]]).to(DEVICE)
+    target = torch.tensor([3, 399, 0, 7], device=DEVICE)
+    options = Options(lse_square_scale=z_scale, reduction="none")
+    grad = torch.empty_like(logits)
+    out = Rows.empty(target, torch.float32, False, False, False)
+    step(logits, target, None, Totals.of(target, None, options, False), options, out, grad)
+
+    def exact(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = logits.to(dtype).requires_grad_()
+        loss = reference.cross_entropy(leaf, target, lse_square_scale=z_scale, reduction="none")[0]
+        return loss, torch.autograd.grad(loss.sum(), leaf)[0]
+
+    high, low = exact(torch.float64), exact(torch.float32)
+    by_torch = F.cross_entropy(logits.double(), target, reduction="none")
+    wide = z_scale * logits.double().logsumexp(-1).square()
+    assert_no_worse("the reference", low[0], by_torch + wide, high[0].float())
+    assert_no_worse("loss", out.loss, high[0], low[0])
+    assert_no_worse("gradient", grad, high[1], low[1])
 
 
 def test_step_may_overwrite_its_logits(implementation: str) -> None:
