@@ -322,6 +322,7 @@ def all_rows(args: argparse.Namespace, setting: Setting) -> Iterator[Row]:
     yield from measure_here(
         pairs, [n for n in wanted if PROVIDERS[n].package is None], setting, None
     )
+    _free(setting)  # the peers need the memory
     for name in wanted:
         package = PROVIDERS[name].package
         if package is not None and sources.has_package(package, args.peer_site):

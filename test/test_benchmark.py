@@ -159,6 +159,26 @@ def test_a_peer_with_our_name_runs_in_its_own_process(tmp_path: Path) -> None:
     assert row["compared"].startswith("worse")
 
 
+def test_memory_is_handed_back_before_a_peer_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def event(name: str) -> Any:
+        return lambda *_: iter([events.append(name)][:0])
+
+    for function, name in (
+        ("measure_here", "ours"),
+        ("_free", "free"),
+        ("measure_in_child", "peer"),
+    ):
+        monkeypatch.setattr(runner, function, event(name))
+    monkeypatch.setattr(runner.sources, "has_package", lambda *_: True)
+    args = runner.arguments(["rms_norm", "--device", "cpu", "--providers", "ours,liger"])
+    assert not list(
+        runner.all_rows(args, runner.Setting("cpu", torch.float32, ("fwd",), 1, LIMITS))
+    )
+    assert events == ["ours", "free", "peer"]
+
+
 @pytest.mark.parametrize("name", ["TORCH", "LIGER"])
 def test_adapters_compute_the_op(name: str) -> None:
     """The incumbent's functions have the names and signatures of ours, so ours stand in for them."""
