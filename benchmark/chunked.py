@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sources  # first of ours: decides which liger_kernel is imported
 import torch
 import torch.nn.functional as F
+from measure import host_inclusive, peak_mb
+from results import default_path, describe_run, load, merge, save
 from torch import Tensor
+
+from liger_kernel.testing import assert_no_worse
 
 MODES = ("ours", "eager", "incumbent")
 SHAPES = {  # sequences, tokens of each, hidden size, classes
@@ -111,7 +115,7 @@ def stepped(function: Callable[[Inputs], Tensor], i: Inputs) -> list[Tensor]:
 
 
 def wrong(loss: Loss, function: Callable[[Inputs], Tensor], device: str) -> str | None:
-    """What of the loss and its gradients is less exact than the project's rule allows (`testing/compare.py`)."""
+    """What of the loss and its gradients is less exact than the project's rule allows."""
     given = inputs(CHECKED, device, torch.bfloat16)
     exact = Inputs(
         *(t.detach().double() if t.is_floating_point() else t for t in given[:2]),
@@ -122,17 +126,17 @@ def wrong(loss: Loss, function: Callable[[Inputs], Tensor], device: str) -> str 
     exact.weight.requires_grad_()
     runs = stepped(function, given), stepped(loss.eager, given), stepped(loss.eager, exact)
     for name, mine, low, high in zip(("loss", "dX", "dW"), *runs, strict=True):
-        error, allowed = ((t.double() - high).abs().max() for t in (mine, low))
-        bound = 2 * (allowed + torch.finfo(mine.dtype).eps * high.abs().max())
-        if not error <= bound:
-            return f"{name} is off by {error:.3g}, more than {bound:.3g}"
+        try:
+            assert_no_worse(name, mine.to(low.dtype), high, low)
+        except AssertionError as error:
+            return str(error)
     return None
 
 
 def worker(args: argparse.Namespace) -> None:
     """One mode, in this process: a line of JSON per loss."""
-    from measure import host_inclusive, peak_mb
-
+    if args.modes == "incumbent":  # from here on, what a loss imports is the incumbent's
+        sources.become_peer(sources.PACKAGE, args.peer_site)
     for name, loss in LOSSES.items():
         row: dict[str, Any] = {"loss": name, "case": args.shape, "mode": args.modes}
         try:
@@ -157,27 +161,16 @@ def worker(args: argparse.Namespace) -> None:
                 row["peak_mb"] = peak_mb(call)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        row["package"] = str(getattr(sys.modules.get("liger_kernel"), "__file__", None))
         print("\n" + RESULT_MARK + json.dumps(row), flush=True)
 
 
 def in_child(args: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
-    import sources
-
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--modes", mode]
     command += ["--device", args.device, "--shape", args.shape]
-    paths = [sources.SOURCE, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if mode == "incumbent":
-        environment = sources.peer_environment(args.peer_site)
-        command += ["--peer-site", args.peer_site]
-    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    command += ["--peer-site", args.peer_site] if args.peer_site else []
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     marked = [text for text in child.stdout.splitlines() if text.startswith(RESULT_MARK)]
     rows: list[dict[str, Any]] = [json.loads(text.removeprefix(RESULT_MARK)) for text in marked]
-    for row in rows:
-        package = row.pop("package")  # a path of this machine
-        if mode == "incumbent" and str(Path(args.peer_site).resolve()) not in package:
-            raise RuntimeError(f"{package} is not under {args.peer_site}.")
     if child.returncode:
         print(f"{mode} ended with code {child.returncode}", file=sys.stderr)
     return rows
@@ -208,9 +201,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         worker(args)
         return 0
-    import sources  # not in a worker: it would put our package before the incumbent
-    from results import default_path, describe_run, load, merge, save
-
     path = args.json or default_path(args.device)
     run = describe_run(args.device, incumbent=sources.site_version(args.peer_site))
     failed = 0

@@ -424,7 +424,25 @@ def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> N
         chunked.main([*command, "--modes", "incumbent"])
 
 
+def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "liger_kernel"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "chunked_loss.py").write_text(
+        "class LigerFusedLinearDPOLoss:\n"
+        "    def __init__(self, **options): pass\n"
+        "    def __call__(self, weight, hidden, *others): return (weight.sum() + hidden.sum(),)\n"
+    )
+    path = tmp_path / "results.json"
+    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
+    assert chunked.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
+    found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
+    assert found["dpo"]["compared"].startswith("worse: loss: max error")
+    assert found["dpo"]["ms"] > 0
+    assert "LigerFusedLinearGRPOLoss" in found["grpo"]["error"]
+
+
 def test_a_wrong_loss_is_found() -> None:
     loss = chunked.LOSSES["dpo"]
     assert chunked.wrong(loss, loss.eager, "cpu") is None
-    assert "loss is off" in chunked.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu")
+    assert chunked.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu").startswith("loss: max error")

@@ -126,6 +126,43 @@ def test_any_chunks_give_the_same(
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_strides_do_not_matter(name: str) -> None:
+    call = CALLS[name][0]
+    i = inputs()
+    turned = i | {
+        "hidden": i["hidden"].transpose(0, 1).contiguous().transpose(0, 1),
+        "weight": i["weight"].t().contiguous().t(),
+    }
+    assert not any(turned[name].clone().is_contiguous() for name in ("hidden", "weight"))
+    runs = run(call, turned), run(call, inputs(torch.float64)), run(call, i)
+    for n in (0, -3, -2, -1):  # the loss and its gradients
+        assert_no_worse(f"output or gradient {n}", *(found[n] for found in runs))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_under_autocast(name: str, monkeypatch: pytest.MonkeyPatch, projected: list[int]) -> None:
+    """Products in bf16, gradients in the dtype of their parameters; one walk and two give the same."""
+    call = CALLS[name][0]
+    i = inputs()
+
+    def cast() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(call, i)
+
+    set_rows(monkeypatch, 3)
+    two = cast()
+    projected.clear()
+    set_rows(monkeypatch, 16)
+    one = cast()
+    assert sum(projected) == labels_of(name, i)
+    assert not torch.equal(one[-2], run(call, i)[-2])  # dW of products in fp32
+    high = run(call, inputs(torch.float64))
+    for n, (mine, wide, low) in enumerate(zip(one, high, two, strict=True)):
+        assert mine.dtype == torch.float32
+        assert_no_worse(f"output or gradient {n}", mine, wide, low)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_float16_waits_for_the_scale_of_its_gradient(name: str, projected: list[int]) -> None:
     i = inputs(torch.float16)
     run(CALLS[name][0], i)

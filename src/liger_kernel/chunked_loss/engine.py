@@ -89,17 +89,16 @@ def loss_of_logps(
         for t in (hidden, weight, bias)
     ]
     if any(needs) and target.numel() and not torch.compiler.is_compiling():
-        x, b = _cooled(hidden, bias, temperature)
-        x = x.reshape(-1, x.shape[-1])
-        labels = target.reshape(-1)
-        check_tensors(x, weight, labels, b)
-        dtype = compute_dtype(x, weight)
+        flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+        check_tensors(flat, weight, labels, bias)
+        dtype = compute_dtype(flat, weight)
         settings = loop.Settings(
             Options(ignore_index, reduction="none"), False, False, False, dtype, None, None, None
         )
         rows = loop.POLICY.rows(labels.numel(), weight, settings, needs[1])
         if dtype != torch.float16 and unit <= 2 * rows:
             check_labels(labels, weight.shape[0], ignore_index)
+            x, b = _cooled(flat, bias, temperature)
             loss, *found = _OneWalk.apply(
                 x, weight, b, labels, target.shape, settings, loss_fn, unit, order
             )

@@ -176,10 +176,8 @@ def _grpo(
             ref_logps = reference_token_logps(
                 (ref_input, ref_weight, ref_bias), token_ids, OUTSIDE, temperature
             )
-    if num_items_in_batch is None and policy.per_token_of_all_ranks:
-        num_items_in_batch = LigerFusedLinearPPOBase._tokens_of_all_ranks(
-            mask
-        )  # once, not per chunk
+    if num_items_in_batch is None and policy.per_token_of_all_ranks:  # once, not per chunk
+        num_items_in_batch = LigerFusedLinearPPOBase._tokens_of_all_ranks(mask)
 
     def of_logps(logps: Tensor) -> tuple[Tensor, list[Tensor]]:
         return policy_loss(

@@ -122,11 +122,11 @@ def step(
     if o.softcap is not None:
         tanh = torch.tanh(x / o.softcap)
         x = o.softcap * tanh
-    top = x.amax(-1)
-    shift = top.masked_fill(top.abs() < FAR, 0)
+    lse = x.logsumexp(-1)
+    shift = lse.masked_fill(lse.abs() < FAR, 0)
     if shift.device.type != "cpu" or shift.any():
         x = x - shift[:, None]
-    lse = x.logsumexp(-1)
+        lse = x.logsumexp(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
     w = None if weight is None else weight.to(x.dtype)
