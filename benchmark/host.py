@@ -98,7 +98,7 @@ def measured(
 def rows_of(spec: OpSpec, case: OpCase, device: str) -> Iterator[Row]:
     with drawing_on(device, torch.bfloat16) as make:
         inputs, grads = drawn(spec, case, make)
-    args = leaves(inputs, wanted_inputs(spec, inputs))
+    args = leaves(inputs, wanted_inputs(spec, case, inputs))
     for way, context in WAYS.items():
         function = spec.reference if way == "eager" else spec.function
         with context():

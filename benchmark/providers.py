@@ -20,7 +20,7 @@ from liger_kernel.testing import OpCase, OpSpec
 Function = Callable[..., Any]
 Options = Mapping[str, Any]
 #: options of ours that decide how the work is done, and not what comes out
-HOW = ("chunk_size", "memory_budget", "label_count", "accum_dtype")
+HOW = ("chunk_size", "memory_budget", "label_count", "accum_dtype", "in_place")
 Table = dict[str, Callable[[Options], "Function | None"]]
 
 

@@ -35,7 +35,7 @@ class Workload:
             self.inputs, grads = drawn(spec, case, make)
         # 1 for a scalar is what `loss.backward()` sends
         self.grads = {i: g if g.ndim else torch.ones_like(g) for i, g in grads.items()}
-        self.wanted = wanted_inputs(spec, self.inputs)
+        self.wanted = wanted_inputs(spec, case, self.inputs)
         self._truth: tuple[int, Results, Results] | None = None
 
     def arguments(self) -> list[Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from liger_kernel.backends import use_implementation
 from liger_kernel.ops import OPS
 from liger_kernel.testing import OpSpec
 
@@ -82,6 +85,32 @@ def test_a_scalar_loss_gets_the_gradient_of_loss_backward() -> None:
         SPECS["cross_entropy"], SPECS["cross_entropy"].cases[0], torch.bfloat16, "cpu"
     )
     assert {i: g.tolist() for i, g in work.grads.items()} == {0: 1.0}
+
+
+def test_a_frozen_input_gets_no_gradient_from_anybody() -> None:
+    spec = SPECS["fused_linear_cross_entropy"]
+    case = dataclasses.replace(spec.cases[0], frozen=(1,))
+    work = workload.Workload(spec, case, torch.float32, "cpu")
+    (full,) = work.calls(partial(spec.function, **case.options), "full")
+    assert full()[1].keys() == {0}
+    frozen, dense = (
+        next(c for c in spec.cases if c.id == f"8192x4096x128256{end}")
+        for end in ("-frozen-head", "")
+    )
+    assert frozen.flops / dense.flops == 2 / 3
+
+
+def test_a_case_in_place_is_compared_and_timed_beside_everybody() -> None:
+    spec = SPECS["cross_entropy"]
+    case = dataclasses.replace(spec.cases[0], options={"in_place": True})
+    work = workload.Workload(spec, case, torch.float32, "cpu")
+    for name in ("ours", "eager", "torch"):
+        function = providers.PROVIDERS[name].bind(spec, case)
+        assert function is not None, name
+        with use_implementation("triton" if name == "ours" else None):
+            assert work.check(function) == "all rows"
+            (full,) = work.calls(function, "full")
+            full(), full()
 
 
 def test_a_sample_holds_the_first_and_the_last_row() -> None:

@@ -83,7 +83,7 @@ def test_the_sync_check_bites() -> None:
 @every_case
 def test_no_host_sync(spec: OpSpec, case: OpCase) -> None:
     inputs, grads = drawn(spec, case, Make(BF16, "cuda"))
-    args = leaves(inputs, wanted_inputs(spec, inputs))
+    args = leaves(inputs, wanted_inputs(spec, case, inputs))
     torch.use_deterministic_algorithms(
         False
     )  # its substitutes for torch's own kernels are not what users run
@@ -95,7 +95,7 @@ def test_no_host_sync(spec: OpSpec, case: OpCase) -> None:
 @every_case
 def test_cuda_graph_capture(spec: OpSpec, case: OpCase) -> None:
     inputs, grads = drawn(spec, case, Make(BF16, "cuda"))
-    args = leaves(inputs, wanted_inputs(spec, inputs))
+    args = leaves(inputs, wanted_inputs(spec, case, inputs))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -115,7 +115,7 @@ def test_cuda_graph_capture(spec: OpSpec, case: OpCase) -> None:
     graph.replay()
     torch.cuda.synchronize()
     eager = call(
-        spec.function, case.options, leaves(fresh, wanted_inputs(spec, fresh)), fresh_grads
+        spec.function, case.options, leaves(fresh, wanted_inputs(spec, case, fresh)), fresh_grads
     )
     assert_bit_equal(captured, eager)
 
@@ -129,7 +129,10 @@ def test_runs_on_the_device_of_its_tensors(spec: OpSpec) -> None:
         inputs, grads = drawn(spec, case, Make(BF16, device))
         with torch.cuda.device(0):
             outputs, found = call(
-                spec.function, case.options, leaves(inputs, wanted_inputs(spec, inputs)), grads
+                spec.function,
+                case.options,
+                leaves(inputs, wanted_inputs(spec, case, inputs)),
+                grads,
             )
         made = [t for t in (*outputs, *found.values()) if t is not None]
         assert {t.device for t in made} == {torch.device(device)}
@@ -147,7 +150,7 @@ def test_runs_on_the_device_of_its_tensors(spec: OpSpec) -> None:
 def test_deterministic_at_size(spec: OpSpec, case: OpCase) -> None:
     with drawing_on("cuda", BF16) as make:
         inputs, grads = drawn(spec, case, make)
-    args = leaves(inputs, wanted_inputs(spec, inputs))
+    args = leaves(inputs, wanted_inputs(spec, case, inputs))
     torch.use_deterministic_algorithms(
         False
     )  # it would make torch's own kernels deterministic for us
@@ -187,7 +190,7 @@ def test_more_tokens_than_a_grid_axis_holds(spec: OpSpec) -> None:
     """65,535 is the most that grid axes y and z hold."""
     case = spec.cases[0]
     inputs, grads = resized(spec, case, 70_001)
-    wanted = wanted_inputs(spec, inputs)
+    wanted = wanted_inputs(spec, case, inputs)
     ours, our_grads = call(spec.function, case.options, leaves(inputs, wanted), grads)
     high, high_grads = call(
         spec.reference, case.options, leaves(inputs, wanted, torch.float64), grads
@@ -252,7 +255,12 @@ def test_no_recompile_for_another_length(spec: OpSpec) -> None:
     for lengths in (warm_up, again):
         for tokens in lengths:
             inputs, grads = resized(spec, case, tokens)
-            call(spec.function, case.options, leaves(inputs, wanted_inputs(spec, inputs)), grads)
+            call(
+                spec.function,
+                case.options,
+                leaves(inputs, wanted_inputs(spec, case, inputs)),
+                grads,
+            )
         counts.append(compiled_kernels())
     assert any(counts[0].values()), "no kernel was found: this test would not see a recompile"
     grown = {

@@ -157,7 +157,7 @@ def check(case: Huge) -> None:
     spec: OpSpec = importlib.import_module(f"liger_kernel.ops.{case.op}.cases").SPEC
     with drawing_on("cuda", BF16) as make:
         inputs = case.inputs(make)
-        wanted = wanted_inputs(spec, inputs)
+        wanted = wanted_inputs(spec, case, inputs)
         args = leaves(inputs, wanted)
         outputs = as_tuple(spec.function(*args, **case.options))
         whole = all(axis is None for axis in case.axes)

@@ -173,6 +173,55 @@ def test_step_may_overwrite_its_logits(implementation: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["randn", "strided", "transposed", "expanded"])
+def test_in_place_gives_the_same_bits(layout: str, dtype: torch.dtype) -> None:
+    make = Make(dtype, DEVICE)
+    drawn, target = getattr(make, layout)(6, 70, scale=3.0), make.labels(6, 70, 0.2)
+    found = []
+    for in_place in (False, True):
+        logits = drawn.detach().clone(memory_format=torch.preserve_format)
+        logits = drawn[:1].clone().expand(6, 70) if layout == "expanded" else logits
+        x = logits.requires_grad_() * 1  # not a leaf
+        loss, *_ = cross_entropy(x, target, label_smoothing=0.1, in_place=in_place)
+        (grad,) = torch.autograd.grad(loss * 0.5, x)
+        found.append((loss, grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_in_place_takes_no_memory(implementation: str) -> None:
+    logits, target = drawn()
+    before = logits.detach().clone()
+    with torch.no_grad():
+        cross_entropy(logits, target, in_place=True)
+    assert torch.equal(logits, before)  # no gradient, so nothing that could take its place
+    (grad,) = torch.autograd.grad(cross_entropy(logits, target, in_place=True)[0], logits)
+    assert (grad.data_ptr() == logits.data_ptr()) == (implementation == "triton")
+    assert torch.equal(logits, before) == (implementation == "reference")
+
+
+def test_in_place_leaves_rows_alone_that_share_memory() -> None:
+    row = drawn()[0][:1].detach()
+    before = row.clone()
+    logits = row.expand(5, 40).requires_grad_()
+    torch.autograd.grad(
+        cross_entropy(logits, drawn()[1], reduction="sum", in_place=True)[0], logits
+    )
+    assert torch.equal(row, before)
+
+
+def test_in_place_is_refused_to_who_needs_the_logits(implementation: str) -> None:
+    logits, target = drawn()
+    with pytest.raises(ValueError, match='in_place=True with reduction="none"'):
+        cross_entropy(logits, target, reduction="none", in_place=True)
+    if implementation == "triton":
+        saved = logits.exp()  # whose backward reads it
+        loss, *_ = cross_entropy(saved, target, in_place=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_backward_scales_and_happens_once() -> None:
     logits, target = drawn()
     unit, scaled = (cross_entropy(logits, target)[0] for _ in range(2))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from liger_kernel.backends import use_implementation
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.testing import Make, assert_no_worse
@@ -75,6 +76,18 @@ def test_gradients_flow_through_the_modules() -> None:
     cross_entropy(exact @ weight.detach().double().t(), target)[0].backward()
     assert exact.grad is not None
     assert_no_worse("hidden states", fused, exact.grad, states.grad)
+
+
+def test_cross_entropy_in_place_overwrites_the_logits() -> None:
+    make = Make(torch.float32, DEVICE)
+    logits, target = make.randn(6, 20).requires_grad_(), make.labels(6, 20)
+    with use_implementation("triton"):
+        expected = torch.autograd.grad(LigerCrossEntropyLoss()(logits, target), logits)[0]
+        module = LigerCrossEntropyLoss(in_place=True)
+        assert "in_place=True" in repr(module)
+        module(logits, target).backward()
+    assert torch.equal(logits.grad, expected)
+    assert torch.equal(logits.detach(), expected)
 
 
 @pytest.mark.parametrize("module", [LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss])

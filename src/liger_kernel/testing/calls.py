@@ -17,9 +17,9 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def wanted_inputs(spec: OpSpec, inputs: tuple[Tensor | None, ...]) -> set[int]:
-    """Positions of every input that is there and may ask for a gradient."""
-    return {i for i in spec.differentiable if inputs[i] is not None}
+def wanted_inputs(spec: OpSpec, case: OpCase, inputs: tuple[Tensor | None, ...]) -> set[int]:
+    """Positions of every input that is there and asks for a gradient in `case`."""
+    return {i for i in spec.differentiable if inputs[i] is not None and i not in case.frozen}
 
 
 def leaves(

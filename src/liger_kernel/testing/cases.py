@@ -67,7 +67,8 @@ class OpCase:
     what the case is there to catch. `bytes_moved(element_size)` and `flops` are the least the forward and backward
     together must do (0: not meaningful). `large` cases are for the GPU: too slow for the CPU suite; of these, `sweep`
     cases map a whole plane of shapes, and are measured only when asked for.
-    `outputs_without_grad`: positions of outputs that nobody uses in this case, beyond those of the spec.
+    `outputs_without_grad`: positions of outputs that nobody uses in this case, beyond those of the spec. `frozen`:
+    positions of differentiable inputs that ask for no gradient in it.
     """
 
     id: str
@@ -79,6 +80,7 @@ class OpCase:
     large: bool = False
     sweep: bool = False
     outputs_without_grad: tuple[int, ...] = ()
+    frozen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ class LossModule(torch.nn.Module):
 
 
 class LigerCrossEntropyLoss(LossModule):
-    """`liger_kernel.ops.cross_entropy` with its options; `weight` (V,) is an attribute, no buffer."""
+    """`liger_kernel.ops.cross_entropy` with its options; `weight` (V,) is an attribute, no buffer.
+
+    `in_place=True` saves the memory of the gradient by overwriting the logits.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class LigerCrossEntropyLoss(LossModule):
         return_z_loss: bool = False,
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
+        in_place: bool = False,
     ):
         super().__init__(
             ignore_index,
@@ -89,6 +93,10 @@ class LigerCrossEntropyLoss(LossModule):
             return_predicted_tokens,
         )
         self.weight = weight
+        self.in_place = in_place
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "in_place": self.in_place}
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
         """_input (N, V), target (N,). Returns the loss, or a `CrossEntropyOutput` if more is asked for."""

@@ -35,25 +35,34 @@ def cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
+    in_place: bool = False,
 ) -> Outputs:
     """Cross entropy of (N, V) logits; the formula is in `reference.terms`.
 
     Args:
-        logits: (N, V), any floating dtype, any strides; computed in fp32 and left as they are.
+        logits: (N, V), any floating dtype, any strides; computed in fp32 and, without `in_place`, left as they are.
         target: (N,) integer labels in [0, V), or `ignore_index`, which may be any integer.
         weight: (V,) class weights, floating.
         lse_square_scale: adds `lse_square_scale * logsumexp^2` to the loss.
         softcap: the logits are `softcap * tanh(logits / softcap)`.
+        in_place: the gradient may take the memory of the logits, whose values are lost: nothing may read them
+            afterwards, and autograd raises if a backward would. Saves N * V elements where a kernel computes the loss.
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`. What was not asked for is None.
         loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
         token_accuracy: fp32, mean over the labels that are not ignored, or (N,). predicted_tokens: (N,) int64, the
         first maximum, -1 where the label is ignored. Only the loss carries a gradient.
     Differs from torch: a mean over nothing but ignored labels is 0, not NaN; one backward only, except with "none".
-    Raises: ValueError and TypeError for arguments that do not fit; IndexError for a label out of range on the CPU.
-        Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss and in the gradient.
+    Raises: ValueError and TypeError for arguments that do not fit, `in_place` with "none" among them; IndexError for a
+        label out of range on the CPU. Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss
+        and in the gradient.
     """
     check_loss_options(label_smoothing, reduction, softcap)
+    if in_place and reduction == "none":
+        raise ValueError(
+            'in_place=True with reduction="none": its backward reads the logits again, so they cannot be '
+            "overwritten. Leave in_place=False, or sum or average the loss here."
+        )
     check_floating(logits=logits, weight=weight)
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -72,6 +81,7 @@ def cross_entropy(
         return_z_loss,
         return_token_accuracy,
         return_predicted_tokens,
+        in_place,
     )
     target = target.to(torch.int64)
     if torch.compiler.is_compiling():

@@ -188,6 +188,15 @@ SPEC = OpSpec(
         _case("8192x128256", "Llama 3", 8192, 128256, ignored=0.0, large=True),
         _case("8192x128256-ignored30", "rows that only get zeros", 8192, 128256, large=True),
         _case("16384x32000", "Llama 2", 16384, 32000, ignored=0.0, large=True),
+        _case(
+            "8192x128256-in-place",
+            "no memory of its own",
+            8192,
+            128256,
+            ignored=0.0,
+            in_place=True,
+            large=True,
+        ),
         _case("4096x256000", "Gemma, capped", 4096, 256000, ignored=0.0, softcap=30.0, large=True),
         _case(
             "20000x128256", "> 2^31 logits", 20000, 128256, ignored=0.0, reduction="sum", large=True

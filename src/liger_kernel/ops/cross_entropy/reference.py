@@ -90,8 +90,9 @@ def cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
+    in_place: bool = False,
 ) -> Terms:
-    """`terms` with loss and z-loss rounded to the dtype of the logits."""
+    """`terms` with loss and z-loss rounded to the dtype of the logits, which `in_place` leaves as they are."""
     loss, z_loss, accuracy, predicted = terms(
         logits,
         target,

@@ -384,6 +384,7 @@ def forward(
     return_z_loss: bool,
     return_token_accuracy: bool,
     return_predicted_tokens: bool,
+    in_place: bool,
     needs: Sequence[bool],
 ) -> tuple[Outputs, tuple[Tensor | None, ...]]:
     options = Options(ignore_index, lse_square_scale, label_smoothing, reduction, softcap)
@@ -394,7 +395,13 @@ def forward(
     rows = as_rows(logits)
     grad = unit = scale = None
     if needs[0] and reduction != "none":
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        if in_place and rows.is_contiguous():
+            grad = rows.detach()
+            torch.autograd.graph.increment_version(
+                grad
+            )  # who saved the logits learns that they are gone
+        else:
+            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         unit = gradient_unit(logits.dtype, options, totals, logits.device)
         scale = None if unit is None else unit.expand(rows.shape[0]).contiguous()
     step(rows, target, weight, totals, options, out, grad, scale)
@@ -411,7 +418,7 @@ def forward(
 def backward(
     grads: Sequence[Tensor | None],
     saved: Sequence[Tensor | None],
-    options: tuple[int, float, float, str, float | None, bool, bool, bool],
+    options: tuple[int, float, float, str, float | None, bool, bool, bool, bool],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     if options[3] != "none":

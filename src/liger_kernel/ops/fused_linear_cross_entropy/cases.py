@@ -36,6 +36,7 @@ def _case(
     weighted: bool = False,
     large: bool = False,
     sweep: bool = False,
+    frozen: tuple[int, ...] = (),
     **options: Any,
 ) -> OpCase:
     """Hidden states that point at the embedding of one class each, so that no rounding changes the prediction."""
@@ -55,9 +56,16 @@ def _case(
             make.randn(classes).abs() + 0.1 if weighted else None,
         )
 
-    used = options.get("label_count", rows)
+    used, products = options.get("label_count", rows), 3 - len(frozen)
     return OpCase(
-        id, why, inputs, options, flops=6 * used * hidden * classes, large=large, sweep=sweep
+        id,
+        why,
+        inputs,
+        options,
+        flops=2 * products * used * hidden * classes,
+        large=large,
+        sweep=sweep,
+        frozen=frozen,
     )
 
 
@@ -226,6 +234,20 @@ SPEC = OpSpec(
             accum_dtype=torch.bfloat16,
             chunk_size=2048,
             large=True,
+        ),
+        *(
+            _case(
+                f"{n}x{hidden}x{classes}-frozen-head",
+                f"adapters on {whose}: no gradient of the head, and no memory for one",
+                n,
+                hidden,
+                classes,
+                ignored=0.0,
+                large=True,
+                frozen=(1,),
+                **o,
+            )
+            for n, hidden, classes, whose, o in (HEADS[0], HEADS[3])
         ),
         *(
             _case(
