@@ -50,7 +50,9 @@ SPEC = OpSpec(
         _case("only-sum", "the norm is not used: its weight gets no gradient", 9, 64, unused=(0,)),
         _case("one-row", "one row, odd width", 1, 333),
         _case("no-rows", "empty batch", 0, 32),
-        _case("long-row", "a row that does not fit one block", 2, 16384 + 40),
+        _case("wide-row", "a row that the backward keeps beside one running sum", 3, 8192 + 40),
+        _case("long-row", "a row that the backward reads twice", 2, 16384 + 40),
+        _case("longer-row", "a row whose backward takes two kernels", 3, 24576 + 40),
         _shaped(
             "views",
             "a strided and a transposed view",

@@ -39,7 +39,9 @@ SPEC = OpSpec(
         _case("two-columns", "the shortest row whose gradient is not zero", 5, 2),
         _case("one-row", "one row, odd width", 1, 333),
         _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 32),
-        _case("long-row", "a row that does not fit one block", 3, 16384 + 40),
+        _case("wide-row", "a row that the backward keeps beside one running sum", 3, 8192 + 40),
+        _case("long-row", "a row that the backward reads twice", 3, 16384 + 40),
+        _case("longer-row", "a row whose backward takes two kernels", 3, 24576 + 40),
         _shaped("no-weight", "no affine part", lambda m: m.randn(3, 5, 64), None),
         _shaped("4d", "heads as in q/k norm", lambda m: m.randn(2, 3, 4, 16), 16),
         _shaped("strided", "row stride larger than the row", lambda m: m.strided(6, 40), 40),
@@ -58,6 +60,7 @@ SPEC = OpSpec(
         _case("8192x4096", "Llama-3-8B hidden states", 8192, 4096, large=True),
         _case("16384x2048", "Llama-3.2-1B hidden states", 16384, 2048, large=True),
         _case("65536x128", "q/k norm of Qwen3", 65536, 128, large=True),
+        _case("8192x16384", "Llama-3-405B hidden states", 8192, 16384, large=True),
         _case("2048x32768", "a very long row", 2048, 32768, large=True),
     ),
 )

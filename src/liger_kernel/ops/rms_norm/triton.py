@@ -25,14 +25,17 @@ from liger_kernel._core.launch import (
     shared_memory,
 )
 
-LONGEST = (
-    8192  # a row of 16384 in the backward of LayerNorm spilled: 1.79 ms for 8192 rows on an H200
-)
+LONGEST = 8192  # columns of a tile that is loaded ahead
+MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads; a warp of AMD has 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """Forward tile of (rows, block) elements; `looped` walks rows too long for the registers block by block."""
+    """Forward tile of (rows, block) elements; `looped` walks rows too long for the registers block by block.
+
+    Measured on an H100: 2048x32768 takes 0.096 ms at once and 0.113 in blocks of 8192, 1024x65536 0.125 in blocks of
+    16384 and 0.140 in those of 8192. Of a block of 32768 at least three quarters have to be columns.
+    """
 
     rows: int
     block: int
@@ -41,10 +44,12 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int) -> Config:
-        block = min(next_power_of_2(n_cols), LONGEST)
+    def of(n_cols: int, centered: bool = False) -> Config:
+        block = min(next_power_of_2(n_cols), 32768 if 24576 < n_cols <= 32768 else 16384)
         rows = max(1, 2048 // block)
-        return Config(rows, block, n_cols > block, warps=min(16, max(4, rows * block // 512)))
+        looped = n_cols > block
+        most = MOST_WARPS if looped and not centered else 16
+        return Config(rows, block, looped, warps=min(most, max(4, rows * block // 512)))
 
 
 @dataclass(frozen=True)
@@ -53,25 +58,45 @@ class BackwardConfig:
 
     Measured on an H200 over 456 settings of rows, warps, programs and stages: three stages reach 83 to 93 % of copy
     speed where one reaches 66 to 75 %, and want tiles of 8192 elements, or two programs with tiles of 4096.
+
+    Of rows longer than LONGEST, the running sums fill the registers (H100, 400 settings). One sum of up to 12288 leaves
+    room for the row; sums of up to 40960 numbers leave none, and the row is read again from the L2 (`reload`); beyond,
+    dx and the sums take a kernel each (`two_kernels`), and rows, block and warps are those of the sums.
     """
 
     rows: int
     block: int
     warps: int
-    programs_per_processor: int
+    programs: int  # at most
     stages: int
+    reload: bool = False
+    two_kernels: bool = False
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int, bytes_per_column: int, shared_memory: int) -> BackwardConfig:
-        """`bytes_per_column`: of all that is read, x and dy and what else; `shared_memory`: bytes of one program."""
-        block = min(next_power_of_2(n_cols), LONGEST)
-        tile = LONGEST if block > 2048 else 4096
-        stages = 1 + min(2, max(0, shared_memory - 8192) // (tile * bytes_per_column))
-        if stages < 2:
-            tile, stages = max(block, 2048), 1
-        per_warp = 1024 if stages > 1 and block > 256 else 512
-        return BackwardConfig(tile // block, block, tile // per_warp, LONGEST // tile, stages)
+    def of(
+        n_cols: int, bytes_per_column: int, n_sums: int, shared_memory: int, processors: int
+    ) -> BackwardConfig:
+        """`bytes_per_column`: of all that is read, x and dy and what else; `n_sums`: of dw and db, those asked for;
+        `shared_memory`: bytes of one program."""
+
+        def stages(tile: int) -> int:
+            return 1 + min(2, max(0, shared_memory - 8192) // (tile * bytes_per_column))
+
+        block = next_power_of_2(n_cols)
+        if n_cols <= LONGEST:
+            tile = LONGEST if block > 2048 else 4096
+            ahead = stages(tile)
+            tile = tile if ahead > 1 else max(block, 2048)
+            warps = tile // (1024 if ahead > 1 and block > 256 else 512)
+            programs = LONGEST // tile * processors
+            return BackwardConfig(tile // block, block, warps, programs, ahead)
+        if n_sums == 1 and n_cols <= 12288:
+            return BackwardConfig(1, block, 16, processors, 1)
+        if n_cols <= 24576 and 0 < n_sums * n_cols <= 40960:
+            warps = MOST_WARPS if n_sums * n_cols <= 16384 else 16
+            return BackwardConfig(1, block, warps, processors, 1, reload=True)
+        return BackwardConfig(4, 2048, 8, max(1, processors // 8), stages(8192), two_kernels=True)
 
 
 @triton.jit
@@ -192,9 +217,18 @@ def _norm_fwd(
 
 
 @triton.jit
-def _load_centered(x_ptr, mean_ptr, rows, x_at, row_mask, mask, CENTERED: tl.constexpr):
-    """x - mean; outside the mask it is whatever: every use multiplies it with a dy of zero."""
-    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+def _load_centered(
+    x_ptr, mean_ptr, rows, x_at, row_mask, mask, CENTERED: tl.constexpr, AGAIN: tl.constexpr
+):
+    """x - mean; outside the mask it is whatever: every use multiplies it with a dy of zero.
+
+    AGAIN changes the policy alone: of two loads that are the same, the compiler would keep the values of one.
+    """
+    if AGAIN:
+        x = tl.load(x_ptr + x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+    x = x.to(tl.float32)
     if CENTERED:
         x -= tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
     return x
@@ -226,17 +260,19 @@ def _norm_bwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):
     """dx = rstd (m - n mean(m n) - mean(m)) + ds, dw = sum over rows of dy n, db = sum over rows of dy,
     with n = (x - mean) rstd and m = dy (offset + w); without CENTERED both means of values are left out.
 
     A program walks the tiles pid, pid + programs, ... and keeps its share of dw and db in registers until the end; it
     owns row `pid` of each of the (programs, N) tables in partial_ptr, fp32: first dw, then db, where they are needed.
+    Long rows are read twice (RELOAD), the second time from the L2: the registers hold dw and db, and nothing else fits.
     """
     pid = tl.program_id(0)
     n_programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK)[None, :]
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and not RELOAD:
         w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -244,16 +280,32 @@ def _norm_bwd(
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (rows < n_rows)[:, None] & (cols < N)
         x_at = (rows * x_stride)[:, None] + cols
-        x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED)
+        x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED, False)
         dy_at = (rows * dy_stride)[:, None] + cols
         dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
         if NEEDS_DX:
             normed = x * rstd[:, None]
+            if HAS_WEIGHT and RELOAD:
+                w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) + offset
             m = dy * w if HAS_WEIGHT else dy
-            dx = m - normed * (tl.sum(m * normed, 1) / N)[:, None]
+            mean_product = tl.sum(m * normed, 1) / N
             if CENTERED:
-                dx -= (tl.sum(m, 1) / N)[:, None]
+                mean_m = tl.sum(m, 1) / N
+            if RELOAD:
+                x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED, True)
+                dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0, eviction_policy="evict_first")
+                dy = dy.to(tl.float32)
+                normed = x * rstd[:, None]
+                m = dy
+                if HAS_WEIGHT:
+                    w = tl.load(
+                        w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last"
+                    )
+                    m *= w.to(tl.float32) + offset
+            dx = m - normed * mean_product[:, None]
+            if CENTERED:
+                dx -= mean_m[:, None]
             dx *= rstd[:, None]
             if HAS_DS:
                 ds_at = (rows * ds_stride)[:, None] + cols
@@ -355,7 +407,7 @@ def _norm_bwd_partial_looped(
         dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
         if NEEDS_DW:
             x_at = (rows * x_stride)[:, None] + cols[None, :]
-            x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED)
+            x = _load_centered(x_ptr, mean_ptr, rows, x_at, rows < n_rows, mask, CENTERED, False)
             rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
             dw += dy * _normed(x, rstd, ROUND, x_ptr.dtype.element_ty)
         if NEEDS_DB:
@@ -388,7 +440,7 @@ def norm_forward(
     s = None if residual is None else x.new_empty(x.shape)
     rstd = x.new_empty(n_rows, dtype=torch.float32)
     mean = x.new_empty(n_rows, dtype=torch.float32) if centered else None
-    config = Config.of(n_cols)
+    config = Config.of(n_cols, centered)
     if n_rows:
         launch(
             _norm_fwd,
@@ -439,19 +491,20 @@ def norm_backward(
     n_rows, n_cols = rows.shape
     device = rows.device
     loaded = rows.element_size() + grad.element_size() * (1 if grad_sum is None else 2)
-    config = BackwardConfig.of(n_cols, loaded, shared_memory(device))
+    parameters = ((weight, needs_dw), (bias, needs_db))
+    dtypes = [p.dtype for p, need in parameters if need and p is not None]
+    config = BackwardConfig.of(
+        n_cols, loaded, len(dtypes), shared_memory(device), processor_count(device)
+    )
     dy = as_rows(grad)
     ds = None if grad_sum is None else as_rows(grad_sum)
     dx = rows.new_empty(grad.shape) if needs_dx else None
-    parameters = ((weight, needs_dw), (bias, needs_db))
-    dtypes = [p.dtype for p, need in parameters if need and p is not None]
-    programs = processor_count(device) * config.programs_per_processor
-    programs = max(1, min(cdiv(n_rows, config.rows), programs))
+    programs = max(1, min(cdiv(n_rows, config.rows), config.programs))
     partial = None
     if dtypes:
         partial = rows.new_empty((len(dtypes), programs, n_cols), dtype=torch.float32)
     strides = (dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0))
-    walk = _backward_in_blocks if n_cols > config.block else _backward_at_once
+    walk = _backward_by_two if config.two_kernels else _backward_by_one
     walk(
         (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset),
         config,
@@ -467,7 +520,7 @@ def norm_backward(
 Inputs = tuple[Any, ...]  # the run-time arguments of `_norm_bwd`
 
 
-def _backward_at_once(
+def _backward_by_one(
     inputs: Inputs, config: BackwardConfig, programs: int, **for_sums: bool
 ) -> None:
     _, ds, rows, weight, mean, _, dx, *_ = inputs
@@ -484,11 +537,12 @@ def _backward_at_once(
         ROWS=config.rows,
         BLOCK=config.block,
         STAGES=config.stages,
+        RELOAD=config.reload,
         num_warps=config.warps,
     )
 
 
-def _backward_in_blocks(
+def _backward_by_two(
     inputs: Inputs, config: BackwardConfig, programs: int, **for_sums: bool
 ) -> None:
     dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset = inputs
@@ -502,21 +556,21 @@ def _backward_in_blocks(
             HAS_DS=ds is not None,
             HAS_WEIGHT=weight is not None,
             CENTERED=centered,
-            BLOCK=config.block,
-            num_warps=16,
+            BLOCK=16384,
+            num_warps=MOST_WARPS,
         )
     if partial is not None:
         launch(
             _norm_bwd_partial_looped,
-            (programs, cdiv(n_cols, 2048)),
+            (programs, cdiv(n_cols, config.block)),
             *(dy, rows, mean, rstd, partial, strides[0], strides[2], n_rows),
             N=n_cols,
             CENTERED=centered,
             **for_sums,
-            ROWS=2,
-            BLOCK=2048,
+            ROWS=config.rows,
+            BLOCK=config.block,
             STAGES=config.stages,
-            num_warps=8,
+            num_warps=config.warps,
         )
 
 
