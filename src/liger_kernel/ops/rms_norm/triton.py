@@ -26,6 +26,13 @@ from liger_kernel._core.launch import (
 )
 
 LONGEST = 8192  # columns of a tile that is loaded ahead
+#: backward of rows up to so many columns: elements of a tile, warps, stages, programs per processor
+TILES = (
+    (128, 4096, 8, 4, 1),
+    (512, 2048, 2, 4, 2),
+    (2048, 4096, 4, 4, 1),
+    (LONGEST, LONGEST, 8, 3, 1),
+)
 MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads; a warp of AMD has 64
 
 
@@ -56,8 +63,8 @@ class Config:
 class BackwardConfig:
     """Backward tile of (rows, block) elements, `stages` of them in flight through shared memory.
 
-    Measured on an H200 over 456 settings of rows, warps, programs and stages: three stages reach 83 to 93 % of copy
-    speed where one reaches 66 to 75 %, and want tiles of 8192 elements, or two programs with tiles of 4096.
+    Loading ahead is worth a quarter: one stage reaches 66 to 75 % of copy speed, TILES 83 to 93 % (456 settings on an
+    H200, 600 on an H100 with rows of 64 to 2048).
 
     Of rows longer than LONGEST, the running sums fill the registers (H100, 400 settings). One sum of up to 12288 leaves
     room for the row; sums of up to 40960 numbers leave none, and the row is read again from the L2 (`reload`); beyond,
@@ -80,23 +87,25 @@ class BackwardConfig:
         """`bytes_per_column`: of all that is read, x and dy and what else; `n_sums`: of dw and db, those asked for;
         `shared_memory`: bytes of one program."""
 
-        def stages(tile: int) -> int:
-            return 1 + min(2, max(0, shared_memory - 8192) // (tile * bytes_per_column))
+        def fitting(stages: int, tile: int) -> int:
+            return min(stages, 1 + max(0, shared_memory - 8192) // (tile * bytes_per_column))
 
         block = next_power_of_2(n_cols)
         if n_cols <= LONGEST:
-            tile = LONGEST if block > 2048 else 4096
-            ahead = stages(tile)
-            tile = tile if ahead > 1 else max(block, 2048)
-            warps = tile // (1024 if ahead > 1 and block > 256 else 512)
-            programs = LONGEST // tile * processors
-            return BackwardConfig(tile // block, block, warps, programs, ahead)
+            _, tile, warps, stages, programs = next(t for t in TILES if block <= t[0])
+            stages = fitting(stages, tile)
+            if stages == 1:
+                tile = max(block, 2048)
+                warps, programs = tile // 512, LONGEST // tile
+            return BackwardConfig(tile // block, block, warps, programs * processors, stages)
         if n_sums == 1 and n_cols <= 12288:
             return BackwardConfig(1, block, 16, processors, 1)
         if n_cols <= 24576 and 0 < n_sums * n_cols <= 40960:
             warps = MOST_WARPS if n_sums * n_cols <= 16384 else 16
             return BackwardConfig(1, block, warps, processors, 1, reload=True)
-        return BackwardConfig(4, 2048, 8, max(1, processors // 8), stages(8192), two_kernels=True)
+        return BackwardConfig(
+            4, 2048, 8, max(1, processors // 8), fitting(3, 8192), two_kernels=True
+        )
 
 
 @triton.jit
