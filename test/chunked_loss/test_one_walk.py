@@ -15,7 +15,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
 )
-from liger_kernel.ops.fused_linear_cross_entropy import loop
+from liger_kernel.ops.fused_linear_cross_entropy import loop, products
 from liger_kernel.ops.fused_linear_cross_entropy.units import Units, chunks, rows_to_walk
 from liger_kernel.testing import assert_no_worse
 from test.chunked_loss.full_logits import IGNORED, draw_sequences
@@ -83,13 +83,13 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each matrix product that makes logits."""
     rows: list[int] = []
-    project = loop._project
+    project = products.Head.project
 
-    def recorded(x: Tensor, *args: Any) -> None:
+    def recorded(head: products.Head, x: Tensor, out: Tensor) -> None:
         rows.append(x.shape[0])
-        project(x, *args)
+        project(head, x, out)
 
-    monkeypatch.setattr(loop, "_project", recorded)
+    monkeypatch.setattr(products.Head, "project", recorded)
     return rows
 
 

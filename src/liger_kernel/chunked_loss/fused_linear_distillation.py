@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from liger_kernel._core.launch import cdiv
 from liger_kernel.chunked_loss.engine import check_chunk_size
 from liger_kernel.ops.cross_entropy import refuse_second_backward
-from liger_kernel.ops.fused_linear_cross_entropy.loop import WeightGradient, scale_
+from liger_kernel.ops.fused_linear_cross_entropy.loop import scale_
+from liger_kernel.ops.fused_linear_cross_entropy.products import Head, WeightGradient
 
 
 class LigerFusedLinearDistillationBase(torch.autograd.Function):
@@ -134,8 +135,9 @@ class _Head:
                 f"hidden states are {dtype}, but the weight is {weight.dtype}; convert one with .to()."
             )
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.hidden, self.weight = hidden, weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.hidden, self.dtype, self.n_classes = hidden, dtype, weight.shape[0]
+        b = None if bias is None else bias.detach().to(dtype)
+        self.head = Head(weight.detach().to(dtype), b, may_pad=True)
         self.bias_dtype = None if bias is None else bias.dtype
         needs_dw = weight.requires_grad
         needs_db = bias is not None and bias.requires_grad
@@ -147,15 +149,20 @@ class _Head:
         self.needs_db = needs_db
 
     def logits(self, at: slice) -> Tensor:
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return F.linear(self.hidden[at].to(self.weight.dtype), self.weight, self.bias)
+        x = self.hidden[at].to(self.dtype)
+        rows = x.new_empty(x.shape[0], self.head.width)
+        with torch.autocast(x.device.type, enabled=False):
+            self.head.project(x, rows)
+        return rows[:, : self.n_classes]
 
     def add(self, at: slice, dlogits: Tensor) -> None:
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            padding = self.head.width - self.n_classes
+            rows = F.pad(dlogits, (0, padding)) if padding else dlogits
             if self.dx is not None:
-                self.dx[at] = dlogits @ self.weight
+                self.head.back(rows, self.dx, at)
             if self.dw is not None:
-                self.dw.add(dlogits, self.hidden[at].to(dlogits.dtype))
+                self.dw.add(self.head, rows, self.hidden[at].to(rows.dtype))
             if self.needs_db:
                 self.db += dlogits.sum(0, dtype=self.wide)
 

@@ -108,11 +108,13 @@ def step(
     out: Rows,
     grad: Tensor | None = None,
     row_scale: Tensor | None = None,
+    padded: bool = False,
 ) -> None:
     """Write the loss terms of (N, V) logits to `out`, and the gradient of sum(loss * row_scale) to `grad`.
 
-    `grad` may be the logits themselves. With p the softmax, the gradient of a row's loss (formula: `reference.terms`)
-    is `slope p - smooth w_v - hit [v = y]`, times 1 - tanh^2 under a soft-cap.
+    `grad` may be the logits themselves. `padded`: rows start at multiples of 16 elements, and what is between them is
+    free. With p the softmax, the gradient of a row's loss (formula: `reference.terms`) is
+    `slope p - smooth w_v - hit [v = y]`, times 1 - tanh^2 under a soft-cap.
     """
     o, n_classes = options, logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -163,10 +165,9 @@ def step(
         out.z_loss.copy_(z.masked_fill(ignored, 0))
     if out.accuracy is not None or out.predicted is not None:
         best = x.argmax(-1).masked_fill(ignored, -1)
-        if out.accuracy is not None:
-            out.accuracy.copy_((best == target) & ~ignored)
-        if out.predicted is not None:
-            out.predicted.copy_(best)
+        for field, value in ((out.accuracy, (best == target) & ~ignored), (out.predicted, best)):
+            if field is not None:
+                field.copy_(value)
     if grad is None:
         return
     g = x.softmax(-1).mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])

@@ -30,6 +30,9 @@ from liger_kernel.ops.cross_entropy.rows import (
 )
 
 _FAR = tl.constexpr(FAR)
+_VECTOR = tl.constexpr(
+    16
+)  # what Triton must know a length to be divisible by, to load whole vectors and ahead
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def _cross_entropy(
     lse_square_scale,
     label_smoothing,
     softcap,
+    PADDED: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -111,11 +115,16 @@ def _cross_entropy(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row."""
+    """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row.
+
+    Where rows are PADDED to a multiple of _VECTOR, an odd number of classes is walked in vectors, too; the padding
+    counts for nothing, and its gradient is zero.
+    """
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ptr + row)
     x_row = x_ptr + row * x_stride
+    n_walked = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
     grad_row = grad_ptr
     if WRITE_GRAD:
         grad_row = grad_ptr + row * grad_stride
@@ -147,11 +156,12 @@ def _cross_entropy(
     total = 0.0  # sum of exp(x - top)
     smooth = 0.0  # sum of w x
     best = 0  # the first column that holds `top`
-    for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
-        mask = start + cols < n_cols
-        x = tl.load(x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_last").to(
+    for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
+        inside = start + cols < n_walked
+        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(
             tl.float32
         )
+        mask = start + cols < n_cols if PADDED else inside
         if HAS_SOFTCAP:
             x = softcap * _tanh(x / softcap, EXACT)
         if HAS_SMOOTHING:
@@ -226,13 +236,13 @@ def _cross_entropy(
             share *= row_scale
         # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
         slope = tl.where(in_range, slope / total, float("nan"))
-        n_blocks = tl.cdiv(n_cols, BLOCK)
+        n_blocks = tl.cdiv(n_walked, BLOCK)
         for i in tl.range(0, n_blocks, num_stages=STAGES):
             # last block first: it is the one most likely still in the cache
             start = (n_blocks - 1 - i) * BLOCK
-            mask = start + cols < n_cols
+            inside = start + cols < n_walked
             x = tl.load(
-                x_row + start + cols, mask=mask, other=0.0, eviction_policy="evict_first"
+                x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first"
             ).to(tl.float32)
             cap_slope = 1.0
             if HAS_SOFTCAP:
@@ -242,13 +252,14 @@ def _cross_entropy(
             g = slope * tl.exp(x - top)
             if HAS_SMOOTHING:
                 if HAS_WEIGHT:
+                    mask = start + cols < n_cols
                     w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
                     g -= share * w
                 else:
                     g -= share
             g = (g * cap_slope).to(grad_ptr.dtype.element_ty)
             # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
-            tl.store(grad_row + start + cols, g, mask=mask, eviction_policy="evict_first")
+            tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
         # the label's class again, with what only it has; a select for each class of the row would cost more
         g = slope * tl.exp(x_y - top) - hit
         if HAS_SMOOTHING:
@@ -260,6 +271,10 @@ def _cross_entropy(
             g *= 1.0 - (x_y / softcap) * (x_y / softcap)
         tl.debug_barrier()
         tl.store(grad_row + label, g.to(grad_ptr.dtype.element_ty))
+        if PADDED:
+            beyond = n_cols + tl.arange(0, _VECTOR)
+            none = tl.zeros((_VECTOR,), tl.float32).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_row + beyond, none, mask=beyond < n_walked)
 
 
 @triton.jit
@@ -303,6 +318,7 @@ def step(
     out: Rows,
     grad: Tensor | None = None,
     row_scale: Tensor | None = None,
+    padded: bool = False,
 ) -> None:
     n_rows, n_cols = logits.shape
     if not n_rows:
@@ -331,6 +347,7 @@ def step(
         options.lse_square_scale,
         options.label_smoothing,
         options.softcap or 0.0,
+        PADDED=padded and n_cols % _VECTOR.value != 0,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing != 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from liger_kernel.backends import implementation
 from liger_kernel.ops.cross_entropy import rows as plain
 from liger_kernel.ops.cross_entropy.rows import Options, Outputs, Rows, Totals
 from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
+from liger_kernel.ops.fused_linear_cross_entropy.products import Head, WeightGradient, slab_width
 from liger_kernel.ops.fused_linear_cross_entropy.units import Units, chunks, rows_to_walk
 
 MIB = 2**20
@@ -80,7 +80,8 @@ class ChunkPolicy:
         return max(1, min(rows, n_rows))
 
     def _within(self, n_rows: int, weight: Tensor, settings: Settings, narrow_sum: bool) -> int:
-        row_bytes = weight.shape[0] * settings.dtype.itemsize
+        cpu = weight.device.type == "cpu"
+        row_bytes = slab_width(weight) * settings.dtype.itemsize
         budget = settings.memory_budget
         if budget is not None:
             if budget < row_bytes:
@@ -92,7 +93,7 @@ class ChunkPolicy:
             return rows - rows % self.multiple if rows > self.multiple else rows
         allowed = self.slab_bytes
         fewest = self.fewest_rows_narrow_sum if narrow_sum else self.fewest_rows
-        if weight.device.type == "cpu":
+        if cpu:
             per_weight = self.slab_per_weight_cpu * weight.numel() * settings.dtype.itemsize
             allowed, fewest = min(allowed, int(per_weight)), self.fewest_rows_cpu
         rows = min(self.most_rows, max(fewest, allowed // max(1, row_bytes)))
@@ -105,69 +106,6 @@ class ChunkPolicy:
 
 
 POLICY = ChunkPolicy()
-
-
-class WeightGradient:
-    """dW (V, H) as a running sum over the chunks.
-
-    A running sum in 16 bits is rounded once per chunk: with two chunks the error against float64 grows to 1.12 times
-    that of one, with four to 1.32 times. So it is kept in fp32 from the third chunk on, unless the caller decides.
-    """
-
-    WIDENED = 4096  # classes whose logit gradients are converted at a time
-
-    def __init__(self, weight: Tensor, n_chunks: int, accum_dtype: torch.dtype | None):
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        dtype = accum_dtype or (weight.dtype if n_chunks <= 2 else wide)
-        self.weight_dtype = weight.dtype
-        self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.empty = True
-
-    def add(self, dlogits: Tensor, x: Tensor) -> None:
-        """Add `dlogits.T @ x`, rounded to nothing but the dtype of the sum where the device can."""
-        total, rows = self.total, dlogits.t()
-        if total.dtype == x.dtype:
-            self._gemm(total, rows, x)
-        elif _has_mixed_gemm(total, x):
-            self._gemm(total, rows, x, out_dtype=total.dtype)
-        elif x.device.type == "cpu":  # 16-bit products are no faster here
-            wide = x.to(total.dtype)
-            for start in range(0, rows.shape[0], self.WIDENED):
-                at = slice(start, start + self.WIDENED)
-                self._gemm(total[at], rows[at].to(total.dtype), wide)
-        elif self.empty:  # each product is rounded: 1.25 to 1.3 times the error of one chunk, however many there are
-            total.copy_(torch.mm(rows, x))
-        else:
-            total.add_(torch.mm(rows, x))
-        self.empty = False
-
-    def _gemm(self, total: Tensor, rows: Tensor, x: Tensor, **options: Any) -> None:
-        if self.empty:
-            torch.mm(rows, x, **options, out=total)
-        else:
-            torch.addmm(total, rows, x, **options, out=total)
-
-    def takes_large(self, dtype: torch.dtype) -> bool:
-        """Whether sums of logit gradients in `dtype` cannot overflow on their way into the running sum."""
-        x = torch.empty(0, dtype=dtype, device=self.total.device)
-        wide = self.total.dtype == torch.float32
-        return wide and (x.device.type == "cpu" or _has_mixed_gemm(self.total, x))
-
-    def result(self) -> Tensor:
-        if self.empty:
-            self.total.zero_()
-        return self.total.to(self.weight_dtype)
-
-
-def _has_mixed_gemm(total: Tensor, x: Tensor) -> bool:
-    """Whether a product of 16-bit matrices can be written, and added, unrounded to fp32."""
-    return (
-        total.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_cuda
-        and torch.version.hip is None
-        and hasattr(torch.ops.aten.addmm, "dtype_out")
-    )
 
 
 @torch.no_grad()
@@ -214,25 +152,26 @@ def run(
         unit = plain.gradient_unit(dtype, options, totals, hidden.device)
         row_scale = None if unit is None else unit.expand(n_rows).contiguous()
 
-    w = weight.to(dtype)
     b = None if bias is None else bias.to(dtype)
+    head = Head(weight.to(dtype), b, may_pad=step is not plain.step)
+    padded = head.width != n_classes
     most = max((at.stop - at.start for at in walk), default=0)
-    slab = torch.empty(most, n_classes, dtype=dtype, device=hidden.device)
+    slab = torch.empty(most, head.width, dtype=dtype, device=hidden.device)
 
-    def chunk(at: slice, logits: Tensor) -> None:
-        where = at if kept is None else kept[at]
+    def chunk(at: slice, rows: Tensor) -> None:
+        where, logits = at if kept is None else kept[at], rows[:, :n_classes]
         x = hidden[where].to(dtype)
-        _project(x, w, b, logits)
+        head.project(x, rows)
         scale = None if row_scale is None else row_scale[at]
         if units is not None:
-            step(logits, target[at], class_weight, totals, options, out[at])
+            step(logits, target[at], class_weight, totals, options, out[at], padded=padded)
             scale = units.row_scale(out.loss[at], where)
         dlogits = logits if any(needs) else None  # from here on the slab holds its own gradient
-        step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale)
+        step(logits, target[at], class_weight, totals, options, out[at], dlogits, scale, padded)
         if dx is not None:
-            _multiply_into(dx, where, logits, w)
+            head.back(rows, dx, where)
         if dw is not None:
-            dw.add(logits, x)
+            dw.add(head, rows, x)
         if db is not None:
             db.add_(logits.sum(0, dtype=db.dtype))
 
@@ -250,24 +189,6 @@ def run(
     if kept is not None:
         out = out.spread(kept, hidden.shape[0])
     return out.reduced(options, totals), grads
-
-
-def _project(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out = x @ w.T + b"""
-    if b is None:
-        torch.mm(x, w.t(), out=out)
-    else:
-        torch.addmm(b, x, w.t(), out=out)
-
-
-def _multiply_into(out: Tensor, where: slice | Tensor, a: Tensor, b: Tensor) -> None:
-    """out[where] = a @ b"""
-    if isinstance(where, Tensor):
-        out.index_copy_(0, where, torch.mm(a, b).to(out.dtype))
-    elif out.dtype == a.dtype:
-        torch.mm(a, b, out=out[where])
-    else:
-        out[where] = torch.mm(a, b)
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -31,6 +31,11 @@ from torch import Tensor, nn
 from liger_kernel._core.launch import cdiv
 from liger_kernel.ops.cross_entropy.rows import Options as LossOptions
 from liger_kernel.ops.fused_linear_cross_entropy import loop
+from liger_kernel.ops.fused_linear_cross_entropy.products import (
+    WeightGradient,
+    has_mixed_gemm,
+    slab_width,
+)
 from liger_kernel.transformers.patching.loss import FusedHead
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Options
 from liger_kernel.transformers.patching.state import state_of
@@ -96,16 +101,16 @@ class LossSite:
         chosen = {name: getattr(self.options, name) for name in LOSS_OPTIONS}
         settings = loop.Settings(LossOptions(), False, False, False, self.logits_dtype, **chosen)
         rows = loop.POLICY.rows(self.tokens, self.weight, settings, self.needs_dw)
-        slab = rows * self.weight.shape[0] * self.logits_dtype.itemsize
+        slab = rows * slab_width(self.weight) * self.logits_dtype.itemsize
         held = self._fixed() + self._dx()
         if not self.needs_dw:
             return held + slab
         unallocated = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
         chunks = cdiv(self.tokens, rows)
-        total = loop.WeightGradient(unallocated, chunks, settings.accum_dtype).total
+        total = WeightGradient(unallocated, chunks, settings.accum_dtype).total
         x = torch.empty(0, dtype=self.logits_dtype, device=self.weight.device)
-        direct = total.dtype == x.dtype or loop._has_mixed_gemm(total, x)
-        product = 0 if direct else self._of_weight(x.dtype)
+        mixed = total.dtype == torch.float32 and has_mixed_gemm(x)
+        product = 0 if total.dtype == x.dtype or mixed else self._of_weight(x.dtype)
         rounded = 0 if total.dtype == self.weight.dtype else self._of_weight(self.weight.dtype)
         return held + self._of_weight(total.dtype) + max(slab + product, rounded)
 
