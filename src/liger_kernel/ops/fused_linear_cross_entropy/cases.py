@@ -87,6 +87,8 @@ HEADS: tuple[tuple[int, int, int, str, dict[str, Any]], ...] = (
     (4096, 2304, 256000, "Gemma-2-2B", {"softcap": 30.0}),
     (2048, 896, 151936, "Qwen2.5-0.5B", {}),
     (32768, 2048, 128256, "Llama-3.2-1B, long", {}),
+    (8192, 4096, 128257, "Llama-3-8B with one token more", {}),
+    (16384, 768, 50257, "GPT-2", {}),
 )
 
 SPEC = OpSpec(
@@ -132,7 +134,7 @@ SPEC = OpSpec(
             chunk_size=3,
             accum_dtype=torch.float32,
         ),
-        _case("budget", "chunks of one row", 3, 16, 60, memory_budget=60 * 4),
+        _case("budget", "chunks of one row", 3, 16, 64, memory_budget=64 * 4),
         _case("all-mean", "every option at once", 5, 16, 77, chunk_size=3, **ALL, **EVERYTHING),
         _case("all-sum", "every option at once", 5, 16, 77, reduction="sum", **ALL, **EVERYTHING),
         _case(

@@ -35,7 +35,6 @@ class Part:
     classes: slice
     columns: slice
     weight: Tensor  # (columns, H)
-    bias: Tensor | None
 
 
 class Head:
@@ -43,41 +42,35 @@ class Head:
 
     Where V is no multiple of 8, as after a token was added to a vocabulary, cuBLAS takes kernels that load one element
     at a time: 174 instead of 38 ms for 8192x4096x128257 on an H100. So the last classes get products of their own, as
-    eight with zeros for those that are missing, and rows of the slab start at multiples of 128 bytes.
+    eight with zeros for those that are missing, and rows of the slab start at multiples of 128 bytes. Not so with a
+    bias: PyTorch adds it to padded rows after they were rounded, and the sum is rounded again.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, may_pad: bool):
         """`may_pad`: whether who computes the loss can walk padded rows."""
         n_classes = weight.shape[0]
         even = n_classes - n_classes % 8
-        self.width = slab_width(weight)
-        # the gradient of the hidden states is a sum over both parts, to be rounded once
+        # the gradient of the hidden states is a sum over both parts, and must be rounded once, too
         rounded_twice = weight.dtype.itemsize == 2 and not has_mixed_gemm(weight)
-        if self.width == n_classes or even == 0 or rounded_twice or not may_pad:
+        self.width = slab_width(weight)
+        self.bias = bias
+        main, last = slice(0, even), slice(even, n_classes)
+        if self.width == n_classes or even == 0 or bias is not None or rounded_twice or not may_pad:
             self.width = n_classes
             whole = slice(0, n_classes)
-            self.parts = [Part(whole, whole, weight, bias)]
-            return
-        main, last = slice(0, even), slice(even, n_classes)
-        rest = weight.new_zeros(8, weight.shape[1])
-        rest[: n_classes - even] = weight[last]
-        more = None
-        if bias is not None:
-            more = bias.new_zeros(8)
-            more[: n_classes - even] = bias[last]
-        self.parts = [
-            Part(main, main, weight[main], None if bias is None else bias[main]),
-            Part(last, slice(even, even + 8), rest, more),
-        ]
+            self.parts = [Part(whole, whole, weight)]
+        else:
+            rest = weight.new_zeros(8, weight.shape[1])
+            rest[: n_classes - even] = weight[last]
+            self.parts = [Part(main, main, weight[main]), Part(last, slice(even, even + 8), rest)]
 
     def project(self, x: Tensor, rows: Tensor) -> None:
         """rows = x @ weight.T + bias"""
         for part in self.parts:
-            out = rows[:, part.columns]
-            if part.bias is None:
-                torch.mm(x, part.weight.t(), out=out)
+            if self.bias is None:
+                torch.mm(x, part.weight.t(), out=rows[:, part.columns])
             else:
-                torch.addmm(part.bias, x, part.weight.t(), out=out)
+                torch.addmm(self.bias, x, part.weight.t(), out=rows)
 
     def back(self, rows: Tensor, dx: Tensor, where: slice | Tensor) -> None:
         """dx[where] = rows @ weight, rounded once; rows of zeros where they are padded"""
