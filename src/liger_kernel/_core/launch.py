@@ -11,6 +11,9 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
+#: of one program: 1024 threads, 64 to a warp on AMD
+MOST_WARPS = 32 if torch.version.hip is None else 16
+
 _NULL = contextlib.nullcontext()
 
 

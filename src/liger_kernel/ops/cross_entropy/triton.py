@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liger_kernel._core.kernels import launch
 from liger_kernel._core.launch import (
+    MOST_WARPS,
     as_rows,
     cdiv,
     next_power_of_2,
@@ -42,6 +43,7 @@ class Config:
     Measured on an H100 over 60 settings, in place: rows of 128k fit the L2 only if each processor has one of them under
     way, so a block takes all of its shared memory (2048x128256 0.511 -> 0.468 ms, 2048x256000 1.051 -> 1.006). Shorter
     rows leave room for more (4096x32000 0.233 -> 0.212). With a soft cap, small blocks on many programs hide the tanh.
+    Rows that are no whole vectors are not loaded ahead: 8192x50257 takes 2.03 ms so, and 1.14 in smaller blocks.
     """
 
     block: int
@@ -50,15 +52,15 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int, itemsize: int, capped: bool, shared_memory: int) -> Config:
+    def of(n_cols: int, itemsize: int, capped: bool, vectors: bool, shared_memory: int) -> Config:
+        if not vectors and not capped and n_cols > 8192:
+            return Config(8192, MOST_WARPS, stages=1)
         longest = 4096 if capped else 16384 if n_cols <= 65536 else 32768
         block = min(next_power_of_2(n_cols), longest)
         ahead = max(0, shared_memory - 8192) // (block * itemsize)  # blocks that fit
         if ahead < 1 or n_cols <= block:
             block = min(next_power_of_2(n_cols), 16384)
-            # a work group of AMD has at most 1024 threads, 64 to a warp
-            most = 32 if torch.version.hip is None else 16
-            return Config(block, warps=min(most, max(4, block // 512)), stages=1)
+            return Config(block, warps=min(MOST_WARPS, max(4, block // 512)), stages=1)
         warps = min(16, block // 512 if capped else block // 1024)
         return Config(block, warps, stages=1 + min(ahead, 1 if capped else 2))
 
@@ -323,8 +325,14 @@ def step(
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
-    memory = shared_memory(logits.device)
-    config = Config.of(n_cols, logits.element_size(), options.softcap is not None, memory)
+    whole = n_cols % _VECTOR.value == 0
+    config = Config.of(
+        n_cols,
+        logits.element_size(),
+        options.softcap is not None,
+        padded or (whole and logits.stride(0) % _VECTOR.value == 0),
+        shared_memory(logits.device),
+    )
     launch(
         _cross_entropy,
         (n_rows,),
@@ -347,7 +355,7 @@ def step(
         options.lse_square_scale,
         options.label_smoothing,
         options.softcap or 0.0,
-        PADDED=padded and n_cols % _VECTOR.value != 0,
+        PADDED=padded and not whole,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing != 0,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from liger_kernel._core.kernels import column_sums, launch
 from liger_kernel._core.launch import (
+    MOST_WARPS,
     as_rows,
     cdiv,
     next_power_of_2,
@@ -33,7 +34,6 @@ TILES = (
     (2048, 4096, 4, 4, 1),
     (LONGEST, LONGEST, 8, 3, 1),
 )
-MOST_WARPS = 32 if torch.version.hip is None else 16  # 1024 threads; a warp of AMD has 64
 
 
 @dataclass(frozen=True)
