@@ -123,22 +123,25 @@ def e2e_table(content: dict[str, Any]) -> str:
         shape, seq, batch, checkpointing, ignored = key
         line = [cells.get((*key, mode)) for mode in modes]
         speeds = [row["tokens_per_s"] for row in line if row and "tokens_per_s" in row]
+        steps = max((row.get("steps", 0) for row in line if row), default=0)
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
-        body.append([name, *(e2e_cell(row, max(speeds, default=0)) for row in line)])
+        body.append([name, *(e2e_cell(row, max(speeds, default=0), steps) for row in line)])
     if not body:
         return "No results."
     note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
     return "\n\n".join([markdown(["model", *modes], body), note, provenance(content, "e2e")])
 
 
-def e2e_cell(row: Row | None, best: float) -> str:
+def e2e_cell(row: Row | None, best: float, steps: int) -> str:
+    """A loss after fewer than `steps` steps is another loss, and says so."""
     if row is None or "tokens_per_s" not in row:
         return "" if row is None else "fails"
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
-    return f"{speed}{memory} / {row['loss']:.4f}"
+    after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
+    return f"{speed}{memory} / {row['loss']:.4f}{after}"
 
 
 def host_table(content: dict[str, Any]) -> str:

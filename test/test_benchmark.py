@@ -367,10 +367,17 @@ def test_tables_replace_what_is_between_their_markers() -> None:
     assert tables.filled(filled, content) == filled
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
-def test_the_pages_show_the_results(page: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "gpu"),
+    [
+        ("README.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/performance.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/h200.md", "nvidia-h200"),
+    ],
+)
+def test_the_pages_show_the_results(page: str, gpu: str) -> None:
     root = Path(tables.__file__).parents[1]
-    content = results.load(root / "benchmark" / "results" / "nvidia-h100-80gb-hbm3.json")
+    content = results.load(root / "benchmark" / "results" / f"{gpu}.json")
     text = (root / page).read_text()
     assert "<!-- benchmark:" in text
     assert tables.filled(text, content) == text, (
@@ -411,6 +418,12 @@ def test_host_times_are_shown_beside_the_floor() -> None:
     assert "| - | c |  | 10 / 21 |  |  |" in table
     assert "| a | c | 10 / 21 |  |  | 10 / 21 |" in table
     assert "commit cccccccccc, d1 UTC." in table
+
+
+def test_a_loss_after_fewer_steps_says_so() -> None:
+    step = {"tokens_per_s": 5.0, "peak_gb": None, "loss": 2.0, "steps": 8}
+    assert tables.e2e_cell(step, 6.0, 9) == "5 / 2.0000 (step 8)"
+    assert tables.e2e_cell(step, 6.0, 8) == "5 / 2.0000"
 
 
 def test_the_fastest_head_is_bold_whoever_it_is() -> None:
