@@ -13,7 +13,14 @@ from torch import Tensor
 from liger_kernel import backends
 from liger_kernel.ops import OPS
 from liger_kernel.testing import Make, OpCase, OpSpec, assert_no_worse
-from liger_kernel.testing.calls import as_tuple, call, drawn, leaves, wanted_inputs
+from liger_kernel.testing.calls import (
+    as_tuple,
+    assert_as_exact,
+    call,
+    drawn,
+    leaves,
+    wanted_inputs,
+)
 
 SPECS: list[OpSpec] = [importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,22 +44,8 @@ def implementation(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize(("spec", "case"), PAIRS)
 def test_as_exact_as_pytorch(spec: OpSpec, case: OpCase, dtype: torch.dtype) -> None:
     inputs, grads = drawn(spec, case, Make(dtype, DEVICE))
-    wanted = wanted_inputs(spec, case, inputs)
     before = [None if t is None else t.clone() for t in (*inputs, *grads.values())]
-
-    ours, our_grads = call(spec.function, case.options, leaves(inputs, wanted), grads)
-    high, high_grads = call(
-        spec.reference, case.options, leaves(inputs, wanted, torch.float64), grads
-    )
-    low, low_grads = call(spec.reference, case.options, leaves(inputs, wanted), grads)
-
-    for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
-        assert (a is None) == (b is None), f"output {i}"
-        if a is not None:
-            assert_no_worse(f"output {i}", a, b, c, elementwise=i in spec.elementwise)
-    assert our_grads.keys() == high_grads.keys()
-    for i in our_grads:
-        assert_no_worse(f"gradient of input {i}", our_grads[i], high_grads[i], low_grads[i])
+    assert_as_exact(spec, case, inputs, grads)
     for i, (t, was) in enumerate(zip((*inputs, *grads.values()), before, strict=True)):
         assert t is None or torch.equal(t.nan_to_num(), was.nan_to_num()), f"tensor {i} was changed"
 

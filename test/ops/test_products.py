@@ -16,7 +16,7 @@ from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entro
 from liger_kernel.ops.fused_linear_cross_entropy.cases import SPEC
 from liger_kernel.ops.fused_linear_cross_entropy.products import Head, has_mixed_gemm, slab_width
 from liger_kernel.testing import Make, OpCase, assert_no_worse
-from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
+from liger_kernel.testing.calls import assert_as_exact, drawn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [case for case in SPEC.cases if not case.large]
@@ -47,18 +47,7 @@ def test_the_cases_have_odd_heads() -> None:
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("case", ODD, ids=lambda case: case.id)
 def test_as_exact_in_two_parts(case: OpCase, padded: None) -> None:
-    inputs, grads = drawn(SPEC, case, Make(torch.float32, DEVICE))
-    wanted = wanted_inputs(SPEC, case, inputs)
-    ours, our_grads = call(SPEC.function, case.options, leaves(inputs, wanted), grads)
-    high, high_grads = call(
-        SPEC.reference, case.options, leaves(inputs, wanted, torch.float64), grads
-    )
-    low, low_grads = call(SPEC.reference, case.options, leaves(inputs, wanted), grads)
-    for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
-        if a is not None:
-            assert_no_worse(f"output {i}", a, b, c, elementwise=i in SPEC.elementwise)
-    for i, grad in our_grads.items():
-        assert_no_worse(f"gradient of input {i}", grad, high_grads[i], low_grads[i])
+    assert_as_exact(SPEC, case, *drawn(SPEC, case, Make(torch.float32, DEVICE)))
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from liger_kernel.backends import use_implementation
 from liger_kernel.testing.cases import Make, OpCase, OpSpec
+from liger_kernel.testing.compare import assert_no_worse
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -93,6 +94,25 @@ def call(
     """Outputs, and the gradient of every input that asks for one."""
     outputs = as_tuple(function(*inputs, **options))
     return outputs, backward(outputs, inputs, grads)
+
+
+def assert_as_exact(
+    spec: OpSpec, case: OpCase, inputs: tuple[Tensor | None, ...], grads: dict[int, Tensor]
+) -> None:
+    """AssertionError where outputs or gradients of the op are worse than those of the reference, against float64."""
+    wanted = wanted_inputs(spec, case, inputs)
+    ours, our_grads = call(spec.function, case.options, leaves(inputs, wanted), grads)
+    high, high_grads = call(
+        spec.reference, case.options, leaves(inputs, wanted, torch.float64), grads
+    )
+    low, low_grads = call(spec.reference, case.options, leaves(inputs, wanted), grads)
+    for i, (a, b, c) in enumerate(zip(ours, high, low, strict=True)):
+        assert (a is None) == (b is None), f"output {i}"
+        if a is not None:
+            assert_no_worse(f"output {i}", a, b, c, elementwise=i in spec.elementwise)
+    assert our_grads.keys() == high_grads.keys()
+    for i, grad in our_grads.items():
+        assert_no_worse(f"gradient of input {i}", grad, high_grads[i], low_grads[i])
 
 
 class DeviceMake(Make):
