@@ -31,9 +31,8 @@ from liger_kernel.ops.cross_entropy.rows import (
 )
 
 _FAR = tl.constexpr(FAR)
-_VECTOR = tl.constexpr(
-    16
-)  # what Triton must know a length to be divisible by, to load whole vectors and ahead
+# what Triton must know a length to be divisible by, to load whole vectors and ahead
+_VECTOR = tl.constexpr(16)
 
 
 @dataclass(frozen=True)
@@ -422,9 +421,8 @@ def forward(
     if needs[0] and reduction != "none":
         if in_place and rows.is_contiguous():
             grad = rows.detach()
-            torch.autograd.graph.increment_version(
-                grad
-            )  # who saved the logits learns that they are gone
+            # whoever saved the logits for a backward learns that they are gone
+            torch.autograd.graph.increment_version(grad)
         else:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         unit = gradient_unit(logits.dtype, options, totals, logits.device)
