@@ -12,9 +12,9 @@ from liger_kernel._core.launch import cdiv
 
 
 def slab_width(weight: Tensor) -> int:
-    """Columns of a slab for the logits of `weight` (V, H): see `Head`."""
+    """Columns of a slab for the logits of `weight` (V, H): more than V where `Head` parts its classes for cuBLAS."""
     n_classes = weight.shape[0]
-    whole = n_classes % 8 == 0 or weight.device.type == "cpu"
+    whole = n_classes % 8 == 0 or not weight.is_cuda
     return n_classes if whole else cdiv(n_classes, 64) * 64
 
 
