@@ -100,3 +100,8 @@ def test_options_are_checked_when_made(module: Any) -> None:
         with pytest.raises(ValueError, match=words):
             module(**options)
     assert "softcap=2.0" in repr(module(softcap=2.0))
+
+
+def test_in_place_is_checked_when_made() -> None:
+    with pytest.raises(ValueError, match='in_place=True with reduction="none"'):
+        LigerCrossEntropyLoss(reduction="none", in_place=True)

@@ -92,6 +92,7 @@ class LigerCrossEntropyLoss(LossModule):
             return_token_accuracy,
             return_predicted_tokens,
         )
+        _ops.check_in_place(in_place, reduction)
         self.weight = weight
         self.in_place = in_place
 

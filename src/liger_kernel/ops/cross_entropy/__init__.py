@@ -58,11 +58,7 @@ def cross_entropy(
         and in the gradient.
     """
     check_loss_options(label_smoothing, reduction, softcap)
-    if in_place and reduction == "none":
-        raise ValueError(
-            'in_place=True with reduction="none": its backward reads the logits again, so they cannot be '
-            "overwritten. Leave in_place=False, or sum or average the loss here."
-        )
+    check_in_place(in_place, reduction)
     check_floating(logits=logits, weight=weight)
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
@@ -133,6 +129,14 @@ def check_loss_options(label_smoothing: float, reduction: str, softcap: float | 
         raise ValueError(f"label_smoothing={label_smoothing} is not between 0.0 and 1.0.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} is not above 0.0; pass None for no soft-cap.")
+
+
+def check_in_place(in_place: bool, reduction: str) -> None:
+    if in_place and reduction == "none":
+        raise ValueError(
+            'in_place=True with reduction="none": its backward reads the logits again, so they cannot be '
+            "overwritten. Leave in_place=False, or sum or average the loss here."
+        )
 
 
 def check_class_indices(target: Tensor) -> None:

@@ -80,7 +80,6 @@ class ChunkPolicy:
         return max(1, min(rows, n_rows))
 
     def _within(self, n_rows: int, weight: Tensor, settings: Settings, narrow_sum: bool) -> int:
-        cpu = weight.device.type == "cpu"
         row_bytes = slab_width(weight) * settings.dtype.itemsize
         budget = settings.memory_budget
         if budget is not None:
@@ -93,7 +92,7 @@ class ChunkPolicy:
             return rows - rows % self.multiple if rows > self.multiple else rows
         allowed = self.slab_bytes
         fewest = self.fewest_rows_narrow_sum if narrow_sum else self.fewest_rows
-        if cpu:
+        if weight.device.type == "cpu":
             per_weight = self.slab_per_weight_cpu * weight.numel() * settings.dtype.itemsize
             allowed, fewest = min(allowed, int(per_weight)), self.fewest_rows_cpu
         rows = min(self.most_rows, max(fewest, allowed // max(1, row_bytes)))

@@ -51,18 +51,19 @@ class Head:
         n_classes = weight.shape[0]
         even = n_classes - n_classes % 8
         # the gradient of the hidden states is a sum over both parts, and must be rounded once, too
-        rounded_twice = weight.dtype.itemsize == 2 and not has_mixed_gemm(weight)
-        self.width = slab_width(weight)
+        sums_wide = weight.dtype.itemsize > 2 or has_mixed_gemm(weight)
+        width = slab_width(weight)
+        parted = width > n_classes and even > 0 and bias is None and sums_wide and may_pad
         self.bias = bias
-        main, last = slice(0, even), slice(even, n_classes)
-        if self.width == n_classes or even == 0 or bias is not None or rounded_twice or not may_pad:
-            self.width = n_classes
+        self.width = width if parted else n_classes
+        if not parted:
             whole = slice(0, n_classes)
             self.parts = [Part(whole, whole, weight)]
-        else:
-            rest = weight.new_zeros(8, weight.shape[1])
-            rest[: n_classes - even] = weight[last]
-            self.parts = [Part(main, main, weight[main]), Part(last, slice(even, even + 8), rest)]
+            return
+        main, last = slice(0, even), slice(even, n_classes)
+        rest = weight.new_zeros(8, weight.shape[1])
+        rest[: n_classes - even] = weight[last]
+        self.parts = [Part(main, main, weight[main]), Part(last, slice(even, even + 8), rest)]
 
     def project(self, x: Tensor, rows: Tensor) -> None:
         """rows = x @ weight.T + bias"""

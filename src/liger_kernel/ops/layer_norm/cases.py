@@ -52,6 +52,12 @@ SPEC = OpSpec(
         _case("longer-row", "a row whose backward takes two kernels", 3, 24576 + 40),
         _shaped("4d", "more dimensions", lambda m: m.randn(2, 3, 4, 16), 16),
         _shaped("strided", "row stride larger than the row", lambda m: m.strided(6, 40), 40),
+        _shaped(
+            "long-strided",
+            "likewise, at both reads of a row",
+            lambda m: m.strided(3, 16384 + 8),
+            16384 + 8,
+        ),
         _shaped("transposed", "last dimension not contiguous", lambda m: m.transposed(6, 40), 40),
         _shaped("expanded", "stride 0", lambda m: m.expanded(6, 40), 40),
         OpCase(
