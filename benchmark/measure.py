@@ -79,11 +79,13 @@ def _event_times(call: Call, repeats: int) -> list[float]:
     return times
 
 
-def gpu_only(prepare: Callable[[], Sequence[Call]], estimate_ms: float) -> Timing:
+def gpu_only(
+    prepare: Callable[[], Sequence[Call]], estimate_ms: float, call_peak_mb: float
+) -> Timing:
     """Time of the kernels alone: the calls, many times in turn, in one replayed CUDA graph.
 
     `prepare` runs on the stream that captures, because a backward runs on the stream of its forward. It returns one
-    call per copy of the inputs: so many copies that together they exceed the L2 cache.
+    call per copy of the inputs: so many copies that together they exceed the L2 cache. `call_peak_mb`: see `peak_mb`.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,7 +96,8 @@ def gpu_only(prepare: Callable[[], Sequence[Call]], estimate_ms: float) -> Timin
         torch.cuda.synchronize()
         _check_no_sync(calls[0])
     rounds = max(1, min(256, int(20 / estimate_ms)) // len(calls))
-    torch.cuda.empty_cache()  # a graph takes memory of its own; if it runs out, all of it is lost to the process
+    release()
+    _check_room(call_peak_mb)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
@@ -106,6 +109,15 @@ def gpu_only(prepare: Callable[[], Sequence[Call]], estimate_ms: float) -> Timin
     times = _event_times(graph.replay, 12)[2:]
     graph.reset()
     return Timing.of([t / (rounds * len(calls)) for t in times])
+
+
+def _check_room(call_peak_mb: float) -> None:
+    """A graph takes memory of its own, in pieces that it cannot merge; if it runs out, all is lost to the process."""
+    free_mb = torch.cuda.mem_get_info()[0] / 1e6
+    if 2 * call_peak_mb > free_mb:
+        raise NotCapturable(
+            f"a graph may take {2 * call_peak_mb:.0f} MB, and {free_mb:.0f} MB are free"
+        )
 
 
 def _check_no_sync(call: Call) -> None:
@@ -123,6 +135,14 @@ def copies_beyond_cache(bytes_per_call: int) -> int:
     """How many copies of the inputs exceed twice the L2 cache, at most 16."""
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(1, min(16, -(-2 * cache // max(1, bytes_per_call))))
+
+
+def release() -> None:
+    """Hand back the memory that nobody uses. One cuBLAS workspace left in a cached segment would keep all of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def peak_mb(call: Call) -> float:

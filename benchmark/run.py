@@ -13,7 +13,6 @@ part: `providers.py`. The rows are merged into benchmark/results/<gpu>.json; `ta
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
@@ -37,6 +36,7 @@ from measure import (
     launches,
     peak_mb,
     rate,
+    release,
 )
 from providers import PROVIDERS
 from results import Row, default_path, describe_run, load, merge, save
@@ -174,7 +174,7 @@ def second_turn(
             print(f"second turn of {line(row)}: {_said(error)}; the first stands", file=sys.stderr)
             continue
         finally:
-            _free(setting)
+            release()
         if timing.ms < row["ms"]:
             share = {} if row.get("gpu_ms") else _rate(work, row["mode"], timing.ms, setting)
             yield {**row, **asdict(timing), **share}
@@ -203,7 +203,7 @@ def _measured(work: Workload, function: Any, mode: str, setting: Setting) -> Row
         try:
             copies = copies_beyond_cache(work.input_bytes())
             row["gpu_ms"] = best = gpu_only(
-                lambda: work.calls(function, mode, copies), timing.ms
+                lambda: work.calls(function, mode, copies), timing.ms, row["peak_mb"]
             ).ms
         except NotCapturable as reason:
             row["gpu_ms"], row["gpu_note"] = None, str(reason)
@@ -215,12 +215,6 @@ def _rate(work: Workload, mode: str, ms: float, setting: Setting) -> Row:
     if reached is None:
         return {}
     return {"rate": reached.value, "unit": reached.unit, "percent_of_ceiling": reached.percent}
-
-
-def _free(setting: Setting) -> None:
-    gc.collect()
-    if setting.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure_here(
@@ -239,7 +233,7 @@ def measure_here(
             for row in measure_provider(work, name, label or name, setting, bound):
                 rows.append(row)
                 yield row
-            _free(setting)
+            release()
         if case.flops:  # what runs at the power limit
             yield from second_turn(work, rows, bound, setting)
 
@@ -322,7 +316,7 @@ def all_rows(args: argparse.Namespace, setting: Setting) -> Iterator[Row]:
     yield from measure_here(
         pairs, [n for n in wanted if PROVIDERS[n].package is None], setting, None
     )
-    _free(setting)  # the peers need the memory
+    release()  # the peers need the memory
     for name in wanted:
         package = PROVIDERS[name].package
         if package is not None and sources.has_package(package, args.peer_site):

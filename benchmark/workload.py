@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from measure import release
 from torch import Tensor
 
 from liger_kernel.testing import OpCase, OpSpec, assert_no_worse
@@ -115,8 +115,7 @@ class Workload:
                 if rows < 2:
                     raise
             rows //= 2
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
 
     def _sampled_run(
         self, function: Function, rows: int, dtype: torch.dtype | None = None

@@ -196,7 +196,7 @@ def test_memory_is_handed_back_before_a_peer_starts(monkeypatch: pytest.MonkeyPa
 
     for function, name in (
         ("measure_here", "ours"),
-        ("_free", "free"),
+        ("release", "free"),
         ("measure_in_child", "peer"),
     ):
         monkeypatch.setattr(runner, function, event(name))
@@ -206,6 +206,13 @@ def test_memory_is_handed_back_before_a_peer_starts(monkeypatch: pytest.MonkeyPa
         runner.all_rows(args, runner.Setting("cpu", torch.float32, ("fwd",), 1, LIMITS))
     )
     assert events == ["ours", "free", "peer"]
+
+
+def test_no_graph_is_captured_that_could_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40e9, 80e9))
+    measure._check_room(20_000)
+    with pytest.raises(measure.NotCapturable, match="40002 MB, and 40000 MB are free"):
+        measure._check_room(20_001)
 
 
 @pytest.mark.parametrize("name", ["TORCH", "LIGER"])
