@@ -12,7 +12,6 @@ merged into benchmark/results/<gpu>.json. To add a shape, add a row to `SHAPES`;
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measure import release
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
@@ -222,9 +222,7 @@ def worker(args: argparse.Namespace) -> None:
             found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print("\n" + RESULT_MARK + json.dumps(found), flush=True)
         torch._dynamo.reset()
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+        release()
 
 
 def synchronize(device: str) -> None:

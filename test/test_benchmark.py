@@ -5,29 +5,24 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chunked
+import e2e
+import host
+import measure
+import providers
 import pytest
+import run as runner
+import tables
 import torch
+import workload
 
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import OPS
 from liger_kernel.testing import OpSpec
-
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
-sys.path.insert(0, str(BENCHMARK))
-
-import chunked  # noqa: E402
-import e2e  # noqa: E402
-import host  # noqa: E402
-import measure  # noqa: E402
-import providers  # noqa: E402
-import run as runner  # noqa: E402
-import tables  # noqa: E402
-import workload  # noqa: E402
 
 LIMITS = measure.Ceilings(copy_gb_s=4000.0, gemm_tflop_s=800.0)
 SPECS: dict[str, OpSpec] = {

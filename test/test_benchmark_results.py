@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import results
+import tables
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
-sys.path.insert(0, str(BENCHMARK))
-
-import results  # noqa: E402
-import tables  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmark" / "results"
 
 
 def row(**more: Any) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def test_a_time_of_the_kernels_alone_is_shown() -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     plots = pytest.importorskip("plots")
-    source = BENCHMARK / "results" / "nvidia-h100-80gb-hbm3.json"
+    source = RESULTS / "nvidia-h100-80gb-hbm3.json"
     assert plots.main([str(source), str(tmp_path / "a.png")]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-sweep.png", "a.png"]
 
@@ -98,9 +96,8 @@ def test_tables_replace_what_is_between_their_markers() -> None:
     ],
 )
 def test_the_pages_show_the_results(page: str, gpu: str) -> None:
-    root = Path(tables.__file__).parents[1]
-    content = results.load(root / "benchmark" / "results" / f"{gpu}.json")
-    text = (root / page).read_text()
+    content = results.load(RESULTS / f"{gpu}.json")
+    text = (ROOT / page).read_text()
     assert "<!-- benchmark:" in text
     assert tables.filled(text, content) == text, (
         "run benchmark/tables.py with the results and this page"

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
-
 import measure
+import torch
 
 
 def test_graphs_hand_their_memory_back() -> None:

@@ -6,11 +6,11 @@ import copy
 import io
 import json
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import savings as benchmark
 import torch
 from torch import nn
 
@@ -19,10 +19,6 @@ from liger_kernel.backends import use_implementation
 from liger_kernel.transformers.patching import Options, PatchReport
 from liger_kernel.transformers.patching.savings import LossSite
 from test.transformers.tiny import VOCAB, build
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
-
-import savings as benchmark
 
 MIB = 2**20
 ON_CPU = [case.tiny() for case in benchmark.CASES if not case.autocast]
