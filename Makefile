@@ -24,30 +24,30 @@ demo: $(READY)
 
 # one torch thread per worker: more workers than that fight over the cores
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) tests
 
 test-gpu: $(READY)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
-	$(RUN) -m pytest $(ARGS) test/gpu test/ops
+	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops
 
 # every type that transformers ships, where `make test` takes a third
 test-zoo: $(READY)
-	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) test/transformers/test_zoo.py
+	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 
-# the same on the releases that test/transformers/zoo/releases.py describes
+# the same on the releases that tests/transformers/zoo/releases.py describes
 MATRIX ?= 4.57.6 5.0.0 5.17.0 5.23.0
 test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 	@for release in $(MATRIX); do \
 	  echo "transformers $$release"; \
 	  ZOO=all OMP_NUM_THREADS=1 PYTHONPATH=src .venv/matrix/$$release/bin/python -m pytest -n logical --maxprocesses 8 \
-	    $(ARGS) test/transformers/test_zoo.py || failed="$$failed $$release"; \
+	    $(ARGS) tests/transformers/test_zoo.py || failed="$$failed $$release"; \
 	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
 
 check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest test/test_layout.py
+	$(RUN) -m pytest tests/test_layout.py
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liger_kernel._core import compat
+from liger_kernel import compat
 
 compat.install()
 

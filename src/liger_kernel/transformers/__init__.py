@@ -8,23 +8,23 @@ from typing import Any
 
 #: public name -> the submodule that defines it
 _EXPORTS = {
-    "LigerBlockSparseTop2MLP": "swiglu",
-    "LigerCrossEntropyLoss": "cross_entropy",
-    "LigerFalconH1MLP": "mlp",
-    "LigerFalconH1SwiGLUMLP": "swiglu",
-    "LigerFusedAddRMSNorm": "fused_add_rms_norm",
-    "LigerFusedLinearCrossEntropyLoss": "fused_linear_cross_entropy",
-    "LigerGEGLUMLP": "geglu",
-    "LigerGEGLUMLPForGemma4": "geglu",
-    "LigerHunyuanV1SwiGLUMLP": "swiglu",
-    "LigerLayerNorm": "layer_norm",
-    "LigerMLP": "mlp",
-    "LigerPhi3SwiGLUMLP": "swiglu",
-    "LigerQwen3MoeSwiGLUMLP": "swiglu",
-    "LigerRMSNorm": "rms_norm",
-    "LigerReLUSquared": "relu_squared",
-    "LigerSwiGLUMLP": "swiglu",
-    "liger_rotary_pos_emb": "rope",
+    "LigerBlockSparseTop2MLP": "modules.swiglu",
+    "LigerCrossEntropyLoss": "modules.cross_entropy",
+    "LigerFalconH1MLP": "modules.mlp",
+    "LigerFalconH1SwiGLUMLP": "modules.swiglu",
+    "LigerFusedAddRMSNorm": "modules.fused_add_rms_norm",
+    "LigerFusedLinearCrossEntropyLoss": "modules.fused_linear_cross_entropy",
+    "LigerGEGLUMLP": "modules.geglu",
+    "LigerGEGLUMLPForGemma4": "modules.geglu",
+    "LigerHunyuanV1SwiGLUMLP": "modules.swiglu",
+    "LigerLayerNorm": "modules.layer_norm",
+    "LigerMLP": "modules.mlp",
+    "LigerPhi3SwiGLUMLP": "modules.swiglu",
+    "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",
+    "LigerRMSNorm": "modules.rms_norm",
+    "LigerReLUSquared": "modules.relu_squared",
+    "LigerSwiGLUMLP": "modules.swiglu",
+    "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`
 _PATCHING = {
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
             )
         home = _PATCHING.get(name, "monkey_patch")
     if home is None:
-        if name == "functional" or name in _EXPORTS.values():  # a submodule nobody has imported yet
+        if name == "functional" or f"modules.{name}" in _EXPORTS.values():  # a submodule nobody has imported yet
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

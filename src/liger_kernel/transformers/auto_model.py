@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liger_kernel.transformers.models.families import OPTION_OF
 from liger_kernel.transformers.monkey_patch import (
     MODEL_TYPE_TO_APPLY_LIGER_FN,
     _apply_liger_kernel_to_instance,
 )
 from liger_kernel.transformers.patching.classes import patched_on_init
+from liger_kernel.transformers.patching.families import OPTION_OF
 from liger_kernel.transformers.patching.state import state_of
 
 

@@ -1,4 +1,4 @@
-"""The entry points that frameworks call: thin doors to `liger_kernel.patch`, one per row of `models/families.py`."""
+"""The entry points that frameworks call: thin doors to `liger_kernel.patch`, one per row of `patching/families.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from liger_kernel.transformers.models.families import FAMILIES, OPTION_OF, Family
+from liger_kernel.transformers.modules.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
 from liger_kernel.transformers.patching import norms, patch, walk
 from liger_kernel.transformers.patching.classes import (
     GlobalPatch,
@@ -18,11 +18,11 @@ from liger_kernel.transformers.patching.classes import (
     patch_rope_globally,
     unpatch_classes,
 )
+from liger_kernel.transformers.patching.families import FAMILIES, OPTION_OF, Family
 from liger_kernel.transformers.patching.mlps import find_plan as find_mlp_plan
 from liger_kernel.transformers.patching.options import Options
 from liger_kernel.transformers.patching.report import PatchReport
 from liger_kernel.transformers.patching.state import State, state_of
-from liger_kernel.transformers.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
 
 logger = logging.getLogger(__name__)
 

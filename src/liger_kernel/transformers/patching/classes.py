@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from liger_kernel.transformers import rope as rope_module
+from liger_kernel.transformers.modules import rope as rope_module
 from liger_kernel.transformers.patching.rope import Form, prove
 
 _ROPE = "apply_rotary_pos_emb"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
 from liger_kernel.transformers import functional
-from liger_kernel.transformers.model import loss_utils
-from liger_kernel.transformers.model.output_classes import with_metrics
+from liger_kernel.transformers.labels import per_item, shifted
+from liger_kernel.transformers.outputs import with_metrics
 from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
 from liger_kernel.transformers.patching.state import State, is_replaced, state_of
@@ -272,14 +272,14 @@ def causal_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """The loss of a causal LM over existing logits, by the fused cross entropy: `patch(model, cross_entropy=True)`."""
-    target = loss_utils.shifted(labels, shift_labels, ignore_index)
+    target = shifted(labels, shift_labels, ignore_index)
     loss: Any = functional.liger_cross_entropy(
         logits.float().view(-1, vocab_size),
         target.reshape(-1).to(logits.device),
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )
-    return loss_utils.per_item(loss, num_items_in_batch)
+    return per_item(loss, num_items_in_batch)
 
 
 def patch_cross_entropy(model: nn.Module, state: State) -> None:

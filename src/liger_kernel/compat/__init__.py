@@ -1,0 +1,68 @@
+"""What other projects import under paths that do not fit this house: a row here, or a shim in this folder.
+
+Nothing else in the library imports this package, except `liger_kernel` itself, which installs the paths.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+#: path that other projects import -> the module that is served under it
+ALIASES = {
+    "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
+    "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
+    "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
+    "liger_kernel.transformers.model": "liger_kernel.compat.model",
+    "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
+    "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
+    "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
+    **{
+        f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
+        for module in (
+            "cross_entropy",
+            "fused_add_rms_norm",
+            "fused_linear_cross_entropy",
+            "geglu",
+            "layer_norm",
+            "mlp",
+            "relu_squared",
+            "rms_norm",
+            "rope",
+            "swiglu",
+        )
+    },
+}
+
+
+class _AliasFinder:
+    """Serves the target module object itself, so that setting an attribute through an alias reaches the real module.
+
+    Finder and loader by their methods alone: importing their base classes costs more than all of this file.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in ALIASES:
+            return None
+        loader: Any = self
+        return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system returns, and binds in the parent package, whatever stands in sys.modules after this call.
+        # Returning the target from create_module instead would overwrite its __spec__.
+        name = module.__name__
+        sys.modules[name] = importlib.import_module(ALIASES[name])
+
+
+def install() -> None:
+    """Put the finder last on `sys.meta_path`, once: real files win, and other imports do not pass through it."""
+    if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
+        sys.meta_path.append(_AliasFinder())

@@ -1,1 +1,0 @@
-"""Pieces of the public API that the incumbent keeps under `transformers.model`."""

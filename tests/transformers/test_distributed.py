@@ -1,0 +1,188 @@
+"""A patched model under DDP, FSDP2, FSDP1 and ZeRO-3 on two processes: the averaged gradients of the unpatched model.
+
+ZeRO-3 is skipped without deepspeed, which HF's Trainer would import at every run. On Linux, beside the environment:
+
+    python -m pip install --no-deps --target DIR deepspeed==0.19.8 einops hjson msgpack py-cpuinfo
+    PYTHONPATH=DIR python -m pytest tests/transformers/test_distributed.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import liger_kernel
+from liger_kernel.testing import assert_no_worse
+from liger_kernel.transformers.patching.deferred import DeferredLogits
+from tests.transformers.tiny import batch, build
+
+WORLD = 2
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def averaged_gradients(dtype: torch.dtype, **overrides: Any) -> dict[str, torch.Tensor]:
+    """Of the unpatched model on both ranks' batches, in one process."""
+    model = build("llama", dtype, **overrides).train()
+    for rank in range(WORLD):
+        (model(**batch(seed=rank)).loss / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def fsdp2_head_apart(model: nn.Module) -> nn.Module:
+    """The head's weight is gathered only inside the head's own call."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.model.layers[0]), type(model.lm_head)})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def zero3(model: nn.Module) -> nn.Module:
+    """Every parameter is partitioned, and whole only inside the call of the module that has it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled; gloo serves
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    assert model.lm_head.weight.numel() == 0
+    return engine
+
+
+def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    if hasattr(model, "_fsdp_wrapped_module"):
+        with type(model).summon_full_params(model, with_grads=True):
+            return {
+                n.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
+                for n, p in model.named_parameters()
+            }
+    if hasattr(model, "zero_optimization"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            n.removeprefix("module."): safe_get_full_grad(p) for n, p in model.named_parameters()
+        }
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            found[name.removeprefix("module.")] = grad
+    return found
+
+
+SCENARIOS = {
+    f"{wrap.__name__}, patched {'before' if first else 'after'}{', tied' if tied else ''}": (
+        wrap,
+        first,
+        tied,
+    )
+    for wrap in (ddp, fsdp2, fsdp2_head_apart, fsdp1, zero3)
+    for first in (True, False)
+    for tied in (False, True)
+    # a tied weight belongs to one unit, and FSDP1 flattens the parameters that the proofs look at
+    if not (tied and wrap in (fsdp2_head_apart, fsdp1)) and (first or wrap is not fsdp1)
+}
+
+
+def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, tied: bool) -> None:
+    overrides = {"tie_word_embeddings": tied}
+    model = build("llama", **overrides)
+    if patch_first:
+        liger_kernel.patch(model)
+    wrapped = wrap(model)
+    if not patch_first:
+        liger_kernel.patch(model)
+    wrapped.train()
+    for again in (True, False):  # ZeRO-3 fetches ahead in the second step, as in the first
+        outputs = wrapped(**batch(seed=rank), use_cache=False)
+        assert isinstance(outputs.logits, DeferredLogits)
+        getattr(wrapped, "backward", Tensor.backward)(outputs.loss)
+        if again:
+            getattr(wrapped, "step", wrapped.zero_grad)()
+    ours = whole_gradients(wrapped)
+    high = averaged_gradients(torch.float64, **overrides)
+    low = averaged_gradients(torch.float32, **overrides)
+    assert ours.keys() == low.keys()
+    for name, grad in ours.items():
+        assert_no_worse(name, grad, high[name], low[name])
+
+
+def worker(rank: int, port: int, results: str) -> None:
+    """All scenarios in one pair of processes; after a failure the two may be out of step, so the rest is not run."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeeds = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "DS_ACCELERATOR": "cpu"}
+    os.environ.update({name: str(value) for name, value in deepspeeds.items()})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    found = {}
+    for name, scenario in SCENARIOS.items():
+        if scenario[0] is zero3 and not HAS_DEEPSPEED:
+            continue
+        try:
+            check(rank, *scenario)
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+            break
+    Path(results, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_averaged_gradients(scenario: str, outcomes: list[dict[str, str]]) -> None:
+    if SCENARIOS[scenario][0] is zero3 and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    for rank, found in enumerate(outcomes):
+        assert found.get(scenario, "not run: an earlier scenario failed") == "", f"rank {rank}"

@@ -1,0 +1,82 @@
+"""Every `apply_liger_kernel_to_*` on a tiny model of its type from the zoo, for one model and for the classes."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch import nn
+
+import liger_kernel
+from liger_kernel.transformers import monkey_patch
+from liger_kernel.transformers.patching import PatchReport
+from liger_kernel.transformers.patching.families import FAMILIES, Family
+from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.zoo import build, check, inputs
+
+ENTRIES = {entry.model_type: entry for entry in build.ENTRIES}  # image-text where a type has both
+NO_LANGUAGE_MODEL = {"pixtral"}  # a vision tower
+TESTED = [f for f in FAMILIES if f.name in ENTRIES and f.name not in build.UNBUILT]
+
+
+pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
+
+
+def apply(family: Family, **arguments: Any) -> None:
+    getattr(monkey_patch, f"apply_liger_kernel_to_{family.name}")(**arguments)
+
+
+def test_every_family_is_tested() -> None:
+    assert {f.name for f in FAMILIES} - {f.name for f in TESTED} == NO_LANGUAGE_MODEL
+    for family in FAMILIES:  # and names a file that exists
+        importlib.import_module(monkey_patch._modeling_name(family))
+
+
+@pytest.mark.parametrize("family", TESTED, ids=lambda f: f.name)
+def test_one_model(family: Family) -> None:
+    """Loss, every gradient, the way back, and a bystander; what is replaced follows the flags."""
+
+    def patch(model: nn.Module) -> PatchReport:
+        apply(family, model=model)
+        state = state_of(model)
+        assert state is not None
+        return state.report
+
+    entry = ENTRIES[family.name]
+    result = check.Result(str(entry), entry.class_name)
+    model = check.built(entry)
+    check.check(model, inputs.inputs(entry, model), result, lambda m: told(family, patch(m)))
+    wanted = family.options({})
+    assert (result.loss == "fused") == (
+        wanted["fused_linear_cross_entropy"] or wanted["cross_entropy"]
+    )
+    assert bool({"mlp", "experts"} & result.replaced.keys()) <= wanted["mlp"]
+    assert ("rope" in result.replaced) <= wanted["rope"]
+
+
+def told(family: Family, report: PatchReport) -> PatchReport:
+    """The rope of the modeling file is not in the report of the model, whose attention is untouched."""
+    if family.options({})["rope"]:
+        report.add("rope", "(the modeling file)", by="liger_rotary_pos_emb")
+    return report
+
+
+@pytest.mark.parametrize("family", TESTED, ids=lambda f: f.name)
+def test_classes_reach_what_a_model_reaches(family: Family) -> None:
+    entry = ENTRIES[family.name]
+    model = build.build(entry)
+    apply(family, model=model)
+    expected = Counter((row.kind, row.path, row.by) for row in state_of(model).report.replaced)
+    liger_kernel.unpatch(model)
+    apply(family)
+    try:
+        built = build.build(entry)
+    finally:
+        getattr(monkey_patch, f"revert_liger_kernel_to_{family.name}")()
+    found = Counter((row.kind, row.path, row.by) for row in state_of(built).report.replaced)
+    assert found == expected
+    assert found
+    liger_kernel.unpatch(built)
+    assert state_of(build.build(entry)) is None

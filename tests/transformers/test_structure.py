@@ -1,0 +1,376 @@
+"""What `patch` finds by structure, module by module: forms of norms, MLPs, experts and rotary functions.
+
+Whole models of every type are the zoo's business (`test_zoo.py`).
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+import liger_kernel
+from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.transformers.patching import Row, rope
+from liger_kernel.transformers.patching.walk import marker
+from tests.transformers.steps import assert_all_no_worse, assert_identical, snapshot, step
+from tests.transformers.tiny import batch, build
+
+SIZE = 64
+Calls = collections.Counter[str]
+
+
+def hf(file: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Something of a modeling file, called; not every release has every file."""
+    modeling = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
+    return getattr(modeling, name)(*args, **kwargs)
+
+
+def patched(module: nn.Module) -> tuple[Any, list[Row]]:
+    """A copy of the module inside of a patched model, and what the report says of it."""
+    model = nn.Sequential(copy.deepcopy(module))
+    return model[0], [row for row in liger_kernel.patch(model).rows if row.kind != "loss"]
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    make = Make(torch.float32)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(make.randn(*p.shape, scale=0.4) + (p.ndim == 1))
+    return module
+
+
+def run(module: nn.Module, *inputs: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients under a fixed cotangent."""
+    leaves = [t.clone().requires_grad_() for t in (*inputs, *more.values())]
+    given = dict(zip(more, leaves[len(inputs) :], strict=True))
+    y = module(*leaves[: len(inputs)], **given)
+    wanted = {str(i): t for i, t in enumerate(leaves)} | dict(module.named_parameters())
+    grads = torch.autograd.grad(y, wanted.values(), Make(torch.float64).randn(*y.shape).to(y.dtype))
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def assert_same_module(
+    ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *inputs: Tensor, **more: Tensor
+) -> None:
+    """Output and gradients against the module in float64 on the same, already rounded numbers."""
+    low = copy.deepcopy(theirs).to(dtype)
+    inputs = tuple(t.to(dtype) for t in inputs)
+    more = {name: t.to(dtype) for name, t in more.items()}
+    doubles = {name: t.double() for name, t in more.items()}
+    high = run(copy.deepcopy(low).double(), *(t.double() for t in inputs), **doubles)
+    assert_all_no_worse(run(ours.to(dtype), *inputs, **more), high, run(low, *inputs, **more))
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+X, GATE = (Make(torch.float32, seed=s).randn(3, 5, SIZE, scale=2) for s in range(2))
+
+GATED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bamba": (("BambaRMSNormGated", SIZE), "LigerRMSNorm(llama, of x * silu(gate))"),
+    "zamba2": (
+        ("Zamba2RMSNormGated", SIZE, 16),
+        "LigerRMSNorm(gemma, in groups, of x * silu(gate))",
+    ),
+    "qwen3_next": (("Qwen3NextRMSNormGated", SIZE), "LigerRMSNorm(llama, then * silu(gate))"),
+    "kimi_linear": (("KimiLinearRMSNormGated", SIZE), "LigerRMSNorm(gemma, then * sigmoid(gate))"),
+}
+
+
+class TestGatedNorms:
+    @pytest.fixture(params=sorted(GATED))
+    def norm(self, request: pytest.FixtureRequest) -> nn.Module:
+        return drawn(hf(request.param, *GATED[request.param][0]))
+
+    @pytest.mark.parametrize("name", sorted(GATED))
+    def test_are_told_apart(self, name: str) -> None:
+        made, expected = GATED[name]
+        _, rows = patched(hf(name, *made))
+        assert [row.by for row in rows] == [expected]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_gate_by_position_and_by_name(
+        self, norm: nn.Module, dtype: torch.dtype, calls: Calls
+    ) -> None:
+        ours, _ = patched(norm)
+        calls.clear()
+        assert_same_module(ours, norm, dtype, X, GATE)
+        assert calls["rms_norm"] == 1
+        assert_same_module(ours, norm, dtype, X, gate=GATE)
+        assert calls["rms_norm"] == 2
+
+    def test_fp32_activations_with_16_bit_weights(self, norm: nn.Module, calls: Calls) -> None:
+        """As in Mamba-2 without its own kernels, in bf16."""
+        norm = norm.bfloat16()
+        ours, _ = patched(norm)
+        calls.clear()
+        found, expected = (run(m, X, GATE.bfloat16()) for m in (ours, norm))
+        assert calls["rms_norm"] == 1
+        truth = run(copy.deepcopy(norm).double(), X.double(), GATE.bfloat16().double())
+        assert_all_no_worse(found, truth, expected)
+
+    def test_unproven_forms_are_the_modules_own(self, norm: nn.Module, calls: Calls) -> None:
+        ours, _ = patched(norm)
+        calls.clear()
+        row = GATE[:, :1]
+        assert torch.equal(ours(X, row), norm(X, row))  # a gate of another shape
+        with pytest.raises(TypeError):
+            ours(X, GATE, GATE)
+        with pytest.raises(TypeError, match="no_such"):
+            ours(X, no_such=GATE)
+        assert not calls
+
+    def test_without_a_gate(self, calls: Calls) -> None:
+        norm = drawn(hf("bamba", "BambaRMSNormGated", SIZE)).bfloat16()
+        ours, _ = patched(norm)
+        calls.clear()
+        assert_same_module(ours, norm, torch.bfloat16, X)
+        assert torch.equal(ours(X.bfloat16(), None), ours(X.bfloat16(), gate=None))
+        assert calls["rms_norm"] == 3
+        needs, _ = patched(hf("qwen3_next", "Qwen3NextRMSNormGated", SIZE))
+        with pytest.raises(TypeError, match="gate"):
+            needs(X)
+
+
+class UnscaledNorm(nn.Module):
+    """Not weightless: its scale is a buffer that starts with ones, and it counts its calls."""
+
+    def __init__(self, scaled: bool = True) -> None:
+        super().__init__()
+        self.eps, self.scaled = 1e-6, scaled
+        self.register_buffer("scale", torch.ones(SIZE))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y * self.scale.to(x.dtype) if self.scaled else y
+
+
+class TestOtherNorms:
+    @pytest.mark.parametrize(
+        ("norm", "expected"),
+        [
+            (("nemotron", "NemotronLayerNorm1P", SIZE), "LigerLayerNorm(offset=1)"),
+            (("olmo", "OlmoLayerNorm", SIZE), "LigerLayerNorm"),
+            (("falcon_mamba", "FalconMambaWeightlessRMSNorm", SIZE), "LigerRMSNorm(llama)"),
+            (("deepseek_v4", "DeepseekV4UnweightedRMSNorm"), "LigerRMSNorm(llama)"),
+            (
+                ("qwen4_exp", "Qwen4ExpTextRMSNorm", SIZE, 16),
+                "LigerRMSNorm(gemma, offset=1, in groups)",
+            ),
+        ],
+        ids=lambda row: row[0] if isinstance(row, tuple) else "",
+    )
+    def test_replaced(self, norm: tuple[Any, ...], expected: str, calls: Calls) -> None:
+        theirs = drawn(hf(*norm))
+        ours, rows = patched(theirs)
+        assert [row.by for row in rows] == [expected]
+        calls.clear()
+        assert_same_module(ours, theirs, torch.bfloat16, X)
+        assert calls["rms_norm"] + calls["layer_norm"] == 1
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: hf("hy_v4", "HYV4UnweightedRMSNorm"),  # the inverse alone
+            lambda: hf("sam", "SamLayerNorm", SIZE, data_format="channels_first"),
+            lambda: hf("falcon_h1", "FalconH1RMSNormGated", SIZE),  # drops a dimension of size 1
+            lambda: nn.GroupNorm(4, SIZE),
+            lambda: nn.BatchNorm1d(SIZE),
+            UnscaledNorm,
+        ],
+        ids=["inverse", "channels first", "dropped dimension", "groups", "batch", "scaled"],
+    )
+    def test_left_alone_and_named(self, make: Callable[[], nn.Module]) -> None:
+        norm = make()
+        _, rows = patched(norm)
+        assert [(row.kind, row.by) for row in rows] == [("norm", None)]
+        assert type(norm).__name__ in rows[0].reason
+
+    def test_the_proof_leaves_the_real_buffers_alone(self) -> None:
+        norm, rows = patched(UnscaledNorm(scaled=False))
+        assert [row.by for row in rows] == ["LigerRMSNorm(llama)"]
+        assert norm.seen == 0
+
+    def test_weights_wider_than_the_activations(self, calls: Calls) -> None:
+        """Only where the proof covers it: here Llama's convention would return float32."""
+        llama = drawn(hf("llama", "LlamaRMSNorm", SIZE))
+        gemma = drawn(hf("gemma", "GemmaRMSNorm", SIZE))
+        for norm, dtype in ((llama, torch.float32), (gemma, torch.bfloat16)):
+            ours, _ = patched(norm)
+            assert ours(X.bfloat16()).dtype == norm(X.bfloat16()).dtype == dtype
+        other_16_bit = drawn(hf("gemma", "GemmaRMSNorm", SIZE)).half()
+        ours, _ = patched(other_16_bit)
+        calls.clear()
+        assert torch.equal(ours(X.bfloat16()), other_16_bit(X.bfloat16()))
+        assert not calls
+
+
+# -- MLPs --------------------------------------------------------------------------------------------------------------
+
+
+class Squared(nn.Module):
+    """The function under another name."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square() * self.factor
+
+
+class TestMLPs:
+    def test_relu_squared(self, calls: Calls) -> None:
+        config = AutoConfig.for_model("arcee", hidden_size=32, intermediate_size=48)
+        mlp = drawn(hf("arcee", "ArceeMLP", config))
+        ours, rows = patched(mlp)
+        assert [(row.path, row.by) for row in rows] == [("0.act_fn", "LigerReLUSquared")]
+        calls.clear()
+        assert_same_module(ours, mlp, torch.bfloat16, X[..., :32])
+        assert calls["relu_squared"] == 1
+        assert "LigerReLUSquared[ReLUSquaredActivation]" in str(ours)
+
+    @pytest.mark.parametrize("factor", [1.0, 1.001])
+    def test_relu_squared_is_known_by_its_numbers(self, factor: float) -> None:
+        _, rows = patched(nn.ModuleDict({"act": Squared(factor), "pool": Squared()}))
+        assert [row.path for row in rows] == ["0.act"][: factor == 1]
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_multipliers(self, bias: bool, calls: Calls) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48}
+        config = AutoConfig.for_model(
+            "falcon_h1", **sizes, mlp_multipliers=[0.7, 0.3], mlp_bias=bias
+        )
+        mlp = drawn(hf("falcon_h1", "FalconH1MLP", config))
+        ours, rows = patched(mlp)
+        assert [row.by for row in rows] == ["LigerSwiGLU"]
+        calls.clear()
+        assert_same_module(ours, mlp, torch.bfloat16, X[..., :32])
+        assert calls["glu"] == 1
+        ours.gate_multiplier = mlp.gate_multiplier = 1.9  # read at every call
+        assert_same_module(ours, mlp, torch.bfloat16, X[..., :32])
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False}
+
+
+def mixtral(dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm") -> Any:
+    pytest.importorskip("transformers.integrations.moe")
+    model = build("mixtral", dtype, **MOE)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def experts_rows(model: nn.Module) -> set[tuple[str | None, str]]:
+    rows = [row for row in liger_kernel.patch(model).rows if row.kind == "experts"]
+    return {(row.by, row.reason) for row in rows}
+
+
+class TestExperts:
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+    def test_loss_and_every_gradient(self, implementation: str, calls: Calls) -> None:
+        model = mixtral(implementation=implementation)
+        before = snapshot(model)
+        assert experts_rows(model) == {("LigerSwiGLU(fused gate_up)", "")}
+        calls.clear()
+        outputs, grads = step(model, **batch())
+        assert calls["glu"] == model.config.num_hidden_layers
+        high, high_grads = step(mixtral(torch.float64, "eager"), **batch())
+        low, low_grads = step(mixtral(implementation=implementation), **batch())
+        assert_no_worse("loss", outputs.loss, high.loss, low.loss)
+        assert_all_no_worse(grads, high_grads, low_grads)
+        liger_kernel.unpatch(model)
+        assert_identical(before, snapshot(model))
+
+    def test_copies_are_bound_to_themselves(self, calls: Calls) -> None:
+        model = mixtral()
+        liger_kernel.patch(model)
+        expected, _ = step(model, **batch())
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for ours, theirs in zip(twin.modules(), model.modules(), strict=True):
+                assert ours is not theirs
+                for slot in ("forward", "_apply_gate"):
+                    bound = getattr(vars(ours).get(slot), "args", (ours,))
+                    assert bound[0] is ours
+            calls.clear()
+            assert torch.equal(step(twin, **batch())[0].loss, expected.loss)
+            assert calls["glu"] == model.config.num_hidden_layers
+            liger_kernel.unpatch(twin)
+            assert "_apply_gate" not in vars(twin.model.layers[0].mlp.experts)
+
+    def test_left_alone_and_named(self) -> None:
+        ((by, reason),) = experts_rows(mixtral(implementation="eager"))
+        assert by is None
+        assert "eager" in reason
+        assert "set_experts_implementation" in reason
+        assert experts_rows(build("gpt_oss", **MOE, head_dim=16)) == {
+            (None, "GptOssExperts computes something else")
+        }
+        ((by, reason),) = experts_rows(build("dbrx", **DBRX))
+        assert (by, "DbrxExpertGLU" in reason) == (None, True)
+
+    def test_options_reach_them(self) -> None:
+        model = mixtral()
+        kinds = {row.kind for row in liger_kernel.patch(model, mlp=False).rows}
+        assert "experts" not in kinds
+
+    def test_compiles_to_one_graph(self) -> None:
+        model = mixtral(torch.bfloat16)
+        liger_kernel.patch(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert compiled(**batch(), use_cache=False).loss.isfinite()
+
+
+DBRX = {
+    "d_model": 48,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 64,
+    "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}
+
+# -- rotary embeddings, and what all kinds share -----------------------------------------------------------------------
+
+
+def test_the_last_columns_are_rotated() -> None:
+    original = pytest.importorskip(
+        "transformers.models.deepseek_v4.modeling_deepseek_v4"
+    ).apply_rotary_pos_emb
+    ours = rope.replacement(original)
+    assert ours is not None
+    assert {form.narrow for form in rope.prove(original)} == {"last"}
+    make = Make(torch.bfloat16)
+    heads, angles = make.randn(2, 3, 5, 24), make.randn(2, 5, 4).float()
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    y = ours(heads, cos, sin)
+    high = original(heads.double(), cos.double(), sin.double())
+    assert_no_worse("y", y, high, original(heads, cos, sin))
+    assert torch.equal(y[..., :16], heads[..., :16])
+
+
+def test_an_inner_patch_is_reported_by_the_outer_one() -> None:
+    for build_one in (mixtral, lambda: build("llama")):
+        model = build_one()
+        inner = liger_kernel.patch(model.model)
+        outer = liger_kernel.patch(model)
+        told = {(row.kind, f"model.{row.path}", row.by) for row in inner.replaced}
+        assert told <= {(row.kind, row.path, row.by) for row in outer.replaced}
+        assert not outer.skipped
+        assert marker("rope") in vars(model.model.layers[0].self_attn)
+        liger_kernel.unpatch(model)
+        liger_kernel.unpatch(model.model)
+        assert not [n for m in model.modules() for n in vars(m) if n.startswith("_liger")]

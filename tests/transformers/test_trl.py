@@ -1,0 +1,200 @@
+"""TRL's trainers with `use_liger_kernel=True`: losses, metrics and trained weights of the unpatched model.
+
+TRL computes its losses itself, from the hidden states, and asks for everything but the fused loss.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+import liger_kernel
+from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.steps import assert_all_no_worse
+from tests.transformers.tiny import VOCAB, build, randomize
+
+trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated")
+
+STEPS, ROWS = 4, 16
+Make = Callable[..., Any]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(VOCAB - len(special)))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def data(*columns: str) -> Any:
+    """Rows of few words, so that a few steps learn some of them."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+
+    def text(column: str) -> str | bool:
+        length = 5 if column == "prompt" else int(torch.randint(3, 9, (), generator=generator))
+        words = torch.randint(0, 2 if column == "rejected" else 4, (length,), generator=generator)
+        return bool(words[0] % 2) if column == "label" else "".join(f" w{w}" for w in words)
+
+    return Dataset.from_list([{column: text(column) for column in columns} for _ in range(ROWS)])
+
+
+def causal_lm(dtype: torch.dtype) -> nn.Module:
+    return build("llama", dtype)
+
+
+def reward_model(dtype: torch.dtype) -> nn.Module:
+    config = causal_lm(dtype).config
+    config.num_labels = 1
+    return randomize(AutoModelForSequenceClassification.from_config(config)).to(dtype)
+
+
+def writer(dtype: torch.dtype) -> nn.Module:
+    """A model whose completions are given: float64 would draw others than float32."""
+    model = causal_lm(dtype)
+
+    def generate(input_ids: Tensor, **kwargs: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(int(input_ids.sum()))
+        written = torch.randint(4, VOCAB, (len(input_ids), 6), generator=generator)
+        return torch.cat((input_ids, written), -1)
+
+    model.generate = generate
+    return model
+
+
+def every_other(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
+LORA = peft.LoraConfig(
+    r=4, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False
+)
+PROMPTED = ("prompt", "completion")
+SFT = ["loss", "mean_token_accuracy", "entropy"]
+PREFERENCE = ["loss", "rewards/chosen", "rewards/rejected"]
+GRPO = {"model": writer, "reward_funcs": every_other, "num_generations": 2, "beta": 0.0}
+#: trainer, columns of its data, options, what it logs
+TRAINERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], list[str]]] = {
+    "completion only": ("SFT", PROMPTED, {"completion_only_loss": True}, SFT),
+    "packed": ("SFT", ("text",), {"packing": True, "max_length": 16}, SFT),
+    "padding free": ("SFT", PROMPTED, {"padding_free": True, "max_length": None}, SFT),
+    "dft": ("SFT", PROMPTED, {"loss_type": "dft"}, SFT),
+    "label smoothing": ("SFT", PROMPTED, {"label_smoothing_factor": 0.1}, SFT),
+    "LoRA": ("SFT", PROMPTED, {"peft_config": LORA}, SFT),
+    "DPO": ("DPO", ("prompt", "chosen", "rejected"), {"ref_model": causal_lm}, PREFERENCE),
+    "KTO": ("KTO", (*PROMPTED, "label"), {"ref_model": causal_lm}, ["loss"]),
+    "GRPO": ("GRPO", ("prompt",), GRPO, ["grad_norm", "entropy"]),
+    "reward": ("Reward", ("chosen", "rejected"), {"model": reward_model}, ["loss", "accuracy"]),
+}  # fmt: skip
+OF_TRAINER = ("peft_config", "ref_model", "reward_funcs", "model")
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Make]:
+    """Makes trainers, as `test_trainer.trainer`: a stock model has to run before a patched one."""
+    made: list[Any] = []
+
+    def make(name: str, liger: bool, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+        kind, columns, options, _ = TRAINERS[name]
+        options = {**options, **more}
+        own: dict[str, Any] = {n: options.pop(n) for n in OF_TRAINER if n in options}
+        own = {"model": causal_lm, **own}
+        for role in {"model", "ref_model"} & own.keys():
+            own[role] = own[role](dtype)
+        defaults: dict[str, Any] = {
+            "max_steps": STEPS, "learning_rate": 0.5, "optim": "sgd", "logging_steps": 1, "save_strategy": "no",
+            "per_device_train_batch_size": 4, "per_device_eval_batch_size": ROWS, "report_to": [],
+            "disable_tqdm": True, "bf16": False,
+        }  # fmt: skip
+        arguments = getattr(trl, f"{kind}Config")(
+            tmp_path, use_cpu=True, use_liger_kernel=liger, **{**defaults, **options}
+        )
+        own.update(train_dataset=data(*columns), eval_dataset=data(*columns))
+        cls = getattr(trl, f"{kind}Trainer")
+        made.append(cls(args=arguments, processing_class=tokenizer(), **own))
+        return made[-1]
+
+    yield make
+    for one in made:
+        liger_kernel.unpatch(one.model)
+
+
+def base_model(run: Any) -> nn.Module:
+    return run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+
+
+def trained(run: Any, metrics: list[str]) -> dict[str, Tensor]:
+    """What is logged in training, the loss of an evaluation afterwards, and the weights.
+
+    GRPO's loss on its own samples is zero to rounding; its gradient is not.
+    """
+    run.train()
+    log = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(log) == STEPS
+    found = {name: torch.tensor([entry[name] for entry in log]) for name in metrics}
+    if "loss" in metrics:
+        found["evaluation"] = torch.tensor(run.evaluate()["eval_loss"])
+    return {**found, **{name: p.detach() for name, p in run.model.named_parameters()}}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_training(name: str, trainer: Make, calls: collections.Counter[str]) -> None:
+    metrics = TRAINERS[name][-1]
+    calls.clear()
+    high = trained(trainer(name, False, torch.float64), metrics)
+    low = trained(trainer(name, False), metrics)
+    assert not calls
+    run = trainer(name, True)
+    ours = trained(run, metrics)
+    report = state_of(base_model(run)).report
+    assert {row.kind for row in report.replaced} == {"norm", "mlp"}  # rope: on the modeling file
+    assert min(calls[op] for op in ("rms_norm", "glu", "rope")) >= STEPS
+    assert not calls["fused_linear_cross_entropy"]
+    assert_all_no_worse(ours, high, low)
+
+
+def test_token_accuracy_is_right(trainer: Make) -> None:
+    """Counted by hand, on the logits of the trained model after the patch is taken back."""
+    run = trainer("completion only", True)
+    run.train()
+    logged = run.evaluate()["eval_mean_token_accuracy"]
+    liger_kernel.unpatch(run.model)
+    (inputs,) = run.get_eval_dataloader()
+    labels = inputs.pop("labels")[:, 1:]
+    with torch.no_grad():
+        hits = run.model.eval()(**inputs).logits[:, :-1].argmax(-1) == labels
+    assert logged > 0.1
+    assert logged == (hits.sum() / (labels != -100).sum()).item()
+
+
+def test_a_model_patched_by_hand(trainer: Make, calls: collections.Counter[str]) -> None:
+    """`liger_kernel.patch(model)`, fused loss included, and then TRL with a loss of its own."""
+
+    def patched(dtype: torch.dtype) -> nn.Module:
+        model = causal_lm(dtype)
+        assert "loss" in {row.kind for row in liger_kernel.patch(model).replaced}
+        return model
+
+    name = "completion only"
+    metrics = TRAINERS[name][-1]
+    high = trained(trainer(name, False, torch.float64), metrics)
+    low = trained(trainer(name, False), metrics)
+    calls.clear()
+    ours = trained(trainer(name, False, model=patched), metrics)
+    assert calls["rms_norm"] >= STEPS
+    assert_all_no_worse(ours, high, low)

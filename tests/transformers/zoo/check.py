@@ -1,0 +1,361 @@
+"""Patched against unpatched: loss, every gradient, the report, the way back, and a bystander."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import liger_kernel
+from liger_kernel import backends
+from liger_kernel.testing import assert_no_worse
+from liger_kernel.transformers.patching.deferred import DeferredLogits
+from liger_kernel.transformers.patching.report import PatchReport
+from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.zoo.build import Entry, build
+
+LOSS_OPS = ("fused_linear_cross_entropy", "cross_entropy")
+#: a float64 run that differs from the plain one by more than this (routing flipped, say) is no yardstick
+LOOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+Gradients = dict[str, Tensor]
+Step = tuple[Tensor, Gradients]
+
+
+@dataclass
+class Result:
+    """What happened to one model type."""
+
+    entry: str
+    class_name: str
+    inputs: str = "text"
+    status: str = "ok"  # or "wrong", "raises", "unbuilt"
+    detail: str = ""
+    loss: str = "not fused"  # or "fused"
+    lazy_logits: bool = False
+    replaced: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # kind -> replacement -> modules
+    skipped: dict[str, int] = field(default_factory=dict)  # "kind: reason" -> modules
+    calls: dict[str, int] = field(default_factory=dict)  # op -> calls in one forward
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        kinds = " ".join(
+            f"{kind}={sum(by.values())}" for kind, by in self.replaced.items() if kind != "loss"
+        )
+        text = f"{self.status:8}{self.entry:28}{self.inputs:6}{self.loss:10}{kinds:28}{self.seconds:5.1f}s"
+        return " ".join([text, *self.notes, self.detail]).rstrip()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Gradients, Any]:
+    """Loss, gradients and outputs of one training step; the same random numbers at every call."""
+    torch.manual_seed(0)
+    model.train()
+    model.zero_grad(set_to_none=True)
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    grads = {
+        name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+    return outputs.loss.detach(), grads, outputs
+
+
+def check(
+    fresh: nn.Module,
+    inputs: dict[str, Any],
+    result: Result,
+    patch: Callable[[nn.Module], PatchReport] = liger_kernel.patch,
+) -> None:
+    """Fill in `result`; raises AssertionError where the patched model is wrong. `fresh` itself is never run."""
+    stock, model = copy.deepcopy(fresh), copy.deepcopy(fresh)
+    low_loss, low_grads, _ = step(stock, inputs)
+    high_loss, high_grads, lows = _truth(fresh, inputs, (low_loss, low_grads), result)
+    step(model, inputs)  # HF installs some hooks on the first forward
+    bystander, globals_before, before = _snapshot(stock), _globals(stock), _snapshot(model)
+    unsteady = _unequal(step(stock, inputs)[:2], (low_loss, low_grads))
+    if unsteady:
+        result.notes.append(f"{len(unsteady)} of {len(low_grads)} gradients differ from run to run")
+    changing = _changed(bystander, _snapshot(stock))  # by HF itself at every step
+    report = patch(model)
+    if patch is liger_kernel.patch:
+        _assert_nothing_silent(model, report)
+    with _counted(result.calls):
+        loss, grads, outputs = step(model, inputs)
+    for row in report.replaced:
+        by = result.replaced.setdefault(row.kind, {})
+        by[row.by or ""] = by.get(row.by or "", 0) + 1
+    result.skipped = dict(
+        collections.Counter(f"{row.kind}: {row.reason}" for row in report.skipped)
+    )
+    result.lazy_logits = any(isinstance(v, DeferredLogits) for v in outputs.values())
+    result.loss = "fused" if any(result.calls.get(op) for op in LOSS_OPS) else "not fused"
+    _assert_told(result)
+    del outputs
+    try:
+        _compare(loss, grads, (high_loss, high_grads), lows)
+    except AssertionError:  # a gradient of few numbers may be lucky in one or two runs
+        lows += [_moved(fresh, inputs, seed) for seed in range(1, 9)]
+        _compare(loss, grads, (high_loss, high_grads), lows)
+    liger_kernel.unpatch(model)
+    assert state_of(model) is None
+    for what, was, now in (
+        ("unpatch left behind", before, _snapshot(model)),
+        ("the other model changed", bystander, _snapshot(stock)),
+        ("a module global changed", globals_before, _globals(stock)),
+    ):
+        changed = _changed(was, now) - changing
+        assert not changed, f"{what}: {sorted(changed)[:4]}"
+    for name, again in (
+        ("after unpatch", step(model, inputs)[:2]),
+        ("the other model", step(stock, inputs)[:2]),
+    ):
+        assert again[1].keys() == low_grads.keys(), name
+        unequal = _unequal(again, (low_loss, low_grads)) - unsteady
+        assert not unequal, f"{name}: differ: {sorted(unequal)[:3]}"
+
+
+def _unequal(ours: Step, theirs: Step) -> set[str]:
+    """Which of the loss and the gradients are not bit-equal."""
+    names = {
+        n for n, grad in theirs[1].items() if n not in ours[1] or not torch.equal(ours[1][n], grad)
+    }
+    return names if torch.equal(ours[0], theirs[0]) else names | {"loss"}
+
+
+def _assert_told(result: Result) -> None:
+    """The report names every kind of op that ran."""
+    kinds = {
+        "rms_norm": ("norm",),
+        "layer_norm": ("norm",),
+        "glu": ("mlp", "experts", "norm"),  # norms with a gate
+        "relu_squared": ("mlp",),
+        "rope": ("rope",),
+        **dict.fromkeys(LOSS_OPS, ("loss",)),
+    }
+    untold = {op for op in result.calls if result.replaced.keys().isdisjoint(kinds[op])}
+    assert not untold, f"ran, but not reported: {untold}"
+    assert result.loss == "fused" or "loss" not in result.replaced, (
+        "reported as fused, but did not run"
+    )
+
+
+def _assert_nothing_silent(model: nn.Module, report: PatchReport) -> None:
+    """Every norm and every experts module has a row, with a replacement or a reason."""
+    told = {row.path for row in report.rows}
+    silent = [
+        path
+        for path, module in model.named_modules()
+        if path not in told
+        and (
+            ("norm" in type(module).__name__.lower() and not module._modules)
+            or ("expert" in type(module).__name__.lower() and [*module.parameters(recurse=False)])
+        )
+    ]
+    assert not silent, f"no row for {silent[:4]}"
+
+
+def _compare(
+    loss: Tensor,
+    grads: Gradients,
+    high: tuple[Tensor, Gradients],
+    lows: list[tuple[Tensor, Gradients]],
+) -> None:
+    assert grads.keys() == lows[0][1].keys(), (
+        f"parameters with a gradient: {grads.keys() ^ lows[0][1].keys()}"
+    )
+    failed = []
+    for name in ("loss", *grads):
+        ours, truth, candidates = (
+            (loss, high[0], [low[0] for low in lows])
+            if name == "loss"
+            else (grads[name], high[1][name], [low[1][name] for low in lows])
+        )
+        low = max(
+            candidates, key=lambda t, truth=truth: float((t.double() - truth.double()).abs().max())
+        )
+        try:
+            assert_no_worse(name, ours, truth, low)
+        except AssertionError as error:
+            failed.append(f"{error} (of {float(truth.abs().max()):.2g})")
+    assert not failed, f"{len(failed)} of {1 + len(grads)}: " + "; ".join(failed[:4])
+
+
+def _truth(
+    fresh: nn.Module, inputs: dict[str, Any], low: tuple[Tensor, Gradients], result: Result
+) -> tuple[Tensor, Gradients, list[tuple[Tensor, Gradients]]]:
+    """(loss, gradients) in float64, and the float32 runs that say how far eager may be from them.
+
+    One float32 run alone can be exact by luck, so a second one starts from weights moved by one rounding error. Where a
+    model does not run in float64, the float32 run is the truth, and the moved one says what rounding does.
+    """
+    noisy = _moved(fresh, inputs, seed=0)
+    double = {k: v.double() if _floats(v) else v for k, v in inputs.items()}
+    for widened in (
+        _float_means_double("float", "to"),
+        _float_means_double("float"),
+        contextlib.nullcontext(),
+    ):
+        try:
+            with widened:
+                high = step(copy.deepcopy(fresh).double(), double)[:2]
+            break
+        except (RuntimeError, TypeError, ValueError) as error:
+            said = str(error)
+    else:
+        result.notes.append(f"no float64 ({said[:40]})")
+        return *low, [noisy]
+    if not high[0].isfinite() or high[1].keys() != low[1].keys():
+        result.notes.append(f"float64 gives {high[0]}")
+        return *low, [noisy]
+    largest = max(float(g.abs().max()) for g in high[1].values())
+    apart = max(
+        float((low[1][n].double() - g).abs().max()) / (float(g.abs().max()) + 1e-4 * largest)
+        for n, g in high[1].items()
+    )
+    if apart > LOOSE[next(fresh.parameters()).dtype]:
+        result.notes.append(f"float64 takes another path ({apart:.1g})")
+        return *low, [noisy]
+    return *high, [low, noisy]
+
+
+@contextmanager
+def _float_means_double(*methods: str) -> Iterator[None]:
+    """HF rounds logits (and norms, and angles) to float32, which would leave a float32 loss as the truth."""
+    originals = {name: getattr(Tensor, name) for name in methods}
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        named = {name: wide(value) for name, value in kwargs.items()}
+        return originals["to"](self, *map(wide, args), **named)
+
+    for name in methods:
+        setattr(Tensor, name, {"float": Tensor.double, "to": to}[name])
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Tensor, name, original)
+
+
+def _moved(fresh: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, Gradients]:
+    """The step of a copy whose parameters are each moved by one rounding error."""
+    moved = copy.deepcopy(fresh)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in moved.parameters():
+            sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p.device)
+            p.mul_(1 + torch.finfo(p.dtype).eps * sign)
+    return step(moved, inputs)[:2]
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@contextmanager
+def _counted(counts: dict[str, int]) -> Iterator[None]:
+    """Counts the calls of every op into `counts`."""
+    original = backends._implementation
+
+    def counting(op: str, *args: Any) -> Any:
+        counts[op] = counts.get(op, 0) + 1
+        return original(op, *args)
+
+    backends._implementation = counting  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        backends._implementation = original
+
+
+def _snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """Every attribute of every module and its class; the contents of its dicts."""
+    found: dict[tuple[str, str], Any] = {}
+    for path, module in model.named_modules():
+        found[path, "__class__"] = type(module)
+        for name, value in vars(module).items():
+            if name == "training":
+                continue
+            if isinstance(value, dict):
+                found |= {(path, f"{name}[{key!r}]"): entry for key, entry in value.items()}
+            else:
+                found[path, name] = value
+    return found
+
+
+def _globals(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The globals of every file that defines a class of `model`, and of torch."""
+    files = {type(module).__module__ for module in model.modules()} | {
+        "torch",
+        "torch.nn",
+        "torch.nn.functional",
+    }
+    return {(name, key): value for name in files for key, value in vars(sys.modules[name]).items()}
+
+
+def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
+    return {
+        k for k in before.keys() | after.keys() if before.get(k, before) is not after.get(k, after)
+    }
+
+
+def built(entry: Entry) -> nn.Module:
+    """The model, with the experts as HF runs them by default, but for float64, which grouped_mm does not know."""
+    model = build(entry)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def run(
+    entry: Entry,
+    make_inputs: Any,
+    kind: str = "text",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Result:
+    """Build, check and time one entry; what goes wrong is in the result."""
+    result = Result(str(entry), entry.class_name, kind)
+    start = time.perf_counter()
+    try:
+        fresh = built(entry)
+        inputs = make_inputs(entry, copy.deepcopy(fresh))
+        fresh = fresh.to(device, dtype)
+        inputs = {k: v.to(device, dtype if _floats(v) else None) for k, v in inputs.items()}
+        step(copy.deepcopy(fresh), inputs)
+    except Exception as error:
+        result.status, result.detail = "unbuilt", _said(error)
+    else:
+        try:
+            check(fresh, inputs, result)
+        except AssertionError as error:
+            result.status, result.detail = "wrong", str(error)
+        except Exception as error:
+            result.status, result.detail = "raises", _said(error)
+    result.seconds = round(time.perf_counter() - start, 2)
+    return result
+
+
+def _said(error: BaseException) -> str:
+    trace = error.__traceback__
+    places = []
+    while trace is not None:
+        places.append(f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({' < '.join(reversed(places[-3:]))})"
