@@ -12,7 +12,7 @@ import sources  # noqa: F401  first of ours: decides which liger_kernel is impor
 import torch
 from measure import host_inclusive, peak_mb
 
-from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.testing.calls import drawing_on
 
 

@@ -13,7 +13,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
 )
-from liger_kernel.ops.fused_linear_cross_entropy import loop
+from liger_kernel.loss_head import loop
 from tests.chunked_loss.full_logits import (
     compare,
     draw_sequences,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy, reference
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy, reference
 from liger_kernel.testing import assert_no_worse
 from liger_kernel.testing.calls import call, drawing_on, leaves
 

@@ -196,7 +196,7 @@ class TestForwardContract:
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_ignored_labels_cost_nothing(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of labels reaches the loop from the start of the forward, not from a look at the loss's own labels."""
-    from liger_kernel.ops.fused_linear_cross_entropy import loop
+    from liger_kernel.loss_head import loop
 
     inputs = batch(ignored=0.8)
     model = build(model_type)

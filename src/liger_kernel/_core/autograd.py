@@ -1,12 +1,12 @@
 """The one bridge between `torch.autograd` and an implementation of an op.
 
-An implementation is any object with two pure tensor functions (see `liger_kernel.backends`):
+An implementation is any object that satisfies the op's `contract.py`, most often two pure tensor functions:
 
-    forward(*tensors, *options, needs=...)  -> (outputs, saved)
-    backward(grads, saved, options, needs)  -> one gradient (or None) per entry of `tensors`
+    forward(*tensors, options, needs)         -> (outputs, saved)
+    backward(grads, saved, options, needs)    -> one gradient (or None) per entry of `tensors`
 
-`outputs` is a tensor or a tuple, `saved` a tuple of tensors and Nones, `options` plain Python values, and `needs[i]`
-says whether `tensors[i]` asks for a gradient: what nobody asks for is neither saved nor computed.
+`outputs` is a tensor or a tuple, `saved` a tuple of tensors and Nones, `options` the op's dataclass. `needs[i]` says
+whether `tensors[i]` requires a gradient: what nobody needs is neither saved nor computed.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ def refuse_double_backward() -> None:
 
 
 class Op(torch.autograd.Function):
-    """`apply(implementation, options, *tensors)`: an op on any device. Each op has a subclass, which names its node.
-
-    Host time counts here: one tuple of options costs less than each option as an argument of its own.
-    """
+    """`apply(implementation, options, *tensors)`: an op on any device. Each op has a subclass, which names its node."""
 
     @staticmethod
-    def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, impl: Any, options: Any, *tensors: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[2:]
-        outputs, saved = impl.forward(*tensors, *options, needs=needs)
+        outputs, saved = impl.forward(*tensors, options=options, needs=needs)
         if True in needs:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*saved)
@@ -49,11 +46,11 @@ class Op(torch.autograd.Function):
         impl, options, needs = ctx.of_forward
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(needs))
-        return None, None, *impl.backward(grads, ctx.saved_tensors, options, needs)
+        return None, None, *impl.backward(grads, ctx.saved_tensors, options=options, needs=needs)
 
 
 class Recompute:
-    """Serves a plain PyTorch function as an implementation: its backward runs it again under autograd.
+    """Serves a reference, `function(*tensors, **options)`, as an implementation: backward runs it again under autograd.
 
     It keeps the inputs only, so that no fp32 intermediate outlives the forward.
     """
@@ -61,16 +58,18 @@ class Recompute:
     def __init__(self, function: Any):
         self.function = function
 
-    def forward(self, *args: Any, needs: Sequence[bool]) -> tuple[Any, tuple[Tensor | None, ...]]:
+    def forward(
+        self, *tensors: Tensor | None, options: Any, needs: Sequence[bool]
+    ) -> tuple[Any, tuple[Tensor | None, ...]]:
         with torch.no_grad():
-            outputs = self.function(*args)
-        return outputs, args[: len(needs)]
+            outputs = self.function(*tensors, **options.named())
+        return outputs, tensors
 
     def backward(
         self,
         grads: Sequence[Tensor | None],
         saved: Sequence[Tensor | None],
-        options: tuple[Any, ...],
+        options: Any,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         return self._again(grads, saved, options, needs)[0]
@@ -79,7 +78,7 @@ class Recompute:
         self,
         grad: Tensor,
         saved: Sequence[Tensor | None],
-        options: tuple[Any, ...],
+        options: Any,
         needs: Sequence[bool],
         into: Sequence[Tensor | None] | None = None,
     ) -> tuple[tuple[Tensor | None, ...], Tensor]:
@@ -91,7 +90,7 @@ class Recompute:
         self,
         grads: Sequence[Tensor | None],
         saved: Sequence[Tensor | None],
-        options: tuple[Any, ...],
+        options: Any,
         needs: Sequence[bool],
     ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         """The gradients and the outputs."""
@@ -100,7 +99,7 @@ class Recompute:
             for t, need in zip(saved, needs, strict=True)
         ]
         with torch.enable_grad():
-            outputs = self.function(*tensors, *options)
+            outputs = self.function(*tensors, **options.named())
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
             (out, grad)

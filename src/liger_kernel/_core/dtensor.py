@@ -17,32 +17,79 @@ def is_dtensor(x: object) -> bool:
 
 
 def on_shards(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     *tensors: Any,
-    shape: torch.Size,
     whole_dims: tuple[int, ...] = (),
+    shapes: Any = None,
 ) -> Any:
-    """`function(*shards)` as a DTensor of the global `shape`, for a function that is elementwise outside `whole_dims`.
+    """`function(*shards)` as DTensors, for a function that is elementwise outside `whole_dims`.
 
     All tensors are brought to the mesh and the placements of the first DTensor among them, except that a partial sum,
     or a shard of one of `whole_dims`, is made whole first. A plain tensor counts as replicated. Differentiable.
+    `shapes`: of the outputs, one for all or a list; default: that of the first tensor.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
     like = next(t for t in tensors if is_dtensor(t))
     mesh = like.device_mesh
     placements = [
-        Replicate() if p.is_partial() or any(p.is_shard(d % len(shape)) for d in whole_dims) else p
+        Replicate() if p.is_partial() or any(p.is_shard(d % like.ndim) for d in whole_dims) else p
         for p in like.placements
     ]
     everywhere = [Replicate()] * mesh.ndim
     shards = (
-        (t if is_dtensor(t) else DTensor.from_local(t, mesh, everywhere, run_check=False))
+        t
+        if t is None
+        else (t if is_dtensor(t) else DTensor.from_local(t, mesh, everywhere, run_check=False))
         .redistribute(mesh, placements)
         .to_local()
         for t in tensors
     )
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        function(*shards), mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    found = function(*shards)
+
+    def whole(local: Tensor | None, shape: torch.Size) -> Any:
+        if local is None:
+            return None
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    shapes = like.shape if shapes is None else shapes
+    if not isinstance(found, tuple):
+        return whole(found, shapes)
+    of_each = shapes if isinstance(shapes, list) else [shapes] * len(found)
+    return tuple(map(whole, found, of_each))
+
+
+def on_row_shards(
+    function: Callable[..., Any], *tensors: Tensor | None, n_rows_tensors: int
+) -> Any:
+    """`function(*tensors)` of the first `n_rows_tensors`, whose rows it works on, and of parameters of a row.
+
+    Each rank computes the rows it holds. The parameters are made whole first; their gradients are summed over the ranks
+    that hold different rows.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    like: Any = next(t for t in tensors if is_dtensor(t))
+    mesh = like.device_mesh
+    everywhere: list[Any] = [Replicate()] * mesh.ndim
+
+    def spread(t: Any) -> Any:
+        return t if is_dtensor(t) else DTensor.from_local(t, mesh, everywhere, run_check=False)
+
+    rows = [
+        t if any(map(is_dtensor, tensors[:n_rows_tensors])) else spread(t)
+        for t in tensors[:n_rows_tensors]
+    ]
+    x: Any = next(t for t in rows if is_dtensor(t))
+    grads = [
+        Partial() if p.is_shard() and not p.is_shard(x.ndim - 1) else Replicate()
+        for p in x.placements
+    ]
+    whole = [
+        p if p is None else spread(p).redistribute(mesh, everywhere).to_local(grad_placements=grads)
+        for p in tensors[n_rows_tensors:]
+    ]
+    return on_shards(lambda *local: function(*local, *whole), *rows, whole_dims=(-1,))

@@ -1,7 +1,8 @@
-"""Which implementation of an op serves which device.
+"""Devices: what they are like, and which files of an op compute on them.
 
-An implementation is `liger_kernel.ops.<op>.<backend>`, a module with `forward` and `backward` (the contract is in
-`liger_kernel._core.autograd`). A device without a file of its own gets the op's `reference`, recomputed in backward.
+Each file here that defines `BACKEND` is a family of devices. An implementation is a set of op files,
+`liger_kernel.ops.<op>.<implementation>`, that satisfy the op's `contract.py`; an op without such a file, and a device
+without a backend, run the op's `reference`.
 
 Order of decision: `use_implementation(...)` (a context manager), the environment variable `LIGER_KERNEL_IMPL` (read at
 import), the device of the tensor. An explicit request that cannot be served raises.
@@ -14,21 +15,74 @@ import functools
 import importlib
 import importlib.util
 import os
+import pkgutil
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Recompute
-from liger_kernel.backends import triton as _triton
+from liger_kernel._core.contract import check_contract
+from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
 REFERENCE = "reference"
-#: backend name -> its description; the order is the order of preference
-BACKENDS = {"triton": _triton}
+#: files of this folder that are no backend
+_SHARED = ("dispatch", "kernels", "records", "triton")
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
+
+#: every family of devices, by name
+BACKENDS: dict[str, Backend] = {}
+#: every set of op files that a backend names
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+#: of a device type without a backend: the reference computes there
+_UNKNOWN = Backend("unknown", (), lambda device: DeviceFacts(queues=True))
+
+
+def register(backend: Backend) -> None:
+    """Add a family of devices; one of the same name is replaced."""
+    BACKENDS[backend.name] = backend
+    for implementation in (backend.implementation, *backend.on_request):
+        if implementation is not None:
+            IMPLEMENTATIONS[implementation.name] = implementation
+    for cache in (backend_of, facts_of, _kernels):
+        cache.cache_clear()
+
+
+@functools.cache
+def backend_of(device_type: str) -> Backend:
+    """The family that tensors on `device_type` belong to on this machine."""
+    families = (b for b in BACKENDS.values() if device_type in b.device_types and b.present())
+    return next(families, _UNKNOWN)
+
+
+@functools.cache
+def facts_of(device: torch.device) -> DeviceFacts:
+    return backend_of(device.type).facts(device)
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` current for the launches inside."""
+    return facts_of(device).guard(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph of the device's work is being captured, in which the host can wait for nothing."""
+    streams: Any = facts_of(device).streams
+    return streams is not None and streams.is_current_stream_capturing()
+
+
+# --- what was asked for ---------------------------------------------------------------------------
+
+
+def _checked(name: str | None) -> str | None:
+    known = sorted([REFERENCE, *IMPLEMENTATIONS])
+    if name is not None and name not in known:
+        raise RuntimeError(f"Unknown LIGER_KERNEL_IMPL={name!r}; known: {', '.join(known)}.")
+    return name
 
 
 def _from_environment() -> str | None:
@@ -42,20 +96,9 @@ def _from_environment() -> str | None:
     return _checked(name)
 
 
-def _checked(name: str | None) -> str | None:
-    if name is not None and name != REFERENCE and name not in BACKENDS:
-        raise RuntimeError(
-            f"Unknown LIGER_KERNEL_IMPL={name!r}; known: {', '.join(sorted([REFERENCE, *BACKENDS]))}."
-        )
-    return name
-
-
-_requested: str | None = _from_environment()
-
-
 @contextlib.contextmanager
 def use_implementation(name: str | None) -> Iterator[None]:
-    """Serve every op by the backend `name` ("reference", "triton"; None: choose by device) inside the block."""
+    """Serve every op by the files `name` ("reference", "triton"; None: choose by device) inside the block."""
     global _requested
     before, _requested = _requested, _checked(name)
     try:
@@ -64,58 +107,82 @@ def use_implementation(name: str | None) -> Iterator[None]:
         _requested = before
 
 
-def backend_for(device_type: str, requested: str | None = None) -> str:
-    """Name of the backend that serves `device_type`; raises RuntimeError if `requested` cannot."""
-    if requested == REFERENCE:
-        return REFERENCE
-    for name, backend in BACKENDS.items():
-        if requested is None and device_type not in backend.DEVICE_TYPES:
-            continue
-        if requested in (None, name):
-            reason = backend.unavailable(device_type)
-            if reason is None:
-                return name
-            if requested is not None:
-                raise RuntimeError(
-                    f"LIGER_KERNEL_IMPL={name!r} cannot serve a tensor on {device_type!r}: {reason}. "
-                    f"Unset it, or use LIGER_KERNEL_IMPL=reference."
-                )
-    return REFERENCE
+def kernels_requested() -> bool:
+    """Whether somebody asked for an implementation by name, and not for the reference."""
+    return _requested is not None and _requested != REFERENCE
 
 
-@functools.cache
-def _implementation(op: str, device_type: str, requested: str | None) -> Any:
-    name = backend_for(device_type, requested)
-    package = f"liger_kernel.ops.{op}"
-    if name != REFERENCE and (
-        importlib.util.find_spec(f"{package}.{name}") is not None or requested is not None
-    ):
-        return importlib.import_module(f"{package}.{name}")
-    return Recompute(getattr(importlib.import_module(f"{package}.reference"), op))
+def host_bound(x: Tensor, limit: int) -> bool:
+    """Whether `limit` is not exceeded by the elements of `x`: so few that PyTorch's own C++ ops, if few, are faster.
 
-
-def host_bound(x: Tensor, limit: int, elements: int | None = None) -> bool:
-    """Whether `elements` (of `x`) on a GPU are at most `limit`: so few that PyTorch's own C++ ops, if few, are faster.
-
-    There the kernels take a few microseconds, and Python most of the time: on the H200 machine a no-op
+    On a GPU the kernels take a few microseconds there, and Python most of the time: on the H200 machine a no-op
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
     was asked for by name.
     """
-    size = x.numel() if elements is None else elements
-    return _requested is None and size <= limit and x.device.type in _triton.DEVICE_TYPES
+    return _requested is None and x.numel() <= limit and facts_of(x.device).queues
 
 
-def implementation(op: str, x: Tensor) -> Any:
-    """The object with `forward` and `backward` that computes `op` for tensors like `x`.
+# --- who computes ---------------------------------------------------------------------------------
+
+
+def implementation_for(device_type: str, requested: str | None = None) -> Implementation | None:
+    """The op files that serve `device_type`, None for the reference; raises RuntimeError if `requested` cannot."""
+    backend = backend_of(device_type)
+    if requested is None:
+        default = backend.implementation
+        return default if default is None or default.unavailable(device_type) is None else None
+    if requested == REFERENCE:
+        return None
+    found = IMPLEMENTATIONS[requested]
+    reason = found.unavailable(device_type)
+    if reason is None and found not in (backend.implementation, *backend.on_request):
+        reason = f"the backend {backend.name!r} does not offer it"
+    if reason is not None:
+        raise RuntimeError(
+            f"LIGER_KERNEL_IMPL={requested!r} cannot serve a tensor on {device_type!r}: {reason}. "
+            f"Unset it, or use LIGER_KERNEL_IMPL=reference."
+        )
+    return found
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
+
+
+@functools.cache
+def _kernels(op: str, device_type: str, requested: str | None) -> Any:
+    found = implementation_for(device_type, requested)
+    package = f"liger_kernel.ops.{op}"
+    contract = importlib.import_module(f"{package}.contract").Kernels
+    if found is not None and _is_there(found.module(op)):
+        module = found.module(op)
+        return check_contract(importlib.import_module(module), contract, module)
+    if _is_there(f"{package}.portable"):
+        return check_contract(importlib.import_module(f"{package}.portable"), contract, package)
+    reference = importlib.import_module(f"{package}.reference")
+    return Recompute(getattr(reference, op))
+
+
+def kernels(op: str, x: Tensor) -> Any:
+    """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
     Kernels compute in fp32, so float64 is left to the reference; asking a kernel for it raises RuntimeError.
     """
     requested = _requested
     if x.dtype == torch.float64:
-        if requested not in (None, REFERENCE):
+        if kernels_requested():
             raise RuntimeError(
                 f"LIGER_KERNEL_IMPL={requested!r} computes in float32 and cannot serve float64; "
                 f"convert the tensors with .to(), or use LIGER_KERNEL_IMPL=reference."
             )
         requested = REFERENCE
-    return _implementation(op, x.device.type, requested)
+    return _kernels(op, x.device.type, requested)
+
+
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name not in _SHARED:
+        register(importlib.import_module(f"{__name__}.{_file.name}").BACKEND)
+_requested: str | None = _from_environment()

@@ -1,28 +1,21 @@
 """From hidden states to log-probabilities of tokens and sequences, with memory for one chunk of logits.
 
 All losses on log-probabilities stand on these functions; `fused_linear_cross_entropy` sizes the chunks, runs the
-matrix products and computes the gradients of exactly what asks for one.
+matrix products and computes gradients only for tensors that require one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from liger_kernel.ops.cross_entropy import refuse_second_backward
-from liger_kernel.ops.cross_entropy.rows import Options
-from liger_kernel.ops.fused_linear_cross_entropy import (
-    check_labels,
-    check_tensors,
-    compute_dtype,
-    fused_linear_cross_entropy,
-    loop,
-)
-from liger_kernel.ops.fused_linear_cross_entropy.units import Units
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.groups import RowGroups
+from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
+from liger_kernel.loss_head.node import check_tensors, compute_dtype, linear_loss
+from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 
 #: (hidden, weight, bias) of a frozen reference model
 Reference = tuple[Tensor, Tensor, Tensor | None]
@@ -81,7 +74,7 @@ def loss_of_logps(
     another unit; `order` (B * T,) lists the tokens unit by unit, None: they are so already. `loss_fn` is called for
     every chunk, with arbitrary numbers for the tokens of others. What it gives beside the loss has no gradient.
 
-    The logits are made a second time, in backward, where a unit exceeds two chunks (`loop.ChunkPolicy`), under
+    The logits are made a second time, in backward, where a unit exceeds two chunks (`loss_head.plan`), under
     torch.compile, and in float16, whose gradient scaler would come too late.
     """
     needs = [
@@ -92,78 +85,18 @@ def loss_of_logps(
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
         check_tensors(flat, weight, labels, bias)
         dtype = compute_dtype(flat, weight)
-        settings = loop.Settings(
-            Options(ignore_index, reduction="none"), False, False, False, dtype, None, None, None
-        )
-        rows = loop.POLICY.rows(labels.numel(), weight, settings, needs[1])
-        if dtype != torch.float16 and unit <= 2 * rows:
-            check_labels(labels, weight.shape[0], ignore_index)
+        plan = ChunkPlan.of(labels.numel(), weight, dtype, ChunkOptions(), needs[1])
+        if dtype != torch.float16 and unit <= 2 * plan.rows:
+            wide = torch.promote_types(dtype, torch.float32)
+            # a log-probability at which every loss is smooth: that of 0 is a singular point of the odds ratio
+            neutral = (labels != ignore_index).to(wide)
+            groups = RowGroups(unit, order, lambda x: loss_fn(-x.view(target.shape)), neutral)
             x, b = _cooled(flat, bias, temperature)
-            loss, *found = _OneWalk.apply(
-                x, weight, b, labels, target.shape, settings, loss_fn, unit, order
-            )
-            return loss, tuple(found)
+            of_rows = CrossEntropyLoss(ignore_index, reduction="none")
+            loss, *reported = linear_loss(of_rows, x, weight, labels, b, groups=groups)
+            return loss, tuple(reported)
     loss, found = loss_fn(token_logps(hidden, weight, target, bias, ignore_index, temperature))
     return loss, tuple(t.detach() for t in found)
-
-
-class _OneWalk(torch.autograd.Function):
-    """As the fused loss: the gradients are made in forward, and one backward hands them out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        shape: torch.Size,
-        settings: loop.Settings,
-        loss_fn: LossOfLogps,
-        unit: int,
-        order: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ignored = target == settings.options.ignore_index
-        wide = torch.promote_types(settings.dtype, torch.float32)
-        # a log-probability at which every loss is smooth: that of 0 is a singular point of the odds ratio
-        others = torch.full(target.shape, -1.0, dtype=wide, device=target.device)
-        others.masked_fill_(ignored, 0.0)
-
-        def row_scale(losses: Tensor, where: slice | Tensor) -> Tensor:
-            """-d loss / d log-probability of these tokens."""
-            logps = others.clone()
-            logps[where] = -losses
-            leaf = logps.view(shape).requires_grad_()
-            with torch.enable_grad():
-                loss = loss_fn(leaf)[0]
-                (grad,) = torch.autograd.grad(loss, leaf)
-            return -grad.reshape(-1)[where]
-
-        (losses, *_), grads = loop.run(
-            hidden,
-            weight,
-            bias,
-            target,
-            None,
-            settings,
-            ctx.needs_input_grad[:3],
-            Units(unit, order, row_scale),
-        )
-        loss, found = loss_fn(-losses.view(shape))
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)
-        return loss, *found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 9
-        refuse_second_backward(ctx, "this loss")
-        found = ctx.saved_tensors
-        loop.scale_(found, grads[0])
-        return *found, *(None,) * 6
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 
 #: path that other projects import -> the module that is served under it
 ALIASES = {
+    "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",

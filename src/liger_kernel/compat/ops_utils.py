@@ -1,4 +1,4 @@
-"""Small helpers that other projects import from here; our own kernels use `liger_kernel._core.launch`."""
+"""Small helpers that other projects import from here; our own kernels use `liger_kernel.backends`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from liger_kernel._core.launch import device_guard as device_context
-from liger_kernel._core.launch import next_power_of_2
+from liger_kernel._core.shapes import next_power_of_2
+from liger_kernel.backends import device_guard as device_context
 from liger_kernel.utils import infer_device
 
 __all__ = [

@@ -12,11 +12,6 @@ OPS: dict[str, tuple[str, ...]] = {
         "cross_entropy_backward",
         "cross_entropy_forward",
     ),
-    "fused_linear_cross_entropy": (
-        "LigerFusedLinearCrossEntropyFunction",
-        "fused_linear_cross_entropy_backward",
-        "fused_linear_cross_entropy_forward",
-    ),
     "gated_mlp": ("LigerMLPFunction",),
     "glu": (
         "LigerFusedGateUpSiLUMulFunction",
@@ -42,14 +37,24 @@ OPS: dict[str, tuple[str, ...]] = {
     ),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
+    "scale_gradients": (),
 }
+#: names of the incumbent's `liger_kernel.ops` -> the module above the ops that has them here
+_ABOVE = dict.fromkeys(
+    (
+        "LigerFusedLinearCrossEntropyFunction",
+        "fused_linear_cross_entropy_backward",
+        "fused_linear_cross_entropy_forward",
+    ),
+    "liger_kernel.loss_head.fused_linear_cross_entropy",
+)
 
-_HOME = {name: op for op, names in OPS.items() for name in names}
+_HOME = {name: f"{__name__}.{op}" for op, names in OPS.items() for name in names} | _ABOVE
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

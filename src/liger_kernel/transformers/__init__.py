@@ -55,7 +55,9 @@ def __getattr__(name: str) -> Any:
             )
         home = _PATCHING.get(name, "monkey_patch")
     if home is None:
-        if name == "functional" or f"modules.{name}" in _EXPORTS.values():  # a submodule nobody has imported yet
+        if (
+            name == "functional" or f"modules.{name}" in _EXPORTS.values()
+        ):  # a submodule nobody has imported yet
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
-import liger_kernel.ops.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
+from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,18 @@ from liger_kernel._core.checks import (
     check_last_dim,
     check_same_device,
 )
-from liger_kernel.backends import implementation
+from liger_kernel._core.rows import gradient_scale
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.dispatch import Dispatch, no_shards
 from liger_kernel.ops.cross_entropy import reference
-from liger_kernel.ops.cross_entropy.rows import Outputs
+from liger_kernel.ops.cross_entropy.contract import (
+    CrossEntropyOptions,
+    CrossEntropyRows,
+    Outputs,
+    Totals,
+)
+from liger_kernel.ops.scale_gradients import scale_gradients
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,7 +56,7 @@ def cross_entropy(
         lse_square_scale: adds `lse_square_scale * logsumexp^2` to the loss.
         softcap: the logits are `softcap * tanh(logits / softcap)`.
         in_place: the gradient may take the memory of the logits, whose values are lost: nothing may read them
-            afterwards, and autograd raises if a backward would. Saves N * V elements where a kernel computes the loss.
+            afterwards, and autograd raises if a backward would. Saves N * V elements.
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`. What was not asked for is None.
         loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
@@ -68,7 +78,7 @@ def cross_entropy(
     check_last_dim("weight", weight, logits.shape[1], "the logits")
     check_class_indices(target)
     check_same_device(logits=logits, target=target, weight=weight)
-    options = (
+    options = _Options(
         ignore_index,
         lse_square_scale,
         label_smoothing,
@@ -77,32 +87,113 @@ def cross_entropy(
         return_z_loss,
         return_token_accuracy,
         return_predicted_tokens,
-        in_place,
+        in_place=in_place,
     )
     target = target.to(torch.int64)
-    if torch.compiler.is_compiling():
-        return reference.cross_entropy(logits, target, weight, *options)
-    check_labels(target, logits.shape[1], ignore_index)
-    if not torch.is_grad_enabled():
-        logits = logits.detach()  # `needs_input_grad` does not know about no_grad
-    weight = None if weight is None else weight.contiguous()
-    impl = implementation("cross_entropy", logits)
-    return _CrossEntropy.apply(impl, options, logits, target.contiguous(), weight)
+    if not torch.compiler.is_compiling():
+        check_labels(target, logits.shape[1], ignore_index)
+        if not torch.is_grad_enabled():
+            logits = logits.detach()  # `needs_input_grad` does not know about no_grad
+        target = target.contiguous()
+        weight = None if weight is None else weight.contiguous()
+    found: Outputs = _dispatch(options, logits, target, weight)
+    return found
+
+
+@dataclass(frozen=True)
+class _Options(CrossEntropyOptions):
+    in_place: bool = False
 
 
 class _CrossEntropy(Op):
+    """The gradient is made in forward, except with reduction "none", whose backward runs the step again."""
+
     @staticmethod
-    def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> Outputs:
-        outputs: Outputs = Op.forward(ctx, impl, options, *tensors)
+    def forward(ctx: Any, impl: Any, options: Any, *tensors: Any) -> Outputs:
+        logits, target, weight = tensors
+        rows = as_rows(logits)
+        totals = Totals.of(target, weight, options)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        out = CrossEntropyRows.empty(target, wide, options)
+        grad = scale = None
+        if ctx.needs_input_grad[2] and options.reduction != "none":
+            if options.in_place and rows.is_contiguous():
+                grad = rows.detach()
+                # whoever saved the logits for a backward learns that they are gone
+                torch.autograd.graph.increment_version(grad)
+            else:
+                grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            scale = gradient_scale(logits.dtype, totals.divisor(options), logits.device)
+        _step(impl, rows, target, weight, totals, options, out, grad, scale)
+        loss, z_loss, accuracy, predicted = out.reduced(options, totals)
+        outputs = (
+            loss.to(logits.dtype),
+            None if z_loss is None else z_loss.to(logits.dtype),
+            accuracy,
+            predicted,
+        )
         only_loss_has_gradient(ctx, outputs)
+        if ctx.needs_input_grad[2]:
+            none = options.reduction == "none"
+            ctx.save_for_backward(*((rows, target, weight) if none else (grad, scale)))
+            ctx.of_forward = impl, options
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is not None and ctx.of_forward[1][3] != "none":
+        if grads[0] is None:
+            return (None,) * 5
+        impl, options = ctx.of_forward
+        if options.reduction != "none":
             refuse_second_backward(ctx, "cross_entropy", NONE_RECOMPUTES)
-        return Op.backward(ctx, *grads)
+            grad, scale = ctx.saved_tensors
+            scale_gradients([grad], grads[0] if scale is None else grads[0] / scale)
+            return None, None, grad, None, None
+        rows, target, weight = ctx.saved_tensors
+        grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        totals = Totals.of(target, weight, options)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out = CrossEntropyRows.empty(target, wide, CrossEntropyOptions())
+        _step(impl, rows, target, weight, totals, options, out, grad, grads[0])
+        return None, None, grad, None, None
+
+
+def _step(
+    impl: Any,
+    rows: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    totals: Totals,
+    options: CrossEntropyOptions,
+    out: CrossEntropyRows,
+    grad: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    impl.step(
+        rows,
+        target,
+        weight,
+        totals=totals,
+        options=options,
+        out=out,
+        grad=grad,
+        row_scale=None if scale is None else scale.expand(rows.shape[0]).contiguous(),
+        padded=False,
+    )
+
+
+def _by_reference(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Outputs:
+    options.pop("token_scaling")
+    return reference.cross_entropy(logits, target, weight, **options)
+
+
+_dispatch = Dispatch(
+    "cross_entropy",
+    _CrossEntropy,
+    _by_reference,
+    shards=no_shards("cross_entropy", "pass logits.full_tensor(), or the rows of this rank"),
+)
 
 
 def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
@@ -146,7 +237,7 @@ def check_class_indices(target: Tensor) -> None:
 
 def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """IndexError for a label that is no class, where looking costs no synchronisation: on the CPU."""
-    if target.device.type != "cpu":
+    if facts_of(target.device).queues:
         return
     wrong = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if wrong.any():

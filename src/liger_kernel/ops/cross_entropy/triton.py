@@ -4,33 +4,20 @@ of 128k bf16 logits (256 KB) is served by the L2 cache."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import (
-    MOST_WARPS,
-    as_rows,
-    cdiv,
-    next_power_of_2,
-    processor_count,
-    shared_memory,
-)
-from liger_kernel.ops.cross_entropy.rows import (
-    FAR,
-    Options,
-    Outputs,
-    Rows,
-    Totals,
-    gradient_unit,
-)
+from liger_kernel._core.shapes import next_power_of_2
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.kernels import launch
+from liger_kernel.backends.records import DeviceFacts
+from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
 
-_FAR = tl.constexpr(FAR)
+#: as in the reference: a row whose largest logit is further from 0 is shifted
+_FAR = tl.constexpr(2.0**16)
 # what Triton must know a length to be divisible by, to load whole vectors and ahead
 _VECTOR = tl.constexpr(16)
 
@@ -43,6 +30,7 @@ class Config:
     way, so a block takes all of its shared memory (2048x128256 0.511 -> 0.468 ms, 2048x256000 1.051 -> 1.006). Shorter
     rows leave room for more (4096x32000 0.233 -> 0.212). With a soft cap, small blocks on many programs hide the tanh.
     Rows that are no whole vectors are not loaded ahead: 8192x50257 takes 2.03 ms so, and 1.14 in smaller blocks.
+    Elsewhere nothing is loaded ahead.
     """
 
     block: int
@@ -51,17 +39,20 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int, itemsize: int, capped: bool, vectors: bool, shared_memory: int) -> Config:
+    def of(n_cols: int, itemsize: int, capped: bool, vectors: bool, facts: DeviceFacts) -> Config:
         if not vectors and not capped and n_cols > 8192:
-            return Config(8192, MOST_WARPS, stages=1)
+            return Config(8192, facts.most_warps, stages=1)
         longest = 4096 if capped else 16384 if n_cols <= 65536 else 32768
         block = min(next_power_of_2(n_cols), longest)
-        ahead = max(0, shared_memory - 8192) // (block * itemsize)  # blocks that fit
-        if ahead < 1 or n_cols <= block:
+        stages = 1
+        if facts.architecture == "hopper" and n_cols > block:
+            stages = facts.stages(2 if capped else 3, block * itemsize)
+        if stages == 1:
             block = min(next_power_of_2(n_cols), 16384)
-            return Config(block, warps=min(MOST_WARPS, max(4, block // 512)), stages=1)
-        warps = min(16, block // 512 if capped else block // 1024)
-        return Config(block, warps, stages=1 + min(ahead, 1 if capped else 2))
+            return Config(block, warps=min(facts.most_warps, max(4, block // 512)), stages=1)
+        return Config(
+            block, warps=min(16, block // 512 if capped else block // 1024), stages=stages
+        )
 
 
 @triton.jit
@@ -116,7 +107,7 @@ def _cross_entropy(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Loss terms and gradient of one row (formulas: `rows.step`); grad_ptr may be x_ptr. One program owns one row.
+    """Loss terms and gradient of one row (formulas: `contract.py`); grad_ptr may be x_ptr. One program owns one row.
 
     Where rows are PADDED to a multiple of _VECTOR, an odd number of classes is walked in vectors, too; the padding
     counts for nothing, and its gradient is zero.
@@ -278,49 +269,19 @@ def _cross_entropy(
             tl.store(grad_row + beyond, none, mask=beyond < n_walked)
 
 
-@triton.jit
-def _scale_one(x_ptr, n, factor, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
-        at = tl.cast(tile, tl.int64) * BLOCK + lanes
-        x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32) * factor
-        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < n)
-
-
-@triton.jit
-def _scale(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    factor_ptr,
-    a_size,
-    b_size,
-    c_size,
-    HAS_B: tl.constexpr,
-    HAS_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """a, b, c *= factor, and nothing at all where factor is 1. A program owns every n-th block of each buffer."""
-    factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1.0:
-        _scale_one(a_ptr, a_size, factor, BLOCK)
-        if HAS_B:
-            _scale_one(b_ptr, b_size, factor, BLOCK)
-        if HAS_C:
-            _scale_one(c_ptr, c_size, factor, BLOCK)
-
-
 def step(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    *,
     totals: Totals,
-    options: Options,
-    out: Rows,
-    grad: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    padded: bool = False,
+    options: CrossEntropyOptions,
+    out: CrossEntropyRows,
+    grad: Tensor | None,
+    row_scale: Tensor | None,
+    padded: bool,
 ) -> None:
+    _, z_loss, accuracy, predicted = out.columns
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
@@ -330,7 +291,7 @@ def step(
         logits.element_size(),
         options.softcap is not None,
         padded or (whole and logits.stride(0) % _VECTOR.value == 0),
-        shared_memory(logits.device),
+        facts_of(logits.device),
     )
     launch(
         _cross_entropy,
@@ -340,9 +301,9 @@ def step(
         target,
         weight,
         out.loss,
-        out.z_loss,
-        out.accuracy,
-        out.predicted,
+        z_loss,
+        accuracy,
+        predicted,
         totals.count,
         totals.weight,
         totals.weight_all,
@@ -362,96 +323,10 @@ def step(
         HAS_ROW_SCALE=row_scale is not None,
         TOKEN_SCALING=options.token_scaling,
         WRITE_GRAD=grad is not None,
-        WRITE_Z_LOSS=out.z_loss is not None,
-        WRITE_ACCURACY=out.accuracy is not None,
-        WRITE_PREDICTED=out.predicted is not None,
+        WRITE_Z_LOSS=z_loss is not None,
+        WRITE_ACCURACY=accuracy is not None,
+        WRITE_PREDICTED=predicted is not None,
         BLOCK=config.block,
         STAGES=config.stages,
         num_warps=config.warps,
     )
-
-
-def scale_(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
-    found = [buffer for buffer in buffers if buffer is not None and buffer.numel()]
-    if not found:
-        return
-    block = 4096
-    largest = max(buffer.numel() for buffer in found)
-    programs = min(cdiv(largest, block), 8 * processor_count(factor.device))
-    a, b, c = (*found, None, None)[:3]
-    launch(
-        _scale,
-        (programs,),
-        a,
-        b,
-        c,
-        factor,
-        a.numel(),
-        0 if b is None else b.numel(),
-        0 if c is None else c.numel(),
-        HAS_B=b is not None,
-        HAS_C=c is not None,
-        BLOCK=block,
-        num_warps=8,
-    )
-
-
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    lse_square_scale: float,
-    label_smoothing: float,
-    reduction: str,
-    softcap: float | None,
-    return_z_loss: bool,
-    return_token_accuracy: bool,
-    return_predicted_tokens: bool,
-    in_place: bool,
-    needs: Sequence[bool],
-) -> tuple[Outputs, tuple[Tensor | None, ...]]:
-    options = Options(ignore_index, lse_square_scale, label_smoothing, reduction, softcap)
-    totals = Totals.of(target, weight, options, return_token_accuracy)
-    out = Rows.empty(
-        target, torch.float32, return_z_loss, return_token_accuracy, return_predicted_tokens
-    )
-    rows = as_rows(logits)
-    grad = unit = scale = None
-    if needs[0] and reduction != "none":
-        if in_place and rows.is_contiguous():
-            grad = rows.detach()
-            # whoever saved the logits for a backward learns that they are gone
-            torch.autograd.graph.increment_version(grad)
-        else:
-            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        unit = gradient_unit(logits.dtype, options, totals, logits.device)
-        scale = None if unit is None else unit.expand(rows.shape[0]).contiguous()
-    step(rows, target, weight, totals, options, out, grad, scale)
-    loss, z_loss, accuracy, predicted = out.reduced(options, totals)
-    outputs = (
-        loss.to(logits.dtype),
-        None if z_loss is None else z_loss.to(logits.dtype),
-        accuracy,
-        predicted,
-    )
-    return outputs, (rows, target, weight) if reduction == "none" else (grad, unit)
-
-
-def backward(
-    grads: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
-    options: tuple[int, float, float, str, float | None, bool, bool, bool, bool],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    if options[3] != "none":
-        grad, unit = saved
-        scale_((grad,), grads[0] if unit is None else grads[0] / unit)
-        return grad, None, None
-    logits, target, weight = saved
-    chosen = Options(*options[:5])
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    out = Rows.empty(target, torch.float32, False, False, False)
-    totals = Totals.of(target, weight, chosen, False)
-    step(logits, target, weight, totals, chosen, out, grad, grads[0].contiguous())
-    return grad, None, None

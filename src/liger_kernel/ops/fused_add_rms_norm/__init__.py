@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
@@ -12,9 +13,23 @@ from liger_kernel._core.checks import (
     check_parameters,
     check_same_device,
 )
-from liger_kernel.backends import implementation
+from liger_kernel._core.dtensor import on_row_shards
+from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.fused_add_rms_norm import reference
-from liger_kernel.ops.rms_norm import CASTING_MODES, mode_name, triton_kernels
+from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
+from liger_kernel.ops.norms import CASTING_MODES, launch_configuration, mode_name, triton_kernels
+
+
+class _FusedAddRMSNorm(Op):
+    pass
+
+
+_dispatch = Dispatch(
+    "fused_add_rms_norm",
+    _FusedAddRMSNorm,
+    reference.fused_add_rms_norm,
+    shards=functools.partial(on_row_shards, n_rows_tensors=2),
+)
 
 
 def fused_add_rms_norm(
@@ -43,14 +58,7 @@ def fused_add_rms_norm(
             f"{tuple(residual.shape)}; expand or convert one of them."
         )
     check_same_device(x=x, residual=residual)
-    if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
-        return reference.fused_add_rms_norm(x, residual, weight, eps, offset, casting_mode)
-    impl = implementation("fused_add_rms_norm", x)
-    return _FusedAddRMSNorm.apply(impl, (eps, offset, casting_mode), x, residual, weight)
-
-
-class _FusedAddRMSNorm(Op):
-    pass
+    return _dispatch(FusedAddRMSNormOptions(eps, offset, casting_mode), x, residual, weight)
 
 
 class LigerFusedAddRMSNormFunction:
@@ -79,9 +87,9 @@ def fused_add_rms_norm_forward(
     mode = mode_name(casting_mode)
     check_last_dim("W", W, X.shape[-1], "X")
     impl = triton_kernels("fused_add_rms_norm", X)
-    (y, s), (_, _, rstd) = impl.forward(X, R, W, eps, offset, mode, needs=(True, True, True))
-    config = impl.Config.of(X.shape[-1])
-    return y, s, rstd, config.block, config.warps, 2, CASTING_MODES[mode]
+    options = FusedAddRMSNormOptions(eps, offset, mode)
+    (y, s), (_, _, rstd) = impl.forward(X, R, W, options=options, needs=(True, True, True))
+    return y, s, rstd, *launch_configuration(X), 2, CASTING_MODES[mode]
 
 
 def fused_add_rms_norm_backward(
@@ -101,6 +109,6 @@ def fused_add_rms_norm_backward(
     """(dX, the same dX as gradient of R, dW or None), in fresh memory: `in_place` and the launch configuration change
     nothing."""
     needs = (True, True, W is not None and needs_dw is not False)
-    options = (0.0, offset, mode_name(casting_mode))
+    options = FusedAddRMSNormOptions(0.0, offset, mode_name(casting_mode))
     impl = triton_kernels("fused_add_rms_norm", S)
-    return impl.backward((dY, dS_out), (S, W, RSTD), options, needs)
+    return impl.backward((dY, dS_out), (S, W, RSTD), options=options, needs=needs)

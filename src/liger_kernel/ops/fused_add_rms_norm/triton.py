@@ -1,4 +1,4 @@
-"""Add + RMSNorm by the kernels of `rms_norm`: forward moves 4 n elements (x, residual, y, s), backward 4 n."""
+"""Add + RMSNorm by the kernels of `norms`: forward moves 4 n elements (x, residual, y, s), backward 4 n."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from liger_kernel._core.launch import as_rows
-from liger_kernel.ops.rms_norm.triton import Config as Config
-from liger_kernel.ops.rms_norm.triton import norm_backward, norm_forward
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions, Saved
+from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
 
 def forward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
-    eps: float,
-    offset: float,
-    casting_mode: str,
+    *,
+    options: FusedAddRMSNormOptions,
     needs: Sequence[bool],
-) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None, ...]]:
-    rounded = casting_mode == "llama"
+) -> tuple[tuple[Tensor, Tensor | None], Saved]:
+    o, rounded = options, options.casting_mode == "llama"
     y, s, _, _, rstd = norm_forward(
-        x, residual, weight, None, eps, offset, centered=False, rounded=rounded
+        x, residual, weight, None, o.eps, o.offset, centered=False, rounded=rounded
     )
     # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
     return (y, s), (s, weight, rstd)
@@ -31,11 +30,11 @@ def forward(
 def backward(
     grads: Sequence[Tensor | None],
     saved: Sequence[Tensor],
-    options: tuple[float, float, str],
+    *,
+    options: FusedAddRMSNormOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     s, weight, rstd = saved
-    _, offset, casting_mode = options
     dy, ds = grads
     needs_dx = needs[0] or needs[1]
     if dy is None:
@@ -49,8 +48,8 @@ def backward(
             None,
             None,
             rstd,
-            offset,
+            options.offset,
             (needs_dx, needs[2], False),
-            rounded=casting_mode == "llama",
+            rounded=options.casting_mode == "llama",
         )
     return dx if needs[0] else None, dx if needs[1] else None, dw

@@ -14,10 +14,11 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op, refuse_double_backward
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.launch import as_rows
-from liger_kernel.backends import host_bound, implementation
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import host_bound, kernels
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
+from liger_kernel.ops.glu.contract import GLUOptions
 
 #: elements of the gate up to which the block is plain PyTorch on a GPU: there the host is the bound, and there is
 #: little memory to save
@@ -52,7 +53,7 @@ def gated_mlp(
     compiling = torch.compiler.is_compiling()
     if not compiling and gate_multiplier == 1:
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
-        if host_bound(x, _SMALL, elements):
+        if elements <= _SMALL and host_bound(x, x.numel()):
             return reference.gated_mlp(x, *weights, *options)
     if (
         compiling
@@ -63,7 +64,7 @@ def gated_mlp(
     ):
         return reference.gated_mlp(x, *weights, *options, gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
-    product = _Product.apply(implementation("glu", x), (*options, 1.0), nodes, x, *weights)
+    product = _Product.apply(kernels("glu", x), GLUOptions(*options), nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 
 
@@ -76,12 +77,12 @@ class _Product(Op):
     """
 
     @staticmethod
-    def forward(ctx: Any, impl: Any, options: tuple[Any, ...], *tensors: Any) -> Tensor:
+    def forward(ctx: Any, impl: Any, options: GLUOptions, *tensors: Any) -> Tensor:
         nodes, x, gate_weight, up_weight, down_weight = tensors
         rows = as_rows(x)  # (T, H)
         gate = torch.mm(rows, gate_weight.t())  # (T, F), or (T, 2F) with up
         up = None if up_weight is None else torch.mm(rows, up_weight.t())
-        product: Tensor = impl.forward(gate, up, *options, needs=(False, False))[0]
+        product: Tensor = impl.forward(gate, up, options=options, needs=(False, False))[0]
         ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
         ctx.of_forward = impl, options, x.shape
         ctx.held_by_us_alone = _saved_tensors_are_ours()
@@ -120,7 +121,9 @@ class _Down(torch.autograd.Function):
         dproduct = torch.mm(dy, down_weight)  # (T, F)
         needs = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
         into = (gate, up) if node.held_by_us_alone and not _graph_is_kept() else None
-        found, product = impl.backward_with_output(dproduct, (gate, up), options, needs, into)
+        found, product = impl.backward_with_output(
+            dproduct, (gate, up), options=options, needs=needs, into=into
+        )
         dgate, dup = found
         ddown = torch.mm(dy.t(), product) if ctx.needs_input_grad[2] else None
         dx = None

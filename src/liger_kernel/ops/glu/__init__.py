@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
-from liger_kernel._core.dtensor import is_dtensor, on_shards
-from liger_kernel._core.launch import as_rows
-from liger_kernel.backends import host_bound, implementation
+from liger_kernel._core.dtensor import on_shards
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import kernels
+from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.glu import reference
-
-#: elements up to which the two eager kernels are taken on a GPU
-_SMALL = 2**23
+from liger_kernel.ops.glu.contract import GLUOptions
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+class _GLU(Op):
+    """Without `up`, `gate` is packed."""
+
+
+def _by_torch(options: GLUOptions, gate: Tensor, up: Tensor | None) -> Tensor | None:
+    """Two C++ ops cost less than one of ours."""
+    if up is None or (options.gate_multiplier, options.down_multiplier) != (1.0, 1.0):
+        return None
+    return reference.glu(gate, up, **options.named())
+
+
+def _on_shards(run: Callable[..., Tensor], gate: Tensor, up: Tensor | None) -> Any:
+    if up is not None:
+        return on_shards(run, gate, up)
+    half = torch.Size((*gate.shape[:-1], gate.shape[-1] // 2))
+    return on_shards(run, gate, up, whole_dims=(-1,), shapes=half)
+
+
+_dispatch = Dispatch("glu", _GLU, reference.glu, shards=_on_shards, small=2**23, eager=_by_torch)
 
 
 def glu(
@@ -44,13 +67,8 @@ def glu(
             f"{up.dtype} {tuple(up.shape)}; expand or convert one of them."
         )
     check_same_device(gate=gate, up=up)
-    options = (activation, float(gate_multiplier), float(down_multiplier))
-    # Inductor fuses it with its neighbours; for small tensors two C++ ops cost less than one of ours
-    if torch.compiler.is_compiling() or (options[1:] == (1.0, 1.0) and host_bound(gate, _SMALL)):
-        return reference.glu(gate, up, *options)
-    if is_dtensor(gate) or is_dtensor(up):
-        return on_shards(lambda g, u: glu(g, u, *options), gate, up, shape=gate.shape)
-    return _GLU.apply(implementation("glu", gate), options, gate, up)
+    options = GLUOptions(activation, float(gate_multiplier), float(down_multiplier))
+    return _dispatch(options, gate, up)
 
 
 def glu_packed(
@@ -73,13 +91,8 @@ def glu_packed(
         raise ValueError(
             f"The last dimension of gate_up must be even, gate and up side by side; got shape {tuple(gate_up.shape)}."
         )
-    options = (activation, float(gate_multiplier), float(down_multiplier))
-    if torch.compiler.is_compiling():
-        return reference.glu(gate_up, None, *options)
-    if is_dtensor(gate_up):
-        shape = torch.Size((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-        return on_shards(lambda t: glu_packed(t, *options), gate_up, shape=shape, whole_dims=(-1,))
-    return _GLU.apply(implementation("glu", gate_up), options, gate_up, None)
+    options = GLUOptions(activation, float(gate_multiplier), float(down_multiplier))
+    return _dispatch(options, gate_up, None)
 
 
 def gated_product(
@@ -92,10 +105,6 @@ def gated_product(
     """`glu`, or without `up` `glu_packed` of `gate`."""
     options = (activation, gate_multiplier, down_multiplier)
     return glu_packed(gate, *options) if up is None else glu(gate, up, *options)
-
-
-class _GLU(Op):
-    """Without `up`, `gate` is packed."""
 
 
 class LigerSiLUMulFunction:
@@ -156,8 +165,8 @@ def swiglu_fused_gate_up_forward(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def swiglu_fused_gate_up_backward(y: Tensor, dc: Tensor, in_place: bool = False) -> Tensor:
     """The gradient (R, 2F) of the packed rows, always a fresh tensor."""
-    impl = implementation("glu", y)
-    return impl.backward((as_rows(dc),), (y, None), ("silu", 1.0, 1.0), (True, False))[0]
+    impl = kernels("glu", y)
+    return impl.backward((as_rows(dc),), (y, None), options=GLUOptions(), needs=(True, False))[0]
 
 
 def _forward(
@@ -170,6 +179,7 @@ def _forward(
 def _backward(
     a: Tensor, b: Tensor, dc: Tensor, activation: str, gate_multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    impl = implementation("glu", a)
-    da, db = impl.backward((as_rows(dc),), (a, b), (activation, gate_multiplier, 1.0), (True, True))
+    options = GLUOptions(activation, gate_multiplier)
+    impl = kernels("glu", a)
+    da, db = impl.backward((as_rows(dc),), (a, b), options=options, needs=(True, True))
     return da.view(dc.shape), db.view(dc.shape)

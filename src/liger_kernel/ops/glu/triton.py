@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import as_rows, cdiv, next_power_of_2
+from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
+from liger_kernel.backends.kernels import launch
+from liger_kernel.ops.glu.contract import GLUOptions, Saved
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,8 @@ def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    gate: Tensor,
-    up: Tensor | None,
-    activation: str,
-    gate_multiplier: float,
-    down_multiplier: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
+) -> tuple[Tensor, Saved]:
     if up is None:
         rows = as_rows(gate)
         saved: tuple[Tensor | None, ...] = (rows, None)
@@ -170,9 +166,9 @@ def forward(
             up_rows.stride(0),
             n_rows,
             n_cols,
-            gate_multiplier,
-            down_multiplier,
-            ACTIVATION=activation,
+            options.gate_multiplier,
+            options.down_multiplier,
+            ACTIVATION=options.activation,
             ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,
@@ -183,7 +179,8 @@ def forward(
 def backward(
     grads: Sequence[Tensor],
     saved: Sequence[Tensor | None],
-    options: tuple[str, float, float],
+    *,
+    options: GLUOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     return _backward(as_rows(grads[0]), grads[0].shape, saved, options, needs, write_y=False)
@@ -192,7 +189,8 @@ def backward(
 def backward_with_output(
     dy: Tensor,
     saved: Sequence[Tensor | None],
-    options: tuple[str, float, float],
+    *,
+    options: GLUOptions,
     needs: Sequence[bool],
     into: Sequence[Tensor | None] | None = None,
 ) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
@@ -207,13 +205,12 @@ def _backward(
     dy: Tensor,
     shape: torch.Size,
     saved: Sequence[Tensor | None],
-    options: tuple[str, float, float],
+    options: GLUOptions,
     needs: Sequence[bool],
     write_y: bool,
     into: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     gate, up = saved
-    activation, gate_multiplier, down_multiplier = options
     needs_dgate, needs_dup = needs
     n_rows, n_cols = dy.shape
     packed = needs_dgate and up is None
@@ -240,12 +237,12 @@ def _backward(
             *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
             n_rows,
             n_cols,
-            gate_multiplier,
-            down_multiplier,
+            options.gate_multiplier,
+            options.down_multiplier,
             NEEDS_DGATE=needs_dgate,
             NEEDS_DUP=needs_dup,
             WRITE_Y=write_y,
-            ACTIVATION=activation,
+            ACTIVATION=options.activation,
             ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,

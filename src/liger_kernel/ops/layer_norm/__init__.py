@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_last_dim, check_parameters
-from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.launch import as_rows
-from liger_kernel.backends import host_bound, implementation
+from liger_kernel._core.dtensor import on_row_shards
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.layer_norm import reference
-from liger_kernel.ops.rms_norm import on_row_shards, triton_kernels
+from liger_kernel.ops.layer_norm.contract import LayerNormOptions
+from liger_kernel.ops.norms import launch_configuration, triton_kernels
 
-#: elements up to which `F.layer_norm` is taken on a GPU, as for RMSNorm: there the host is the bound
-_SMALL = 2**22
+
+class _LayerNorm(Op):
+    pass
+
+
+def _by_torch(
+    options: LayerNormOptions, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """`F.layer_norm`, which computes in fp32 too and rounds once, where all dtypes are the same."""
+    if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+        return None
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, options.eps)
+
+
+_dispatch = Dispatch(
+    "layer_norm",
+    _LayerNorm,
+    reference.layer_norm,
+    shards=functools.partial(on_row_shards, n_rows_tensors=1),
+    small=2**22,  # as for RMSNorm: there the host is the bound
+    eager=_by_torch,
+)
 
 
 def layer_norm(
@@ -31,18 +54,7 @@ def layer_norm(
     Raises: ValueError for a weight or bias that does not fit; TypeError for integer tensors.
     """
     check_parameters(x, weight=weight, bias=bias)
-    if torch.compiler.is_compiling():  # Inductor fuses the norm with its neighbours
-        return reference.layer_norm(x, weight, bias, eps)
-    if is_dtensor(x) or is_dtensor(weight) or is_dtensor(bias):
-        return on_row_shards(lambda x, w, b: layer_norm(x, w, b, eps), x, weight, bias)
-    same = all(p is None or p.dtype == x.dtype for p in (weight, bias))
-    if same and host_bound(x, _SMALL):  # PyTorch computes in fp32 too, and rounds once
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return _LayerNorm.apply(implementation("layer_norm", x), (eps,), x, weight, bias)
-
-
-class _LayerNorm(Op):
-    pass
+    return _dispatch(LayerNormOptions(eps), x, weight, bias)
 
 
 class LigerLayerNormFunction:
@@ -63,9 +75,10 @@ def layer_norm_forward(
     check_last_dim("W", W, X.shape[-1], "X")
     check_last_dim("B", B, X.shape[-1], "X")
     impl = triton_kernels("layer_norm", X)
-    y, (rows, _, _, mean, rstd) = impl.forward(X, W, B, eps, needs=(True, True, True))
-    config = impl.Config.of(X.shape[-1])
-    return y, rows, mean, rstd, config.block, config.warps
+    y, (rows, _, _, mean, rstd) = impl.forward(
+        X, W, B, options=LayerNormOptions(eps), needs=(True, True, True)
+    )
+    return y, rows, mean, rstd, *launch_configuration(X)
 
 
 def layer_norm_backward(
@@ -81,4 +94,5 @@ def layer_norm_backward(
     """(dX, dW or None, dB or None) from what `layer_norm_forward` returned; dX in the shape of dY."""
     needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
     saved = (as_rows(X), W, B, Mean, RSTD)
-    return triton_kernels("layer_norm", X).backward((dY,), saved, (0.0,), needs)
+    impl = triton_kernels("layer_norm", X)
+    return impl.backward((dY,), saved, options=LayerNormOptions(0.0), needs=needs)

@@ -1,4 +1,4 @@
-"""LayerNorm by the kernels of `rms_norm`: forward moves 2 n elements, backward 3 n."""
+"""LayerNorm by the kernels of `norms`: forward moves 2 n elements, backward 3 n."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from liger_kernel.ops.rms_norm.triton import Config as Config
-from liger_kernel.ops.rms_norm.triton import norm_backward, norm_forward
+from liger_kernel.ops.layer_norm.contract import LayerNormOptions, Saved
+from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Sequence[bool]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    options: LayerNormOptions,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Saved]:
     y, _, rows, mean, rstd = norm_forward(
-        x, None, weight, bias, eps, 0.0, centered=True, rounded=False
+        x, None, weight, bias, options.eps, 0.0, centered=True, rounded=False
     )
     return y, (rows, weight, bias, mean, rstd)
 
@@ -22,7 +27,8 @@ def forward(
 def backward(
     grads: Sequence[Tensor],
     saved: Sequence[Tensor],
-    options: tuple[float],
+    *,
+    options: LayerNormOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows, weight, bias, mean, rstd = saved

@@ -7,12 +7,25 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_floating
-from liger_kernel._core.dtensor import is_dtensor, on_shards
-from liger_kernel.backends import host_bound, implementation
+from liger_kernel._core.dtensor import on_shards
+from liger_kernel.backends import kernels
+from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.relu_squared import reference
+from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
 
-#: elements up to which the two eager kernels are taken on a GPU, as in `glu`
-_SMALL = 2**23
+
+class _ReLUSquared(Op):
+    pass
+
+
+_dispatch = Dispatch(
+    "relu_squared",
+    _ReLUSquared,
+    reference.relu_squared,
+    shards=on_shards,
+    small=2**23,  # as in `glu`
+    eager=lambda options, x: reference.relu_squared(x),
+)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -25,16 +38,7 @@ def relu_squared(x: Tensor) -> Tensor:
     Raises: TypeError for integers.
     """
     check_floating(x=x)
-    # Inductor fuses it with its neighbours; for small tensors two C++ ops cost less than one of ours
-    if torch.compiler.is_compiling() or host_bound(x, _SMALL):
-        return reference.relu_squared(x)
-    if is_dtensor(x):
-        return on_shards(relu_squared, x, shape=x.shape)
-    return _ReLUSquared.apply(implementation("relu_squared", x), (), x)
-
-
-class _ReLUSquared(Op):
-    pass
+    return _dispatch(ReLUSquaredOptions(), x)
 
 
 class LigerReLUSquaredFunction:
@@ -53,4 +57,5 @@ def relu_squared_forward(X: Tensor) -> Tensor:
 
 def relu_squared_backward(X: Tensor, dY: Tensor) -> Tensor:
     """2 max(X, 0) dY, always a fresh tensor."""
-    return implementation("relu_squared", X).backward((dY,), (X.contiguous(),), (), (True,))[0]
+    impl, saved = kernels("relu_squared", X), (X.contiguous(),)
+    return impl.backward((dY,), saved, options=ReLUSquaredOptions(), needs=(True,))[0]

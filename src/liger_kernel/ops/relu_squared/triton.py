@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import cdiv
+from liger_kernel._core.shapes import cdiv
+from liger_kernel.backends.kernels import launch
+from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def _launch(kernel: triton.JITFunction, x: Tensor, *others: Tensor) -> None:
         launch(kernel, grid, x, *others, n, BLOCK=config.block, num_warps=config.warps)
 
 
-def forward(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor, tuple[Tensor]]:
+def forward(
+    x: Tensor, *, options: ReLUSquaredOptions, needs: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor]]:
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(_relu_squared_fwd, x, y)
@@ -61,7 +64,11 @@ def forward(x: Tensor, needs: Sequence[bool]) -> tuple[Tensor, tuple[Tensor]]:
 
 
 def backward(
-    grads: Sequence[Tensor], saved: Sequence[Tensor], options: tuple[()], needs: Sequence[bool]
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    *,
+    options: ReLUSquaredOptions,
+    needs: Sequence[bool],
 ) -> tuple[Tensor]:
     (x,) = saved
     dx = torch.empty_like(x)

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
-from liger_kernel.backends import implementation
+from liger_kernel._core.dtensor import is_dtensor, on_shards
+from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.rope import reference
+from liger_kernel.ops.rope.contract import RopeOptions
+
+
+class _RoPE(Op):
+    pass
+
+
+def _on_head_shards(
+    run: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Each rank rotates the heads that it holds."""
+    cos, sin = (t.full_tensor() if is_dtensor(t) else t for t in (cos, sin))  # type: ignore[attr-defined]
+    shapes = [q.shape, None if k is None else k.shape]
+    return on_shards(lambda q, k: run(q, k, cos, sin), q, k, whole_dims=(0, 3), shapes=shapes)
+
+
+_dispatch = Dispatch("rope", _RoPE, reference.rope, shards=_on_head_shards)
 
 
 def rope(
@@ -55,10 +75,7 @@ def rope(
         raise ValueError(
             f"cos has {width} columns, but rotary_dim={rotary_dim} needs {rotary_dim // 2} or {rotary_dim} of them."
         )
-    options = (unsqueeze_dim, rotary_dim, interleaved)
-    if torch.compiler.is_compiling():  # Inductor fuses it with its neighbours
-        return reference.rope(q, k, cos, sin, *options)
-    return _RoPE.apply(implementation("rope", q), options, q, k, cos, sin)
+    return _dispatch(RopeOptions(unsqueeze_dim, rotary_dim, interleaved), q, k, cos, sin)
 
 
 def _check_heads(q: Tensor, k: Tensor | None, unsqueeze_dim: int) -> None:
@@ -96,10 +113,6 @@ def _angles(q: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Te
     if cos.stride(2) != 1 or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin
-
-
-class _RoPE(Op):
-    pass
 
 
 class LigerRopeFunction:

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.kernels import launch
-from liger_kernel._core.launch import cdiv, next_power_of_2
+from liger_kernel._core.shapes import cdiv, next_power_of_2
+from liger_kernel.backends.kernels import launch
+from liger_kernel.ops.rope.contract import RopeOptions
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,11 @@ def _rotated(
     cos: Tensor,
     sin: Tensor,
     sign: float,
-    options: tuple[int, int, bool],
+    options: RopeOptions,
 ) -> list[Tensor | None]:
     """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
-    unsqueeze_dim, rotary_dim, interleaved = options
+    unsqueeze_dim, rotary_dim = options.unsqueeze_dim, options.rotary_dim
+    interleaved = options.interleaved
     given = [x for x in tensors if x is not None]
     outs = [torch.empty_like(x) for x in given]
     first, last = given[0], given[-1]
@@ -264,20 +266,20 @@ def forward(
     k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    unsqueeze_dim: int,
-    rotary_dim: int,
-    interleaved: bool,
+    *,
+    options: RopeOptions,
     needs: Sequence[bool],
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor]]:
     """cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension."""
-    outs = _rotated((q, k), cos, sin, 1.0, (unsqueeze_dim, rotary_dim, interleaved))
+    outs = _rotated((q, k), cos, sin, 1.0, options)
     return tuple(outs), (cos, sin)
 
 
 def backward(
     grads: Sequence[Tensor | None],
     saved: tuple[Tensor, Tensor],
-    options: tuple[int, int, bool],
+    *,
+    options: RopeOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, None, None]:
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=False)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import liger_kernel.ops.fused_linear_cross_entropy as _ops
+import liger_kernel.loss_head.fused_linear_cross_entropy as _ops
 from liger_kernel.transformers.modules.cross_entropy import LossModule
 
 if TYPE_CHECKING:

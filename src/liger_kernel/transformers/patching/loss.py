@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from liger_kernel.ops.fused_linear_cross_entropy.label_count import LabelCount
+from liger_kernel.backends import is_capturing
+from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.labels import per_item, shifted
 from liger_kernel.transformers.outputs import with_metrics
@@ -227,7 +228,7 @@ def _may_count(labels: Tensor) -> bool:
     """A compiled or a captured graph is the same for every number of labels, and a DTensor holds only some of them."""
     if torch.compiler.is_compiling() or type(labels) is not Tensor:
         return False
-    return not (labels.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_capturing(labels.device)
 
 
 def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

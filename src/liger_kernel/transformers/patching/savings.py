@@ -9,7 +9,7 @@ Stock HF, as `ForCausalLMLoss` (it converts the logits to fp32) and `F.cross_ent
     loss, backward    log-probabilities 4NV, their gradient 4NV, that of the fp32 logits 4NV
     head, backward    gradients: of the logits cNV, of the weight wVH, of the hidden states wNH
 
-A soft cap keeps its tanh, cNV, until the second line is done. Ours (`ops/fused_linear_cross_entropy/loop.py`), all in
+A soft cap keeps its tanh, cNV, until the second line is done. Ours (`loss_head/loop.py`), all in
 the forward:
 
     loop              gradient of the hidden states wNH, slab of logits crV, sum of the weight's gradient aVH
@@ -28,14 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liger_kernel._core.launch import cdiv
-from liger_kernel.ops.cross_entropy.rows import Options as LossOptions
-from liger_kernel.ops.fused_linear_cross_entropy import loop
-from liger_kernel.ops.fused_linear_cross_entropy.products import (
-    WeightGradient,
-    has_mixed_gemm,
-    slab_width,
-)
+from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.transformers.patching.loss import FusedHead
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Options
 from liger_kernel.transformers.patching.state import state_of
@@ -98,21 +91,9 @@ class LossSite:
 
     def fused(self) -> int:
         """Bytes at the worst moment with it."""
-        chosen = {name: getattr(self.options, name) for name in LOSS_OPTIONS}
-        settings = loop.Settings(LossOptions(), False, False, False, self.logits_dtype, **chosen)
-        rows = loop.POLICY.rows(self.tokens, self.weight, settings, self.needs_dw)
-        slab = rows * slab_width(self.weight) * self.logits_dtype.itemsize
-        held = self._fixed() + self._dx()
-        if not self.needs_dw:
-            return held + slab
-        unallocated = torch.empty(self.weight.shape, dtype=self.weight.dtype, device="meta")
-        chunks = cdiv(self.tokens, rows)
-        total = WeightGradient(unallocated, chunks, settings.accum_dtype).total
-        x = torch.empty(0, dtype=self.logits_dtype, device=self.weight.device)
-        mixed = total.dtype == torch.float32 and has_mixed_gemm(x)
-        product = 0 if total.dtype == x.dtype or mixed else self._of_weight(x.dtype)
-        rounded = 0 if total.dtype == self.weight.dtype else self._of_weight(self.weight.dtype)
-        return held + self._of_weight(total.dtype) + max(slab + product, rounded)
+        chosen = ChunkOptions(**{name: getattr(self.options, name) for name in LOSS_OPTIONS})
+        plan = ChunkPlan.of(self.tokens, self.weight, self.logits_dtype, chosen, self.needs_dw)
+        return self._fixed() + self._dx() + plan.peak_bytes()
 
 
 def saved_bytes(model: nn.Module, batch: int, seq: int) -> int:

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from liger_kernel._core.launch import cdiv
+from liger_kernel._core.shapes import cdiv
+from liger_kernel.backends import facts_of
+
+ROW_MULTIPLE = 64  # elements: rows of 16-bit numbers start at multiples of 128 bytes
+
+
+class HeadInputs(NamedTuple):
+    """Hidden states and the linear layer that makes logits of them."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    dtype: torch.dtype  # of the logits and the matrix products
 
 
 def slab_width(weight: Tensor) -> int:
-    """Columns of a slab for the logits of `weight` (V, H): more than V where `Head` parts its classes for cuBLAS."""
+    """Columns of a slab for the logits of `weight` (V, H): more than V where `HeadProducts` parts its classes."""
     n_classes = weight.shape[0]
-    whole = n_classes % 8 == 0 or not weight.is_cuda
-    return n_classes if whole else cdiv(n_classes, 64) * 64
+    if n_classes % facts_of(weight.device).product_multiple == 0:
+        return n_classes
+    return cdiv(n_classes, ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def has_mixed_gemm(x: Tensor) -> bool:
-    """Whether a product of 16-bit matrices like x can be written, and added, unrounded to fp32."""
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_cuda
-        and torch.version.hip is None
-        and hasattr(torch.ops.aten.addmm, "dtype_out")
-    )
+def has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of matrices in `dtype` can be written, and added, unrounded to fp32."""
+    return dtype in facts_of(device).mixed_products
 
 
 @dataclass(frozen=True)
@@ -37,33 +45,51 @@ class Part:
     weight: Tensor  # (columns, H)
 
 
-class Head:
+class HeadProducts:
     """The products of a head (V, H) with rows of a slab (rows, width).
 
-    Where V is no multiple of 8, as after a token was added to a vocabulary, cuBLAS takes kernels that load one element
-    at a time: 174 instead of 38 ms for 8192x4096x128257 on an H100. So the last classes get products of their own, as
-    eight with zeros for those that are missing, and rows of the slab start at multiples of 128 bytes. Not so with a
-    bias: PyTorch adds it to padded rows after they were rounded, and the sum is rounded again.
+    Where V is no multiple that the device's library is fast for, as after a token was added to a vocabulary, the last
+    classes get products of their own, filled up with zeros, and rows of the slab start at multiples of ROW_MULTIPLE.
+    Not so with a bias: PyTorch adds it to padded rows after they were rounded, and the sum is rounded again.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, may_pad: bool):
-        """`may_pad`: whether who computes the loss can walk padded rows."""
+    def __init__(self, inputs: HeadInputs, may_pad: bool):
+        """`may_pad`: whether who reads the logits can do with padded rows."""
+        self.inputs = inputs
+        weight = inputs.weight.to(inputs.dtype)
+        bias = None if inputs.bias is None else inputs.bias.to(inputs.dtype)
+        multiple = facts_of(weight.device).product_multiple
         n_classes = weight.shape[0]
-        even = n_classes - n_classes % 8
+        even = n_classes - n_classes % multiple
         # the gradient of the hidden states is a sum over both parts, and must be rounded once, too
-        sums_wide = weight.dtype.itemsize > 2 or has_mixed_gemm(weight)
+        sums_wide = weight.dtype.itemsize > 2 or has_mixed_product(weight.device, weight.dtype)
         width = slab_width(weight)
         parted = width > n_classes and even > 0 and bias is None and sums_wide and may_pad
         self.bias = bias
         self.width = width if parted else n_classes
+        self.is_padded = parted
         if not parted:
             whole = slice(0, n_classes)
             self.parts = [Part(whole, whole, weight)]
             return
         main, last = slice(0, even), slice(even, n_classes)
-        rest = weight.new_zeros(8, weight.shape[1])
+        rest = weight.new_zeros(multiple, weight.shape[1])
         rest[: n_classes - even] = weight[last]
-        self.parts = [Part(main, main, weight[main]), Part(last, slice(even, even + 8), rest)]
+        self.parts = [
+            Part(main, main, weight[main]),
+            Part(last, slice(even, even + multiple), rest),
+        ]
+
+    def slab(self, n_rows: int) -> Tensor:
+        """Uninitialised memory for the logits of `n_rows` rows."""
+        return torch.empty(
+            n_rows, self.width, dtype=self.inputs.dtype, device=self.inputs.hidden.device
+        )
+
+    def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
+        """The logits of the rows `where` of the hidden states, in the memory of `slab`."""
+        self.project(self.inputs.hidden[where].to(self.inputs.dtype), slab)
+        return slab[:, : self.inputs.weight.shape[0]]
 
     def project(self, x: Tensor, rows: Tensor) -> None:
         """rows = x @ weight.T + bias"""
@@ -99,22 +125,16 @@ class Head:
 
 
 class WeightGradient:
-    """dW (V, H) as a running sum over the chunks.
-
-    A running sum in 16 bits is rounded once per chunk: with two chunks the error against float64 grows to 1.12 times
-    that of one, with four to 1.32 times. So it is kept in fp32 from the third chunk on, unless the caller decides.
-    """
+    """dW (V, H) as a running sum over the chunks, in the dtype that the plan says."""
 
     WIDENED = 4096  # classes whose logit gradients are converted at a time
 
-    def __init__(self, weight: Tensor, n_chunks: int, accum_dtype: torch.dtype | None):
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        dtype = accum_dtype or (weight.dtype if n_chunks <= 2 else wide)
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.weight_dtype = weight.dtype
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.empty = True
 
-    def add(self, head: Head, dlogits: Tensor, x: Tensor) -> None:
+    def add(self, head: HeadProducts, dlogits: Tensor, x: Tensor) -> None:
         """Add `dlogits.T @ x`, rounded to nothing but the dtype of the sum where the device can."""
         for part in head.parts:
             self._add(self.total[part.classes], dlogits[:, part.classes].t(), x)
@@ -123,9 +143,9 @@ class WeightGradient:
     def _add(self, total: Tensor, rows: Tensor, x: Tensor) -> None:
         if total.dtype == x.dtype:
             self._gemm(total, rows, x)
-        elif total.dtype == torch.float32 and has_mixed_gemm(x):
+        elif total.dtype == torch.float32 and has_mixed_product(x.device, x.dtype):
             self._gemm(total, rows, x, out_dtype=total.dtype)
-        elif x.device.type == "cpu":  # 16-bit products are no faster here
+        elif facts_of(x.device).wide_products_are_free:
             wide = x.to(total.dtype)
             for start in range(0, rows.shape[0], self.WIDENED):
                 at = slice(start, start + self.WIDENED)
@@ -143,9 +163,10 @@ class WeightGradient:
 
     def takes_large(self, dtype: torch.dtype) -> bool:
         """Whether sums of logit gradients in `dtype` cannot overflow on their way into the running sum."""
-        x = torch.empty(0, dtype=dtype, device=self.total.device)
-        wide = self.total.dtype == torch.float32
-        return wide and (x.device.type == "cpu" or has_mixed_gemm(x))
+        device, wide = self.total.device, self.total.dtype == torch.float32
+        return wide and (
+            facts_of(device).wide_products_are_free or has_mixed_product(device, dtype)
+        )
 
     def result(self) -> Tensor:
         if self.empty:

@@ -1,4 +1,4 @@
-"""Triton building blocks shared by the ops' kernels. Imported only by `ops/<op>/triton.py`."""
+"""Triton building blocks shared by the ops' kernels. Imported by kernel files only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.launch import INTERPRET, cdiv, device_guard
+from liger_kernel._core.shapes import cdiv
+from liger_kernel.backends import device_guard
+from liger_kernel.backends.triton import INTERPRET
 
 # A launch through `kernel[grid](...)` costs 30 us of host time on the H100 machine, of which the driver's share is 8.
 # `launch` finds the compiled kernel by a cheaper key and calls its launcher. Triton has `knobs` since 3.4; before, the

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy, reference
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy, reference
 from liger_kernel.testing import Make, OpCase, OpSpec
 
 EVERYTHING: dict[str, Any] = {

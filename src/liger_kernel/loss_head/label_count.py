@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from liger_kernel.backends import facts_of
 
 
 class LabelCount:
@@ -16,18 +19,19 @@ class LabelCount:
     """
 
     def __init__(self, labels: Tensor, ignore_index: int = -100):
-        """labels: integers of any shape. On CUDA they are counted on a stream of their own, elsewhere at once."""
+        """labels: integers of any shape. On a GPU they are counted on a stream of their own, elsewhere at once."""
         self.size = labels.numel()
         self.ignore_index = ignore_index
-        self._done: torch.cuda.Event | None = None
-        if not labels.is_cuda:
+        self._done: Any = None
+        streams: Any = facts_of(labels.device).streams
+        if streams is None:
             self._number = (labels != ignore_index).sum().cpu()
             return
-        current = torch.cuda.current_stream(labels.device)
+        current = streams.current_stream(labels.device)
         stream = _stream(labels.device)
         stream.wait_stream(current)
         self._number = torch.empty((), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.stream(stream):
+        with streams.stream(stream):
             self._number.copy_((labels != ignore_index).sum(), non_blocking=True)
             self._done = stream.record_event()
         labels.record_stream(stream)
@@ -40,8 +44,9 @@ class LabelCount:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _stream(device: torch.device) -> Any:
+    streams: Any = facts_of(device).streams
+    return streams.Stream(device)
 
 
 def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) -> Tensor | None:
@@ -53,7 +58,7 @@ def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) 
     """
     n_rows = target.shape[0]
     ignored = None
-    if kept is None and target.device.type == "cpu":
+    if kept is None and not facts_of(target.device).queues:
         ignored = target == ignore_index
         kept = n_rows - int(ignored.sum())
     if kept is None:

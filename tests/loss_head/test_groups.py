@@ -15,8 +15,8 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
 )
-from liger_kernel.ops.fused_linear_cross_entropy import loop, products
-from liger_kernel.ops.fused_linear_cross_entropy.units import Units, chunks, rows_to_walk
+from liger_kernel.loss_head import loop, products
+from liger_kernel.loss_head.groups import RowGroups, cut, rows_to_visit
 from liger_kernel.testing import assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
 from tests.chunked_loss.test_grpo import draw_policy

@@ -1,0 +1,33 @@
+"""Checks an implementation of an op against the op's contract when it is loaded, not when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+
+def check_contract(found: Any, contract: type, where: str) -> Any:
+    """`found` (a module or an object) if it has every member of the Protocol `contract` with the same parameters.
+
+    Raises: TypeError that names each member that is missing, or takes other parameters, and the spelling it may have.
+    """
+    faults = []
+    for name, member in vars(contract).items():
+        if name.startswith("_") or not inspect.isfunction(member):
+            continue
+        wanted = list(inspect.signature(member).parameters)[1:]  # without self
+        function = getattr(found, name, None)
+        if function is None:
+            there = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
+            close = difflib.get_close_matches(name, there, 1)
+            hint = f" (is {close[0]!r} misspelt?)" if close else ""
+            faults.append(f"{name}({', '.join(wanted)}) is missing{hint}")
+        elif list(inspect.signature(function).parameters) != wanted:
+            taken = ", ".join(inspect.signature(function).parameters)
+            faults.append(f"{name}({taken}) must take ({', '.join(wanted)})")
+    if faults:
+        raise TypeError(
+            f"{where} does not satisfy {contract.__module__}.{contract.__qualname__}: {'; '.join(faults)}."
+        )
+    return found

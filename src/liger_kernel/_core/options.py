@@ -1,0 +1,15 @@
+"""The options of an op: one frozen dataclass, which travels whole from the public function to a kernel's launcher."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class OpOptions:
+    """Base of the dataclasses in the ops' `contract.py`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def named(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return {name: getattr(self, name) for name in type(self).__dataclass_fields__}

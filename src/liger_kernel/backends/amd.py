@@ -1,0 +1,44 @@
+"""AMD GPUs, which torch calls "cuda". Not run by us: their kernels take the configurations measured nowhere."""
+
+from __future__ import annotations
+
+import torch
+
+from liger_kernel.backends.records import Backend, DeviceFacts
+from liger_kernel.backends.triton import TRITON
+
+#: start of the compiler's name -> architecture
+ARCHITECTURES = {
+    "gfx908": "cdna",
+    "gfx90a": "cdna2",
+    "gfx940": "cdna3",
+    "gfx941": "cdna3",
+    "gfx942": "cdna3",
+    "gfx1100": "rdna3",
+    "gfx1101": "rdna3",
+    "gfx1102": "rdna3",
+}
+
+
+def architecture(compiler_name: str) -> str:
+    name = compiler_name.split(":")[0]
+    return ARCHITECTURES.get(name, name)
+
+
+def facts(device: torch.device) -> DeviceFacts:
+    found = torch.cuda.get_device_properties(device)
+    return DeviceFacts(
+        architecture=architecture(getattr(found, "gcnArchName", "")),
+        processors=found.multi_processor_count,
+        most_warps=16,  # of 64 threads
+        queues=True,
+        product_multiple=8,
+        streams=torch.cuda,
+        float64=True,
+        guard=torch.cuda.device,
+    )
+
+
+BACKEND = Backend(
+    "amd", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is not None
+)

@@ -1,0 +1,72 @@
+"""Who computes an op: decided here, in one order for all of them.
+
+1. Under torch.compile the reference, which Inductor fuses with its neighbours. Kernels that were asked for by name run
+   all the same, outside of the graph; `fullgraph=True` then raises.
+2. DTensors, by the op's rule for shards.
+3. PyTorch's own C++ ops where the input is so small that the host is the bound.
+4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel._core.autograd import Op
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.backends import host_bound, kernels, kernels_requested
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What an op declares; calling it computes the op: `dispatch(options, *tensors)`.
+
+    name: of the op's folder. node: its autograd node. reference: `reference(*tensors, **options)`.
+    shards: from a function of plain tensors, and the op's tensors of which some are DTensors, to its outputs.
+    small: elements of the first tensor up to which `eager(options, *tensors)` is tried on a GPU; it returns None where
+    it would not compute the same.
+    """
+
+    name: str
+    node: type[Op]
+    reference: Callable[..., Any]
+    shards: Callable[..., Any]
+    small: int = 0
+    eager: Callable[..., Any] | None = None
+
+    def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            if kernels_requested():
+                return _outside_the_graph(self, options, *tensors)
+            return self.reference(*tensors, **options.named())
+        return self.run(options, *tensors)
+
+    def run(self, options: Any, *tensors: Tensor | None) -> Any:
+        """The op in eager mode."""
+        for tensor in tensors:
+            if is_dtensor(tensor):
+                return self.shards(lambda *local: self.run(options, *local), *tensors)
+        x: Any = tensors[0]
+        if self.eager is not None and host_bound(x, self.small):
+            found = self.eager(options, *tensors)
+            if found is not None:
+                return found
+        return self.node.apply(kernels(self.name, x), options, *tensors)
+
+
+@torch.compiler.disable
+def _outside_the_graph(dispatch: Dispatch, options: Any, *tensors: Tensor | None) -> Any:
+    return dispatch.run(options, *tensors)
+
+
+def no_shards(name: str, way_out: str) -> Callable[..., Any]:
+    """The rule of an op that has none: a TypeError with the way out."""
+
+    def refuse(run: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        raise TypeError(f"{name} takes no DTensors; {way_out}.")
+
+    return refuse

@@ -1,0 +1,220 @@
+"""The last linear layer of a language model and its cross entropy in one, without ever holding all logits.
+
+The logits of a chunk of rows go into one reused slab, become their own gradient in place, and are multiplied into the
+gradients of the hidden states and of the weight before the next chunk overwrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel.loss_head import loop
+from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
+from liger_kernel.loss_head.node import compute_dtype, linear_loss
+from liger_kernel.loss_head.plan import ChunkOptions
+from liger_kernel.loss_head.products import HeadInputs
+from liger_kernel.ops.cross_entropy import check_labels, check_loss_options
+from liger_kernel.ops.cross_entropy.contract import Outputs
+from liger_kernel.ops.scale_gradients import scale_gradients
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    label_count: LabelCount | int | None = None,
+) -> Outputs:
+    """Cross entropy of `hidden @ weight.T + bias` with memory for one chunk of logits; options as in `cross_entropy`.
+
+    Args:
+        hidden: (N, H), any strides. weight: (V, H) in the same dtype. bias: (V,). target: (N,) integer labels.
+        class_weight: (V,), the `weight` of `cross_entropy`.
+        accum_dtype: of the running sum of the weight's gradient over the chunks. None: the dtype of the weight for up
+            to two chunks, at least fp32 for more, which keeps the error that of one chunk.
+        use_token_scaling: multiply the loss of a row by its detached probability of the label.
+        chunk_size: rows per chunk. memory_budget: bytes of the logits of a chunk; more where two large chunks need less
+            memory in all than many small ones and an fp32 sum. Default: `backends.records.ChunkSizes`.
+        label_count: how many labels are not ignored, or more; rows beyond cost nothing then. `LabelCount(target)` finds
+            it without a stall if it is made well before this call. Not needed on the CPU; unused under torch.compile.
+
+    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)` as `cross_entropy`, but loss and z_loss in fp32.
+    Under autocast the matrix products run in its dtype; the gradients have the dtypes of their parameters.
+    With "mean" and "sum" gradients are made in forward, only for tensors with `requires_grad=True`, and one backward
+    hands them out; with "none" backward runs the loop again.
+    Raises: as `cross_entropy`; TypeError if hidden and weight differ in dtype; ValueError for a chunk below one row.
+    """
+    check_loss_options(label_smoothing, reduction, softcap)
+    loss = CrossEntropyLoss(
+        ignore_index,
+        lse_square_scale,
+        label_smoothing,
+        reduction,
+        softcap,
+        return_z_loss,
+        return_token_accuracy,
+        return_predicted_tokens,
+        use_token_scaling,
+    )
+    chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
+    found: Any = linear_loss(
+        loss, hidden, weight, target, bias, class_weight=class_weight, chunks=chunks
+    )
+    outputs: Outputs = found
+    return outputs
+
+
+def fused_linear_cross_entropy_forward(
+    _input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    ce_impl: str | None = None,
+    ce_mode: str | None = None,
+    token_grad_output: Tensor | None = None,
+    compute_gradients: bool | None = None,
+    weight_requires_grad: bool | None = None,
+    chunk_mem_const: int = 1,
+    *,
+    settings: CrossEntropyLoss | None = None,
+    needs: Sequence[bool] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The four outputs and the gradients of `_input`, `weight` and `bias`, without autograd.
+
+    The gradients are for an upstream gradient of 1, or of `token_grad_output` (N,) per row, and for the tensors with
+    `requires_grad=True`, or what `compute_gradients` and `weight_requires_grad` say, or `needs` for the three tensors.
+    `settings` takes the place of the options of the loss.
+    """
+    _check_legacy(ce_impl, ce_mode)
+    loss = settings or CrossEntropyLoss(
+        ignore_index,
+        lse_square_scale,
+        label_smoothing,
+        reduction,
+        softcap,
+        return_z_loss,
+        return_token_accuracy,
+        return_predicted_tokens,
+        use_token_scaling,
+    )
+    budget = _legacy_budget(_input, weight, chunk_mem_const)
+    chunks = ChunkOptions(accum_dtype, memory_budget=budget)
+    if needs is None:
+        any_needs = compute_gradients is not False
+        needs = (
+            any_needs and (_input.requires_grad or compute_gradients is True),
+            any_needs
+            and (weight.requires_grad if weight_requires_grad is None else weight_requires_grad),
+            any_needs and bias is not None and (bias.requires_grad or compute_gradients is True),
+        )
+    check_labels(target, weight.shape[0], loss.ignore_index)
+    head = HeadInputs(_input, weight, bias, compute_dtype(_input, weight))
+    _, outputs, grads = loop.run(loss, head, target, ce_weight, chunks, needs, token_grad_output)
+    return (*outputs, *grads)
+
+
+def fused_linear_cross_entropy_backward(
+    grad_output: Tensor,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> loop.Gradients:
+    """The gradients times the 0-d `grad_output`, in place; on a GPU nothing is touched where it is 1."""
+    grads = (grad_input, grad_weight, grad_bias)
+    scale_gradients(grads, grad_output)
+    return grads
+
+
+class LigerFusedLinearCrossEntropyFunction:
+    """`apply` in the argument order of the incumbent."""
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        ce_impl: str | None = None,
+        ce_mode: str | None = None,
+        chunk_mem_const: int = 1,
+    ) -> Outputs:
+        """A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `_input`."""
+        _check_legacy(ce_impl, ce_mode)
+        return fused_linear_cross_entropy(
+            _input,
+            weight,
+            target,
+            bias,
+            ce_weight,
+            ignore_index,
+            lse_square_scale,
+            label_smoothing,
+            reduction,
+            softcap,
+            return_z_loss,
+            accum_dtype,
+            use_token_scaling,
+            return_token_accuracy,
+            return_predicted_tokens,
+            memory_budget=_legacy_budget(_input, weight, chunk_mem_const),
+        )
+
+
+def _legacy_budget(hidden: Tensor, weight: Tensor, chunk_mem_const: int) -> int | None:
+    if (
+        isinstance(chunk_mem_const, bool)
+        or not isinstance(chunk_mem_const, int)
+        or chunk_mem_const < 1
+    ):
+        raise ValueError(f"chunk_mem_const must be a positive integer, got {chunk_mem_const!r}.")
+    if chunk_mem_const == 1:
+        return None
+    return max(chunk_mem_const * hidden.numel(), weight.shape[0]) * hidden.element_size()
+
+
+def _check_legacy(ce_impl: str | None, ce_mode: str | None) -> None:
+    if ce_impl is not None or ce_mode is not None:
+        raise ValueError(
+            f"ce_impl={ce_impl!r} and ce_mode={ce_mode!r} name implementations of another package; "
+            f"pass None and choose with LIGER_KERNEL_IMPL."
+        )

@@ -1,0 +1,75 @@
+"""Losses of whole sequences: how a token counts is known once the losses of all tokens of its sequence are.
+
+Such a loss needs its logits once, like any other, if a chunk holds whole sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liger_kernel.backends import facts_of
+from liger_kernel.loss_head.label_count import LabelCount, kept_rows
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows that are weighed together.
+
+    size: rows of a group; with 1, a row stands for itself.
+    order: (N,) int64, the rows such that those of a group follow each other. None: they already do.
+    loss_of: from the losses of all rows (N,) to the loss, and what is reported beside it. Differentiable; a sum over
+    groups, no term of which reads a row of another group.
+    neutral: (N,) losses at which `loss_of` is smooth: they stand for the rows of other groups.
+    """
+
+    size: int
+    order: Tensor | None
+    loss_of: Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
+    neutral: Tensor
+
+    def row_scale(self, losses: Tensor, where: slice | Tensor) -> Tensor:
+        """d loss / d (loss of a row), of the rows `where`, which are whole groups and have these losses."""
+        everywhere = self.neutral.clone()
+        everywhere[where] = losses
+        leaf = everywhere.requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(self.loss_of(leaf)[0], leaf)
+        return grad[where]
+
+
+def rows_to_visit(
+    target: Tensor,
+    ignore_index: int,
+    label_count: LabelCount | int | None,
+    groups: RowGroups | None,
+) -> tuple[Tensor | None, list[int] | None]:
+    """The rows in the order to visit them (None: as they are), and the sizes of the groups (None: any cut will do).
+
+    Rows to be ignored are left out where their number is known, as it is on the CPU.
+    """
+    if groups is None or groups.size == 1:
+        return kept_rows(target, ignore_index, label_count), None
+    n_rows = target.shape[0]
+    if facts_of(target.device).queues:
+        return groups.order, [groups.size] * (n_rows // groups.size)
+    order = torch.arange(n_rows) if groups.order is None else groups.order
+    labelled = (target != ignore_index)[order]
+    return order[labelled], labelled.view(-1, groups.size).sum(1).tolist()
+
+
+def cut(n_rows: int, rows: int, sizes: Sequence[int] | None) -> list[slice]:
+    """`n_rows` in slices of at most `rows`; groups of given `sizes` stay whole, and one may be larger than that."""
+    if sizes is None:
+        return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+    found: list[slice] = []
+    start = stop = 0
+    for size in sizes:
+        if stop > start and stop + size - start > rows:
+            found.append(slice(start, stop))
+            start = stop
+        stop += size
+    return [*found, slice(start, stop)] if stop > start else found

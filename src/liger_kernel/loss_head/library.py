@@ -1,0 +1,188 @@
+"""The chunk loop as one opaque node of a `torch.compile` graph, for every row loss that has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_kernel.loss_head import loop
+from liger_kernel.loss_head.losses import row_loss_class
+from liger_kernel.loss_head.plan import ChunkOptions
+from liger_kernel.loss_head.products import HeadInputs
+from liger_kernel.loss_head.row_loss import MOST_OUTPUTS, RowLoss
+from liger_kernel.ops.cross_entropy import check_labels
+
+_SCHEMA = """(
+    Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,
+    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? row_scale, bool[] needs,
+    str loss, str kinds, int[] ints, float[] floats, str[] strings,
+    ScalarType dtype, ScalarType? teacher_dtype, ScalarType? accum_dtype, int? chunk_size, int? memory_budget
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+_N_TENSORS = 9
+
+
+def _encoded(loss: RowLoss) -> tuple[str, str, list[int], list[float], list[str]]:
+    """The name of the loss, a letter for the kind of each option, and the options by kind."""
+    kinds, ints, floats, strings = "", list[int](), list[float](), list[str]()
+    for value in loss.named().values():
+        if value is None:
+            kinds += "n"
+        elif isinstance(value, bool):
+            kinds, ints = kinds + "b", [*ints, int(value)]
+        elif isinstance(value, float):
+            kinds, floats = kinds + "f", [*floats, value]
+        elif isinstance(value, str):
+            kinds, strings = kinds + "s", [*strings, value]
+        else:
+            kinds, ints = kinds + "i", [*ints, value]
+    return type(loss).name, kinds, ints, floats, strings
+
+
+def _decoded(
+    name: str, kinds: str, ints: Sequence[int], floats: Sequence[float], strings: Sequence[str]
+) -> RowLoss:
+    of_kind = {"f": iter(floats), "s": iter(strings)}
+    integers = iter(ints)
+    values = (
+        None
+        if kind == "n"
+        else bool(next(integers))
+        if kind == "b"
+        else next(integers)
+        if kind == "i"
+        else next(of_kind[kind])
+        for kind in kinds
+    )
+    cls = row_loss_class(name)
+    loss: RowLoss = cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
+    return loss
+
+
+def call(
+    loss: RowLoss,
+    student: HeadInputs,
+    target: Tensor,
+    class_weight: Tensor | None,
+    chunks: ChunkOptions,
+    teacher: HeadInputs | None,
+) -> tuple[Any, ...]:
+    hidden, weight, bias, dtype = student
+    t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher
+    needs = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    found = _op(
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        t_hidden,
+        t_weight,
+        t_bias,
+        None,
+        needs,
+        *_encoded(loss),
+        dtype,
+        t_dtype,
+        chunks.accum_dtype,
+        chunks.chunk_size,
+        chunks.memory_budget,
+    )
+    likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
+    return tuple(
+        None if like[0] is None else t for t, like in zip(found[: len(likes)], likes, strict=True)
+    )
+
+
+@torch.library.custom_op(
+    "liger_kernel::linear_loss", mutates_args=(), schema="".join(_SCHEMA.split("\n"))
+)
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    row_scale: Tensor | None,
+    needs: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """At most `MOST_OUTPUTS` outputs, and the three gradients; an empty tensor where there is none.
+
+    With reduction "none" the gradients exist only once the gradient of the loss, `row_scale`, is known.
+    """
+    loss, dtype, teacher_dtype, chunks = _options(options)
+    check_labels(target, weight.shape[0], loss.ignore_index)
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    now = not loss.recomputes or row_scale is not None
+    _, outputs, grads = loop.run(
+        loss,
+        HeadInputs(hidden, weight, bias, dtype),
+        target,
+        class_weight,
+        chunks,
+        [need and now for need in needs],
+        row_scale,
+        teacher,
+    )
+    likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
+    dtypes = [like[1] for like in likes] + [hidden.dtype] * (MOST_OUTPUTS - len(likes))
+    found = (*outputs, *(None,) * (MOST_OUTPUTS - len(outputs)), *grads)
+    return tuple(
+        hidden.new_empty(0, dtype=like) if t is None else t
+        for t, like in zip(found, (*dtypes, *(hidden.dtype,) * 3), strict=True)
+    )
+
+
+def _options(options: Sequence[Any]) -> tuple[RowLoss, torch.dtype, Any, ChunkOptions]:
+    dtype, teacher_dtype, *chunks = options[5:]
+    return _decoded(*options[:5]), dtype, teacher_dtype, ChunkOptions(*chunks)
+
+
+@_op.register_fake
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    target, *_, row_scale, needs = rest[: _N_TENSORS - 2]
+    loss, dtype, _, _ = _options(rest[_N_TENSORS - 2 :])
+    likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
+    outputs = [hidden.new_empty(0 if shape is None else shape, dtype=d) for shape, d in likes]
+    outputs += [hidden.new_empty(0)] * (MOST_OUTPUTS - len(likes))
+    now = not loss.recomputes or row_scale is not None
+    grads = (
+        t.new_empty(t.shape) if need and now and t is not None else hidden.new_empty(0)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    return (*outputs, *grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[_N_TENSORS + 1 :]
+    ctx.recomputes = _options(ctx.options)[0].recomputes
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*(inputs[: _N_TENSORS - 1] if ctx.recomputes else output[MOST_OUTPUTS:]))
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor, ...]
+    nothing = (None,) * (_N_TENSORS - 3 + 1 + len(ctx.options))
+    if grads[0] is None:
+        return (None, None, None, *nothing)
+    asked = ctx.needs_input_grad[:3]
+    if ctx.recomputes:
+        found = _op(*ctx.saved_tensors, grads[0], list(asked), *ctx.options)[MOST_OUTPUTS:]
+    else:
+        found = tuple(grad * grads[0] for grad in ctx.saved_tensors)
+    return (*(g if need else None for g, need in zip(found, asked, strict=True)), *nothing)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)

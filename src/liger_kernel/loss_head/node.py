@@ -1,0 +1,191 @@
+"""The way into the loss head, and its one autograd node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.loss_head import library, loop
+from liger_kernel.loss_head.groups import RowGroups
+from liger_kernel.loss_head.label_count import check_label_count
+from liger_kernel.loss_head.losses import ROW_LOSSES
+from liger_kernel.loss_head.plan import ChunkOptions
+from liger_kernel.loss_head.products import HeadInputs
+from liger_kernel.loss_head.row_loss import RowLoss
+from liger_kernel.ops.cross_entropy import (
+    NONE_RECOMPUTES,
+    check_class_indices,
+    check_labels,
+    only_loss_has_gradient,
+    refuse_second_backward,
+)
+from liger_kernel.ops.scale_gradients import scale_gradients
+
+
+def linear_loss(
+    loss: RowLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    chunks: ChunkOptions = ChunkOptions(),  # noqa: B008 - frozen
+    groups: RowGroups | None = None,
+) -> tuple[Any, ...]:
+    """`loss` of `hidden @ weight.T + bias`, one chunk of logits at a time.
+
+    Args:
+        hidden: (N, H). weight: (V, H) in the same dtype. target: (N,) integer labels. bias: (V,).
+        class_weight: (V,), where the loss has class weights.
+        teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants.
+        groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
+
+    Returns: what `loss.reduced` says; the first is the loss. Under autocast the matrix products run in its dtype; the
+    gradients have the dtypes of their parameters. With reductions "mean" and "sum", and with groups, gradients are made
+    in forward, only for tensors that require one, and handed out by one backward; with "none" backward runs the loop
+    again.
+    Raises: ValueError and TypeError for tensors that do not fit; RuntimeError for a second backward.
+    """
+    check_tensors(hidden, weight, target, bias, class_weight)
+    check_label_count(chunks.label_count, target.numel(), loss.ignore_index)
+    student = HeadInputs(hidden, weight, bias, compute_dtype(hidden, weight))
+    other = None
+    if teacher is not None:
+        check_tensors(teacher[0], teacher[1], target, teacher[2], name="teacher_")
+        t_hidden, t_weight, t_bias = teacher
+        t_bias = None if t_bias is None else t_bias.detach()
+        t_dtype = compute_dtype(t_hidden, t_weight)
+        other = HeadInputs(t_hidden.detach(), t_weight.detach(), t_bias, t_dtype)
+    if loss.reads_teacher != (teacher is not None):
+        raise ValueError(
+            f"{type(loss).__name__} {'needs a' if loss.reads_teacher else 'has no'} teacher, got {teacher!r:.40}."
+        )
+    if torch.compiler.is_compiling() and groups is None:
+        if type(loss).name in ROW_LOSSES:
+            return library.call(loss, student, target, class_weight, chunks, other)
+        return _outside_the_graph(loss, student, target, class_weight, chunks, other)
+    return _run(loss, student, target, class_weight, chunks, other, groups)
+
+
+def _run(
+    loss: RowLoss,
+    student: HeadInputs,
+    target: Tensor,
+    class_weight: Tensor | None,
+    chunks: ChunkOptions,
+    teacher: HeadInputs | None,
+    groups: RowGroups | None = None,
+) -> tuple[Any, ...]:
+    check_labels(target, student.weight.shape[0], loss.ignore_index)
+    hidden, weight, bias, dtype = student
+    if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
+    rest = (dtype, target, class_weight, teacher, loss, chunks, groups)
+    found: tuple[Any, ...] = _LinearLoss.apply(hidden, weight, bias, rest)
+    return found
+
+
+@torch.compiler.disable
+def _outside_the_graph(*arguments: Any) -> tuple[Any, ...]:
+    return _run(*arguments)
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Any) -> Any:
+        dtype, target, class_weight, teacher, loss, chunks, groups = rest
+        needs = ctx.needs_input_grad[:3]
+        ctx.recomputes = groups is None and loss.recomputes
+        out, outputs, grads = loop.run(
+            loss,
+            HeadInputs(hidden, weight, bias, dtype),
+            target,
+            class_weight,
+            chunks,
+            (False,) * 3 if ctx.recomputes else needs,
+            groups,
+            teacher,
+        )
+        if groups is not None:
+            value, reported = groups.loss_of(out.loss)
+            outputs = (value, *reported)
+        only_loss_has_gradient(ctx, outputs)
+        if any(needs):
+            ctx.recompute = rest if ctx.recomputes else None
+            ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 4
+        found = ctx.saved_tensors
+        if ctx.recomputes:
+            dtype, target, class_weight, teacher, loss, chunks, _ = ctx.recompute
+            hidden, weight, bias = found
+            student = HeadInputs(hidden, weight, bias, dtype)
+            needs = ctx.needs_input_grad[:3]
+            found = loop.run(loss, student, target, class_weight, chunks, needs, grads[0], teacher)[
+                2
+            ]
+        else:
+            refuse_second_backward(ctx, "a loss made with its gradients", NONE_RECOMPUTES)
+            scale_gradients(found, grads[0])
+        return *found, None
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype}, but weight is {weight.dtype}; convert one with .to(), or use torch.autocast."
+        )
+    return hidden.dtype
+
+
+def check_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None = None,
+    name: str = "",
+) -> None:
+    named = {
+        f"{name}hidden": hidden,
+        f"{name}weight": weight,
+        f"{name}bias": bias,
+        "class_weight": class_weight,
+    }
+    for key, tensor in named.items():
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{key} is a DTensor, which the loss head does not take; pass {key}.full_tensor()."
+            )
+    check_floating(**named)
+    if hidden.ndim != 2 or target.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{name}hidden has shape {tuple(hidden.shape)} and target {tuple(target.shape)}, not (N, H) and (N,); "
+            f"flatten them with .view(-1, H) and .view(-1)."
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{name}weight has shape {tuple(weight.shape)}, but hidden states are {hidden.shape[1]} wide; "
+            f"pass a weight of shape (V, {hidden.shape[1]})."
+        )
+    check_last_dim(f"{name}bias", bias, weight.shape[0], "the logits")
+    check_last_dim("class_weight", class_weight, weight.shape[0], "the logits")
+    check_class_indices(target)
+    check_same_device(target=target, **named)

@@ -1,0 +1,51 @@
+"""What computes the gated product has to offer, and the options that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from liger_kernel._core.options import OpOptions
+
+Saved = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class GLUOptions(OpOptions):
+    activation: str = "silu"
+    gate_multiplier: float = 1.0
+    down_multiplier: float = 1.0
+
+
+class Kernels(Protocol):
+    def forward(
+        self, gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
+    ) -> tuple[Tensor, Saved]:
+        """y (..., F), and what `backward` is given. Without `up`, gate (..., 2F) holds both halves."""
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Saved,
+        *,
+        options: GLUOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of gate and up."""
+
+    def backward_with_output(
+        self,
+        dy: Tensor,
+        saved: Saved,
+        *,
+        options: GLUOptions,
+        needs: Sequence[bool],
+        into: Sequence[Tensor | None] | None = None,
+    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """The gradients of gate and up as rows, and the output of the forward, which may take the memory of dy (R, F).
+
+        The gradients may take the memory of `into`, which may be `saved`.
+        """

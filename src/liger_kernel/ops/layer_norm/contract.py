@@ -1,0 +1,41 @@
+"""What computes LayerNorm has to offer, and the options that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from liger_kernel._core.options import OpOptions
+
+Saved = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class LayerNormOptions(OpOptions):
+    eps: float = 1e-5
+
+
+class Kernels(Protocol):
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        options: LayerNormOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Saved]:
+        """y (..., N) of x (..., N), and what `backward` is given as `saved`."""
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Saved,
+        *,
+        options: LayerNormOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weight and bias."""

@@ -1,0 +1,47 @@
+"""What computes the rotary embedding has to offer, and the options that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from liger_kernel._core.options import OpOptions
+
+Saved = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class RopeOptions(OpOptions):
+    unsqueeze_dim: int = 1
+    rotary_dim: int = 0  # even, at most the head dimension
+    interleaved: bool = False
+
+
+class Kernels(Protocol):
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        options: RopeOptions,
+        needs: Sequence[bool],
+    ) -> tuple[tuple[Tensor | None, ...], Saved]:
+        """(q', k'), and what `backward` is given as `saved`.
+
+        cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension.
+        """
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Saved,
+        *,
+        options: RopeOptions,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of q and k, and None for the constants."""

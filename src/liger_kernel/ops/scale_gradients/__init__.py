@@ -1,0 +1,19 @@
+"""Gradients that were made in forward, times the gradient that arrives in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from liger_kernel.backends import kernels
+
+
+def scale_gradients(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
+    """Multiply up to three contiguous buffers, or None, by the 0-d `factor`, in place.
+
+    No wait for the device: where kernels compute and the factor is 1, as after `loss.backward()`, nothing is touched.
+    """
+    there = [buffer for buffer in buffers if buffer is not None and buffer.numel()]
+    if there:
+        kernels("scale_gradients", there[0]).scale_(there, factor)
