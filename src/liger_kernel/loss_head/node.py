@@ -128,18 +128,16 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 4
-        found = ctx.saved_tensors
-        if ctx.recomputes:
-            dtype, target, class_weight, teacher, loss, chunks, _ = ctx.recompute
-            hidden, weight, bias = found
-            student = HeadInputs(hidden, weight, bias, dtype)
-            needs = ctx.needs_input_grad[:3]
-            found = loop.run(loss, student, target, class_weight, chunks, needs, grads[0], teacher)[
-                2
-            ]
-        else:
+        if not ctx.recomputes:
             refuse_second_backward(ctx, "a loss made with its gradients", NONE_RECOMPUTES)
+            found = ctx.saved_tensors
             scale_gradients(found, grads[0])
+            return *found, None
+        dtype, target, class_weight, teacher, loss, chunks, _ = ctx.recompute
+        student, needs = HeadInputs(*ctx.saved_tensors, dtype=dtype), ctx.needs_input_grad[:3]
+        _, _, found = loop.run(
+            loss, student, target, class_weight, chunks, needs, grads[0], teacher
+        )
         return *found, None
 
 
