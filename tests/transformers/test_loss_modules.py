@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -105,3 +109,56 @@ def test_options_are_checked_when_made(module: Any) -> None:
 def test_in_place_is_checked_when_made() -> None:
     with pytest.raises(ValueError, match='in_place=True with reduction="none"'):
         LigerCrossEntropyLoss(reduction="none", in_place=True)
+
+
+@pytest.mark.parametrize("module", [LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss])
+def test_every_option_arrives(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the constructor and from an attribute that is set later, in the name that the op has for it."""
+    op = "cross_entropy" if module is LigerCrossEntropyLoss else "fused_linear_cross_entropy"
+    given: dict[str, Any] = {}
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        given.update(options)
+        return "loss", None, None, None
+
+    monkeypatch.setattr(importlib.import_module(f"liger_kernel.ops.{op}"), op, recorded)
+    parameters = inspect.signature(module).parameters
+    values = {name: object() for name in parameters}
+    values |= {"label_smoothing": 0.1, "reduction": "sum", "softcap": 3.0}
+    changed = module()
+    for name, value in values.items():
+        setattr(changed, name, value)
+    renamed = {"class_weight" if name == "ce_weight" else name: values[name] for name in values}
+    tensors = ("logits", "target") if op == "cross_entropy" else ("weight", "states", "target")
+    for loss in (module(**values), changed):
+        given.clear()
+        assert loss(*tensors) == "loss"
+        assert given == renamed
+
+
+@pytest.mark.parametrize("module", [LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss])
+def test_copies(module: Any) -> None:
+    loss = module(torch.arange(4.0), reduction="sum", return_z_loss=True)
+    assert "tensor" not in repr(loss)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert type(other) is module
+        assert repr(other) == repr(loss)
+        weight = next(iter(inspect.signature(module).parameters))
+        assert torch.equal(getattr(other, weight), torch.arange(4.0))
+        assert not other.state_dict()
+
+
+def test_compiled_without_a_graph_break() -> None:
+    make = Make(torch.float32)
+    states, weight, target = make.randn(6, 8), make.randn(20, 8), make.labels(6, 20)
+    plain = LigerCrossEntropyLoss(return_z_loss=True, lse_square_scale=0.1)
+    fused = LigerFusedLinearCrossEntropyLoss(make.randn(20).abs())
+
+    def both() -> list[torch.Tensor]:
+        output = plain(states @ weight.t(), target)
+        return [output.loss, output.z_loss, fused(weight, states, target)]
+
+    torch._dynamo.reset()
+    with use_implementation("reference"):
+        found = torch.compile(both, fullgraph=True, backend="eager")()
+        assert all(map(torch.equal, found, both()))

@@ -1,41 +1,41 @@
 """Preference, policy and distillation losses on hidden states: the logits of a batch are never held.
 
-Every name is imported on first use.
+`<name>_loss.py` defines `LigerFusedLinear<Name>Loss` and `LigerFusedLinear<Name>Function`, in any capitals. No list
+names them: they are found here and in `functional` by the name of the file, and imported on first use.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import Any
 
-_HOME = {
-    "LigerFusedLinearCPOLoss": "cpo_loss",
-    "LigerFusedLinearCosineSimilarityLoss": "cosine_similarity_loss",
-    "LigerFusedLinearDPOLoss": "dpo_loss",
-    "LigerFusedLinearGRPOLoss": "grpo_loss",
-    "LigerFusedLinearJSDLoss": "jsd_loss",
-    "LigerFusedLinearKTOLoss": "kto_loss",
-    "LigerFusedLinearORPOLoss": "orpo_loss",
-    "LigerFusedLinearSimPOLoss": "simpo_loss",
-}
 
-__all__ = [  # each is found by __getattr__
-    "LigerFusedLinearCPOLoss",
-    "LigerFusedLinearCosineSimilarityLoss",
-    "LigerFusedLinearDPOLoss",
-    "LigerFusedLinearGRPOLoss",
-    "LigerFusedLinearJSDLoss",
-    "LigerFusedLinearKTOLoss",
-    "LigerFusedLinearORPOLoss",
-    "LigerFusedLinearSimPOLoss",
-]
+def _losses() -> list[str]:
+    """The `<name>` of every loss; imports none of them."""
+    files = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(file.removesuffix("_loss") for file in files if file.endswith("_loss"))
+
+
+def _class(loss: str, kind: str) -> Any:
+    """The "Loss" or the "Function" of `<loss>_loss.py`."""
+    file = importlib.import_module(f"{__name__}.{loss}_loss")
+    for name, value in vars(file).items():
+        if name.lower() == f"ligerfusedlinear{loss}{kind}".replace("_", "").lower():
+            return value
+    raise ImportError(
+        f"{file.__name__} defines no LigerFusedLinear...{kind} with the name of the file."
+    )
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name == "__all__":
+        return sorted(_class(loss, "Loss").__name__ for loss in _losses())
+    for loss in _losses():
+        if name.lower() == f"ligerfusedlinear{loss}loss".replace("_", ""):
+            return getattr(importlib.import_module(f"{__name__}.{loss}_loss"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,23 +1,26 @@
-"""The losses as functions: positional arguments in the order of the incumbent."""
+"""The losses as functions: positional arguments in the order of the incumbent.
+
+`liger_fused_linear_<name>` is the `apply` of the function class in `<name>_loss.py`.
+"""
 
 from __future__ import annotations
 
-from liger_kernel.chunked_loss.cosine_similarity_loss import (
-    LigerFusedLinearCosineSimilarityFunction,
-)
-from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOFunction
-from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
-from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
-from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
-from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
-from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction
-from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
+from typing import Any
 
-liger_fused_linear_orpo = LigerFusedLinearORPOFunction.apply
-liger_fused_linear_dpo = LigerFusedLinearDPOFunction.apply
-liger_fused_linear_jsd = LigerFusedLinearJSDFunction.apply
-liger_fused_linear_cosine = LigerFusedLinearCosineSimilarityFunction.apply
-liger_fused_linear_cpo = LigerFusedLinearCPOFunction.apply
-liger_fused_linear_simpo = LigerFusedLinearSimPOFunction.apply
-liger_fused_linear_kto = LigerFusedLinearKTOFunction.apply
-liger_fused_linear_grpo = LigerFusedLinearGRPOFunction.apply
+from liger_kernel import chunked_loss
+
+_PREFIX = "liger_fused_linear_"
+_SHORT = {"cosine_similarity": "cosine"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return [_PREFIX + _SHORT.get(loss, loss) for loss in chunked_loss._losses()]
+    for loss in chunked_loss._losses():
+        if name == _PREFIX + _SHORT.get(loss, loss):
+            return chunked_loss._class(loss, "Function").apply
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.nn as nn
 from torch import Tensor
 
+from liger_kernel._core.declared import LossFunction, LossModule, takes
 from liger_kernel.chunked_loss.engine import (
-    check_chunk_size,
     check_sequences,
     loss_of_logps,
     reference_of,
@@ -15,93 +17,42 @@ from liger_kernel.chunked_loss.engine import (
     sequence_logit_sums,
     sequence_logps,
 )
-from liger_kernel.chunked_loss.preference import LossAndMetrics
+from liger_kernel.chunked_loss.preference import LossAndMetrics, LossOptions
 
 
-class LigerFusedLinearKTOFunction:
-    """`apply` in the argument order of the incumbent."""
+@dataclass(frozen=True)
+class KTOOptions(LossOptions):
+    """beta: scale of the rewards.
+    use_ref_model: compare with a reference model; without it, one that is passed is not read.
+    average_log_prob: the mean over the tokens of a sequence instead of the sum."""
 
-    @staticmethod
-    def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        preference_labels: Tensor,
-        bias: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        kl: Tensor | None = None,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ) -> LossAndMetrics:
-        check_chunk_size(chunk_size)
-        check_sequences(_input, target)
-        batch = target.shape[0]
-        if preference_labels is None or preference_labels.shape != (batch,):
-            found = None if preference_labels is None else tuple(preference_labels.shape)
-            raise ValueError(
-                f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
-            )
-        reference = reference_of(use_ref_model, ref_input, ref_weight, ref_bias)
-        labelled = target != ignore_index
-        ref_logps = None
-        if reference is not None:
-            ref_tokens = reference_token_logps(reference, target, ignore_index)
-            ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
-        desirable = preference_labels.bool()
-
-        def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-            logps = sequence_logps(tokens, labelled, average_log_prob)
-            ratio = logps if ref_logps is None else logps - ref_logps
-            margin = beta * (ratio if kl is None else ratio - kl.detach())
-            losses = torch.where(desirable, -margin, margin).sigmoid()  # 1 - sigmoid(+-margin)
-            loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
-            return loss, [logps, beta * ratio]
-
-        loss, (logps, rewards) = loss_of_logps(
-            of_logps, _input, weight, target, bias, ignore_index, unit=target.shape[1]
-        )
-        logits = sequence_logit_sums(_input, weight, bias)
-        metrics = tuple(
-            values.masked_fill(~side, 0.0).sum()
-            for values in (logps, logits, rewards)
-            for side in (desirable, ~desirable)
-        )
-        return loss, metrics
+    ignore_index: int = -100
+    beta: float = 0.1
+    compiled: bool = True
+    use_ref_model: bool = False
+    average_log_prob: bool = False
+    chunk_size: int = 1
 
 
-class LigerFusedLinearKTOLoss(nn.Module):
-    """KTO on hidden states.
+def sequence_loss(
+    options: KTOOptions, ratio: Tensor, desirable: Tensor, kl: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The losses and the rewards of sequences from their log-ratio to the reference, all (B,)."""
+    margin = options.beta * (ratio if kl is None else ratio - kl)
+    losses = torch.where(desirable, -margin, margin).sigmoid()  # 1 - sigmoid(+-margin)
+    return losses, options.beta * ratio
 
-    Without `use_ref_model` a reference that is passed is not read. A sequence without labelled tokens has loss 0.
-    `compiled` and `chunk_size` are accepted; neither has an effect.
-    """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ):
-        super().__init__()
-        check_chunk_size(chunk_size)
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
+class LigerFusedLinearKTOLoss(LossModule):
+    """KTO on hidden states. A sequence without labelled tokens has loss 0."""
 
-    def forward(
-        self,
+    @takes(KTOOptions)
+    def __init__(self) -> None: ...
+
+    @classmethod
+    def compute(
+        cls,
+        options: Any,
         _input: Tensor,
         lin_weight: Tensor,
         target: Tensor,
@@ -117,20 +68,43 @@ class LigerFusedLinearKTOLoss(nn.Module):
 
         _input: (B, T, H). target: (B, T). preference_labels: (B,), True where desirable. kl: 0-d or (1,), the
         estimate of the KL divergence to the reference model that rewards are compared with."""
-        return LigerFusedLinearKTOFunction.apply(
-            _input,
-            lin_weight,
-            target,
-            preference_labels,  # type: ignore[arg-type]  # None raises there
-            bias,
-            ref_input,
-            ref_weight,
-            ref_bias,
-            kl,
-            self.ignore_index,
-            self.beta,
-            self.compiled,
-            self.use_ref_model,
-            self.average_log_prob,
-            self.chunk_size,
+        check_sequences(_input, target)
+        batch, length = target.shape
+        if preference_labels is None or preference_labels.shape != (batch,):
+            found = None if preference_labels is None else tuple(preference_labels.shape)
+            raise ValueError(
+                f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
+            )
+        labelled = target != options.ignore_index
+        desirable = preference_labels.bool()
+        kl = None if kl is None else kl.detach()
+        ref_logps: Tensor | None = None
+        reference = reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias)
+        if reference is not None:
+            ref_tokens = reference_token_logps(reference, target, options.ignore_index)
+            ref_logps = sequence_logps(ref_tokens, labelled, options.average_log_prob)
+
+        def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+            logps = sequence_logps(tokens, labelled, options.average_log_prob)
+            ratio = logps if ref_logps is None else logps - ref_logps
+            losses, rewards = sequence_loss(options, ratio, desirable, kl)
+            loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
+            return loss, [logps, rewards]
+
+        loss, (logps, rewards) = loss_of_logps(
+            of_logps, _input, lin_weight, target, bias, options.ignore_index, unit=length
         )
+        logits = sequence_logit_sums(_input, lin_weight, bias)
+        return loss, tuple(
+            values.masked_fill(~side, 0.0).sum()
+            for values in (logps, logits, rewards)
+            for side in (desirable, ~desirable)
+        )
+
+
+class LigerFusedLinearKTOFunction(
+    LossFunction,
+    loss=LigerFusedLinearKTOLoss,
+    first="_input lin_weight target preference_labels",
+    use_ref_model=True,
+): ...

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liger_kernel.chunked_loss.engine import check_chunk_size
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -20,17 +21,31 @@ MAX_LOG_RATIO, MIN_RATIO = 20.0, 1e-8
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The options of a loss; defaults and meaning as in `LigerFusedLinearGRPOLoss`."""
+class GRPOOptions:
+    """beta: weight of the KL divergence to the reference; 0 needs no reference.
+    compiled, chunk_size: accepted, without effect; ValueError for a chunk_size that is no positive integer.
+    use_ref_model: compute the reference's log-probabilities where they are not passed.
+    epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]; cispo: to at most `epsilon_high`.
+    loss_type: one of grpo, bnpo, dr_grpo (needs max_completion_length), dapo, cispo, sapo, luspo, vespo.
+    importance_sampling_level: "token", or "sequence" (GSPO, arXiv 2507.18071; not for cispo, sapo, vespo).
+    temperature: the logits are divided by it, as they were when the tokens were sampled.
+    delta: upper bound of the ratio in the term that is not clipped (two-sided clipping).
+    use_bias_correction_kl: weigh the KL estimate by the importance ratio.
 
+    Raises: ValueError for unknown names, for temperatures of SAPO or a delta that are not positive."""
+
+    beta: float = 0.04
+    compiled: bool = True
+    use_ref_model: bool = True
+    chunk_size: int = 1
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
-    beta: float = 0.04
     loss_type: str = "dapo"
     max_completion_length: int | None = None
     importance_sampling_level: str = "token"
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    temperature: float = 1.0
     delta: float | None = None
     use_bias_correction_kl: bool = False
     vespo_k_pos: float = 2.0
@@ -39,6 +54,7 @@ class Policy:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
+        check_chunk_size(self.chunk_size)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"Unknown loss type: {self.loss_type}. Known types are: {', '.join(LOSS_TYPES)}."
@@ -127,7 +143,7 @@ def get_gamma_weights(
 
 
 def policy_loss(
-    policy: Policy,
+    options: GRPOOptions,
     logps: Tensor,
     mask: Tensor,
     advantages: Tensor,
@@ -138,9 +154,9 @@ def policy_loss(
     num_items_in_batch: Tensor | float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of a chunk, normalised by the whole batch, and its metrics [mean KL if beta != 0, clip ratio]."""
-    policy.check_length()
+    options.check_length()
     inside = mask != 0
-    if policy.loss_type != "luspo":  # which averages over padding too
+    if options.loss_type != "luspo":  # which averages over padding too
         logps = logps.masked_fill(~inside, 0.0)
         old_logps = None if old_logps is None else old_logps.masked_fill(~inside, 0.0)
         ref_logps = None if ref_logps is None else ref_logps.masked_fill(~inside, 0.0)
@@ -148,35 +164,35 @@ def policy_loss(
     mask = mask.to(logps.dtype)
     log_ratio = logps - (logps.detach() if old_logps is None else old_logps.to(logps.dtype))
     log_weight = log_ratio
-    if policy.importance_sampling_level == "sequence":
+    if options.importance_sampling_level == "sequence":
         log_weight = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(
             min=1.0
         )
     ratio = log_weight.exp()
     clipped, below, above = clip_coef_fn(
-        ratio, policy.epsilon_low, policy.epsilon_high, policy.loss_type
+        ratio, options.epsilon_low, options.epsilon_high, options.loss_type
     )
-    loss = _token_loss(policy, logps, log_ratio, ratio, clipped, advantages, mask, vllm_is_ratio)
-    if vllm_is_ratio is not None and policy.loss_type != "vespo":
-        if vllm_is_ratio.shape == mask.shape and policy.loss_type != "luspo":
+    loss = _token_loss(options, logps, log_ratio, ratio, clipped, advantages, mask, vllm_is_ratio)
+    if vllm_is_ratio is not None and options.loss_type != "vespo":
+        if vllm_is_ratio.shape == mask.shape and options.loss_type != "luspo":
             vllm_is_ratio = vllm_is_ratio.masked_fill(~inside, 1.0)
         loss = loss * vllm_is_ratio
 
     tokens = full_mask.sum().to(logps.dtype).clamp(min=1.0)
     metrics = []
-    if policy.beta != 0.0:
+    if options.beta != 0.0:
         kl = k3_loss_fn(logps.detach() if ref_logps is None else ref_logps.to(logps.dtype), logps)
-        if policy.use_bias_correction_kl:
+        if options.use_bias_correction_kl:
             kl = kl * ratio
-        loss = loss + policy.beta * kl
+        loss = loss + options.beta * kl
         metrics.append((kl.detach() * mask).sum() / tokens)
     clips = (below & (advantages < 0)) | (above & (advantages > 0))
     metrics.append((clips * mask).sum() / tokens)
-    return _reduce(policy, loss, mask, full_mask, num_items_in_batch), metrics
+    return _reduce(options, loss, mask, full_mask, num_items_in_batch), metrics
 
 
 def _token_loss(
-    policy: Policy,
+    options: GRPOOptions,
     logps: Tensor,
     log_ratio: Tensor,
     ratio: Tensor,
@@ -185,52 +201,52 @@ def _token_loss(
     mask: Tensor,
     vllm_is_ratio: Tensor | None,
 ) -> Tensor:
-    if policy.loss_type == "cispo":
+    if options.loss_type == "cispo":
         assert clipped is not None
         return -clipped * advantages * logps
-    if policy.loss_type == "sapo":
+    if options.loss_type == "sapo":
         gate = torch.where(
             advantages > 0,
-            sapo_loss_fn(ratio, policy.sapo_temperature_pos),
-            sapo_loss_fn(ratio, policy.sapo_temperature_neg),
+            sapo_loss_fn(ratio, options.sapo_temperature_pos),
+            sapo_loss_fn(ratio, options.sapo_temperature_neg),
         )
         return -gate * advantages
-    if policy.loss_type == "vespo":
+    if options.loss_type == "vespo":
         gamma = get_gamma_weights(
             advantages.squeeze(1),
             log_ratio,
             mask,
             vllm_is_ratio,
-            policy.vespo_k_pos,
-            policy.vespo_lambda_pos,
-            policy.vespo_k_neg,
-            policy.vespo_lambda_neg,
+            options.vespo_k_pos,
+            options.vespo_lambda_pos,
+            options.vespo_k_neg,
+            options.vespo_lambda_neg,
         )
         return -gamma * advantages * logps
     assert clipped is not None
-    if policy.delta is not None:
-        ratio = ratio.clamp(max=policy.delta)
+    if options.delta is not None:
+        ratio = ratio.clamp(max=options.delta)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def _reduce(
-    policy: Policy,
+    options: GRPOOptions,
     loss: Tensor,
     mask: Tensor,
     full_mask: Tensor,
     num_items_in_batch: Tensor | float | None,
 ) -> Tensor:
     batch = max(full_mask.shape[0], 1)
-    if policy.loss_type == "luspo":
+    if options.loss_type == "luspo":
         return (loss * mask.sum(1, keepdim=True)).sum() / (batch * max(loss.shape[1], 1))
     masked = loss * mask
-    if policy.loss_type in ("grpo", "sapo"):
+    if options.loss_type in ("grpo", "sapo"):
         return (masked.sum(1) / mask.sum(1).clamp(min=1.0)).sum() / batch
-    if policy.loss_type == "bnpo":
+    if options.loss_type == "bnpo":
         return masked.sum() / full_mask.sum().to(loss.dtype).clamp(min=1.0)
-    if policy.loss_type == "dr_grpo":
-        assert policy.max_completion_length is not None
-        return masked.sum() / (batch * policy.max_completion_length)
+    if options.loss_type == "dr_grpo":
+        assert options.max_completion_length is not None
+        return masked.sum() / (batch * options.max_completion_length)
     return masked.sum() / LigerFusedLinearPPOBase._compute_dapo_normalizer(
         full_mask, num_items_in_batch
     )

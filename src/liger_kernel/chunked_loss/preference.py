@@ -1,21 +1,22 @@
-"""What the losses on pairs share: the first half of a batch is chosen, the second half rejected.
-
-`compiled` and `chunk_size` of their public classes are accepted and change nothing: nothing here is compiled, and
-the engine sizes its chunks by memory.
-"""
+"""What the losses on pairs share: the first half of a batch is chosen, the second half rejected."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.engine import (
     Reference,
+    check_chunk_size,
     check_sequences,
     loss_of_logps,
+    reference_of,
     reference_token_logps,
     sequence_logit_sums,
     sequence_logps,
@@ -25,11 +26,97 @@ from liger_kernel.chunked_loss.engine import (
 #: the loss and the metrics
 LossAndMetrics = tuple[Tensor, tuple[Tensor, ...]]
 #: (chosen, rejected, reference chosen, reference rejected) -> the loss and the metrics of every pair, all (P,)
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+PairFormula = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class LossOptions:  # nothing here is compiled, and the engine sizes its chunks by memory
+    """ignore_index: the label of tokens that do not count.
+    compiled, chunk_size: accepted, without effect; ValueError for a chunk_size that is no positive integer."""
+
+    ignore_index: int
+    chunk_size: int
+
+    def __post_init__(self) -> None:
+        check_chunk_size(self.chunk_size)
+
+
+class PairOptions(LossOptions):
+    """beta: scale of the rewards.
+    compute_nll_loss: add `alpha` times the NLL of the chosen tokens.
+    average_log_prob: the mean over the tokens of a sequence instead of the sum."""
+
+    alpha: float = 1.0  # these hold for a loss that does not offer them
+    compute_nll_loss: bool = False
+    average_log_prob: bool = False
+
+
+class PairLoss(LossModule):
+    """A loss on pairs: the hidden states of chosen sequences, then of as many rejected ones."""
+
+    #: (options, chosen, rejected, reference chosen, reference rejected), all (P,), the last two 0 without a reference
+    #: -> the losses, the chosen rewards, the rejected rewards, and metrics whose means over the pairs are wanted
+    formula: ClassVar[Callable[..., tuple[Tensor, ...]]]
+
+    @classmethod
+    def compute(
+        cls,
+        options: Any,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+    ) -> LossAndMetrics:
+        """Loss, and (chosen_logps (P,), rejected_logps (P,), chosen_logits_mean, rejected_logits_mean, nll_loss,
+        chosen_rewards (P,), rejected_rewards (P,), and what the loss adds) of `_input` (2P, T, H), `target` (2P, T)."""
+        return cls.of_pairs(options, lin_weight, _input, target, bias)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        options: PairOptions,
+        weight: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        **more: Any,
+    ) -> LossAndMetrics:
+        loss, metrics = paired_loss(
+            partial(cls.formula, options),
+            hidden,
+            weight,
+            target,
+            bias,
+            ignore_index=options.ignore_index,
+            alpha=options.alpha,
+            compute_nll_loss=options.compute_nll_loss,
+            average_log_prob=options.average_log_prob,
+            **more,
+        )
+        means = (values.sum() / max(values.shape[0], 1) for values in metrics[7:])
+        return loss, (*metrics[:7], *means)
+
+
+class ReferencePairLoss(PairLoss):
+    """A loss on pairs that compares with a frozen reference model, unless its option `use_ref_model` is False."""
+
+    @classmethod
+    def compute(
+        cls,
+        options: Any,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> LossAndMetrics:
+        reference = reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias)
+        return cls.of_pairs(options, lin_weight, _input, target, bias, reference=reference)
 
 
 def paired_loss(
-    pair_loss: PairLoss,
+    pair_loss: PairFormula,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,

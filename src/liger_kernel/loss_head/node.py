@@ -134,7 +134,8 @@ class _LinearLoss(torch.autograd.Function):
             scale_gradients(found, grads[0])
             return *found, None
         dtype, target, class_weight, teacher, loss, chunks, _ = ctx.recompute
-        student, needs = HeadInputs(*ctx.saved_tensors, dtype=dtype), ctx.needs_input_grad[:3]
+        hidden, weight, bias = ctx.saved_tensors
+        student, needs = HeadInputs(hidden, weight, bias, dtype), ctx.needs_input_grad[:3]
         _, _, found = loop.run(
             loss, student, target, class_weight, chunks, needs, grads[0], teacher
         )

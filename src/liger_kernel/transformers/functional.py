@@ -36,6 +36,13 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
+def _loss_or_output(outputs: _cross_entropy.Outputs) -> Tensor | CrossEntropyOutput:
+    """The loss alone, unless more was asked for."""
+    if all(output is None for output in outputs[1:]):
+        return outputs[0]
+    return CrossEntropyOutput(*outputs)
+
+
 def liger_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -84,7 +91,7 @@ def liger_cross_entropy(
             f"{', '.join(asked)} needs plain (BT, V) logits and (BT,) int64 labels without size_average and reduce; "
             f"got input {tuple(input.shape)} and target {tuple(target.shape)} of {target.dtype}. Flatten them first."
         )
-    found = _cross_entropy.cross_entropy(
+    outputs = _cross_entropy.cross_entropy(
         input,
         target,
         weight=weight,
@@ -93,8 +100,7 @@ def liger_cross_entropy(
         reduction=reduction,
         **extras,
     )
-    flags = return_z_loss or return_token_accuracy or return_predicted_tokens
-    return CrossEntropyOutput(*found) if flags else found[0]
+    return _loss_or_output(outputs)
 
 
 def liger_fused_linear_cross_entropy(
@@ -121,7 +127,7 @@ def liger_fused_linear_cross_entropy(
 
     Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
     """
-    found = _fused_linear_cross_entropy.fused_linear_cross_entropy(
+    outputs = _fused_linear_cross_entropy.fused_linear_cross_entropy(
         input,
         weight,
         target,
@@ -141,8 +147,7 @@ def liger_fused_linear_cross_entropy(
         memory_budget=memory_budget,
         label_count=label_count,
     )
-    flags = return_z_loss or return_token_accuracy or return_predicted_tokens
-    return CrossEntropyOutput(*found) if flags else found[0]
+    return _loss_or_output(outputs)
 
 
 def liger_rms_norm(
