@@ -11,36 +11,8 @@ from typing import Any
 
 import torch
 
-NVIDIA_ARCHITECTURES = {
-    (7, 0): "volta_turing",
-    (7, 5): "volta_turing",
-    (8, 0): "ampere_ada",
-    (8, 6): "ampere_ada",
-    (8, 9): "ampere_ada",
-    (9, 0): "hopper",
-    (10, 0): "blackwell",
-    (10, 3): "blackwell_ultra",
-    (12, 0): "blackwell_consumer",
-}
-AMD_ARCHITECTURES = {
-    "gfx908": "cdna",
-    "gfx90a": "cdna2",
-    "gfx940": "cdna3",
-    "gfx941": "cdna3",
-    "gfx942": "cdna3",
-    "gfx1100": "rdna3",
-    "gfx1101": "rdna3",
-    "gfx1102": "rdna3",
-}
-#: a part of the lower-case device name -> architecture; the first that fits
-XPU_ARCHITECTURES = {
-    "max": "pvc",
-    "pvc": "pvc",
-    "ponte": "pvc",
-    "arc": "arc",
-    "battlemage": "arc",
-    "alchemist": "arc",
-}
+from liger_kernel.backends import amd, intel, nvidia
+
 NPU_ARCHITECTURES = {"910": "ascend910", "310": "ascend310"}
 
 #: name of the backend -> the module with its availability check, in the order of preference
@@ -113,25 +85,21 @@ def infer_device_arch(device_id: int = 0) -> str:
 
 
 def _infer_nvidia_arch(device_id: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device_id)
-    return NVIDIA_ARCHITECTURES.get((major, minor), f"sm_{major}{minor}")
+    return nvidia.architecture(torch.cuda.get_device_capability(device_id))
 
 
 def _infer_amd_arch(device_id: int) -> str:
-    name = getattr(torch.cuda.get_device_properties(device_id), "gcnArchName", "").split(":")[0]
-    return AMD_ARCHITECTURES.get(name, name or "cuda")
+    found = torch.cuda.get_device_properties(device_id)
+    return amd.architecture(getattr(found, "gcnArchName", "")) or "cuda"
 
 
 def _infer_xpu_arch(device_id: int) -> str:
-    return _by_name(torch.xpu.get_device_name(device_id).lower(), XPU_ARCHITECTURES, "xpu")
+    return intel.architecture(torch.xpu.get_device_name(device_id))
 
 
 def _infer_npu_arch(device_id: int) -> str:
-    return _by_name(_runtime("npu").get_device_name(device_id), NPU_ARCHITECTURES, "npu")
-
-
-def _by_name(name: str, table: Mapping[str, str], default: str) -> str:
-    return next((arch for part, arch in table.items() if part in name), default)
+    name = _runtime("npu").get_device_name(device_id)
+    return next((arch for part, arch in NPU_ARCHITECTURES.items() if part in name), "npu")
 
 
 def get_total_gpu_memory() -> int:

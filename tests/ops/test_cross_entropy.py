@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
 from torch import Tensor
 
 from liger_kernel import backends
@@ -20,7 +21,6 @@ from liger_kernel.ops.cross_entropy import (
     rows,
 )
 from liger_kernel.ops.cross_entropy import triton as kernels
-from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
 from liger_kernel.testing import Make, assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

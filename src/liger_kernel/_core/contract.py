@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Saved = tuple[Tensor | None, ...]
+
+
+class Backward(Protocol):
+    """The half of a contract that is the same for every op with an autograd node."""
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        saved: Saved,
+        *,
+        options: Any,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """One gradient (or None) per tensor of `forward`, of which `needs` says who requires one."""
 
 
 def check_contract(found: Any, contract: type, where: str) -> Any:
@@ -13,8 +32,8 @@ def check_contract(found: Any, contract: type, where: str) -> Any:
     Raises: TypeError that names each member that is missing, or takes other parameters, and the spelling it may have.
     """
     faults = []
-    for name, member in vars(contract).items():
-        if name.startswith("_") or not inspect.isfunction(member):
+    for name, member in inspect.getmembers(contract, inspect.isfunction):
+        if name.startswith("_"):
             continue
         wanted = list(inspect.signature(member).parameters)[1:]  # without self
         function = getattr(found, name, None)

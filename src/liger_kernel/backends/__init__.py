@@ -135,8 +135,9 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
         return None
     found = IMPLEMENTATIONS[requested]
     reason = found.unavailable(device_type)
-    if reason is None and found not in (backend.implementation, *backend.on_request):
-        reason = f"the backend {backend.name!r} does not offer it"
+    here = [b for b in BACKENDS.values() if device_type in b.device_types and b.present()]
+    if reason is None and not any(found in (b.implementation, *b.on_request) for b in here):
+        reason = "no backend of this device offers it"
     if reason is not None:
         raise RuntimeError(
             f"LIGER_KERNEL_IMPL={requested!r} cannot serve a tensor on {device_type!r}: {reason}. "
@@ -166,7 +167,7 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
     return Recompute(getattr(reference, op))
 
 
-def kernels(op: str, x: Tensor) -> Any:
+def kernels_of(op: str, x: Tensor) -> Any:
     """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
     Kernels compute in fp32, so float64 is left to the reference; asking a kernel for it raises RuntimeError.

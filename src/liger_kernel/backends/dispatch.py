@@ -4,7 +4,7 @@
    all the same, outside of the graph; `fullgraph=True` then raises.
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
-4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels`).
+4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import host_bound, kernels, kernels_requested
+from liger_kernel.backends import host_bound, kernels_of, kernels_requested
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Dispatch:
             found = self.eager(options, *tensors)
             if found is not None:
                 return found
-        return self.node.apply(kernels(self.name, x), options, *tensors)
+        return self.node.apply(kernels_of(self.name, x), options, *tensors)
 
 
 @torch.compiler.disable

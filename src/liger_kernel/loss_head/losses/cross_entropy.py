@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.rows import RowOutputs
-from liger_kernel.backends import kernels
+from liger_kernel.backends import kernels_of
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.cross_entropy import portable
 from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
@@ -34,7 +34,7 @@ class CrossEntropyLoss(CrossEntropyOptions, RowLoss):
         return CrossEntropyRows.empty(target, dtype, self)
 
     def walks_padding(self, logits: Tensor) -> bool:
-        return kernels("cross_entropy", logits) is not portable
+        return kernels_of("cross_entropy", logits) is not portable
 
     def step(
         self,
@@ -49,7 +49,7 @@ class CrossEntropyLoss(CrossEntropyOptions, RowLoss):
         padded: bool = False,
     ) -> None:
         totals, weight = prepared
-        kernels("cross_entropy", logits).step(
+        kernels_of("cross_entropy", logits).step(
             logits,
             target,
             weight,

@@ -52,6 +52,7 @@ SPEC = OpSpec(
         _case("no-rows", "empty batch", 0, 32),
         _case("wide-row", "a row that the backward keeps beside one running sum", 3, 8192 + 40),
         _case("long-row", "a row that the backward reads twice", 2, 16384 + 40),
+        _case("eps", "an eps that decides", 5, 48, eps=0.5),
         _case("longer-row", "a row whose backward takes two kernels", 3, 24576 + 40),
         _shaped(
             "views",

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class FusedAddRMSNormOptions(OpOptions):
     casting_mode: str = "llama"
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self,
         x: Tensor,
@@ -31,13 +30,3 @@ class Kernels(Protocol):
         needs: Sequence[bool],
     ) -> tuple[tuple[Tensor, Tensor], Saved]:
         """(y, x + residual), and what `backward` is given as `saved`."""
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: FusedAddRMSNormOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, residual (the same) and weight; of the two in `grads`, one may be None."""

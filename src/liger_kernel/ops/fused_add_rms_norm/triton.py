@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Saved
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions, Saved
+from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
 

@@ -15,7 +15,7 @@ from liger_kernel._core.autograd import Op, refuse_double_backward
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import host_bound, kernels
+from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -64,7 +64,7 @@ def gated_mlp(
     ):
         return reference.gated_mlp(x, *weights, *options, gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
-    product = _Product.apply(kernels("glu", x), GLUOptions(*options), nodes, x, *weights)
+    product = _Product.apply(kernels_of("glu", x), GLUOptions(*options), nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 
 

@@ -12,7 +12,7 @@ from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import on_shards
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import kernels
+from liger_kernel.backends import kernels_of
 from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.glu import reference
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -165,7 +165,7 @@ def swiglu_fused_gate_up_forward(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def swiglu_fused_gate_up_backward(y: Tensor, dc: Tensor, in_place: bool = False) -> Tensor:
     """The gradient (R, 2F) of the packed rows, always a fresh tensor."""
-    impl = kernels("glu", y)
+    impl = kernels_of("glu", y)
     return impl.backward((as_rows(dc),), (y, None), options=GLUOptions(), needs=(True, False))[0]
 
 
@@ -180,6 +180,6 @@ def _backward(
     a: Tensor, b: Tensor, dc: Tensor, activation: str, gate_multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     options = GLUOptions(activation, gate_multiplier)
-    impl = kernels("glu", a)
+    impl = kernels_of("glu", a)
     da, db = impl.backward((as_rows(dc),), (a, b), options=options, needs=(True, True))
     return da.view(dc.shape), db.view(dc.shape)

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,11 @@ class GLUOptions(OpOptions):
     down_multiplier: float = 1.0
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self, gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
     ) -> tuple[Tensor, Saved]:
         """y (..., F), and what `backward` is given. Without `up`, gate (..., 2F) holds both halves."""
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: GLUOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of gate and up."""
 
     def backward_with_output(
         self,

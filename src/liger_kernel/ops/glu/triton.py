@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch
-from liger_kernel.ops.glu.contract import GLUOptions, Saved
+from liger_kernel.ops.glu.contract import GLUOptions
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class LayerNormOptions(OpOptions):
     eps: float = 1e-5
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self,
         x: Tensor,
@@ -29,13 +28,3 @@ class Kernels(Protocol):
         needs: Sequence[bool],
     ) -> tuple[Tensor, Saved]:
         """y (..., N) of x (..., N), and what `backward` is given as `saved`."""
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: LayerNormOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and bias."""

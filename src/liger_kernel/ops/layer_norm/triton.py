@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from liger_kernel.ops.layer_norm.contract import LayerNormOptions, Saved
+from liger_kernel._core.contract import Saved
+from liger_kernel.ops.layer_norm.contract import LayerNormOptions
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
 

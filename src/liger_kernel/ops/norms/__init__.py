@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from liger_kernel._core.checks import check_choice
-from liger_kernel.backends import kernels, use_implementation
+from liger_kernel.backends import kernels_of, use_implementation
 
 #: casting mode -> the code that the incumbent's helpers return and take
 CASTING_MODES = {"llama": 0, "gemma": 1, "none": -1}
@@ -22,7 +22,7 @@ def mode_name(casting_mode: str | int) -> str:
 def triton_kernels(op: str, x: Tensor) -> Any:
     """What the incumbent's helpers promise to run; raises RuntimeError where it cannot."""
     with use_implementation("triton"):
-        return kernels(op, x)
+        return kernels_of(op, x)
 
 
 def launch_configuration(x: Tensor, centered: bool = False) -> tuple[int, int]:

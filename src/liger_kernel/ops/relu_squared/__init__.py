@@ -8,7 +8,7 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_floating
 from liger_kernel._core.dtensor import on_shards
-from liger_kernel.backends import kernels
+from liger_kernel.backends import kernels_of
 from liger_kernel.backends.dispatch import Dispatch
 from liger_kernel.ops.relu_squared import reference
 from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
@@ -57,5 +57,5 @@ def relu_squared_forward(X: Tensor) -> Tensor:
 
 def relu_squared_backward(X: Tensor, dY: Tensor) -> Tensor:
     """2 max(X, 0) dY, always a fresh tensor."""
-    impl, saved = kernels("relu_squared", X), (X.contiguous(),)
+    impl, saved = kernels_of("relu_squared", X), (X.contiguous(),)
     return impl.backward((dY,), saved, options=ReLUSquaredOptions(), needs=(True,))[0]

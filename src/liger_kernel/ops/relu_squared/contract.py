@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -18,18 +17,8 @@ class ReLUSquaredOptions(OpOptions):
     """None."""
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self, x: Tensor, *, options: ReLUSquaredOptions, needs: Sequence[bool]
     ) -> tuple[Tensor, Saved]:
         """y like x, and what `backward` is given as `saved`."""
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: ReLUSquaredOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradient of x."""

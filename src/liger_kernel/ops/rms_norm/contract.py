@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,8 @@ class RMSNormOptions(OpOptions):
     casting_mode: str = "llama"
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self, x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Sequence[bool]
     ) -> tuple[Tensor, Saved]:
         """y (..., N) of x (..., N), and what `backward` is given as `saved`."""
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: RMSNormOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of x and weight."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Saved
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
-from liger_kernel.ops.rms_norm.contract import RMSNormOptions, Saved
+from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 
 def forward(

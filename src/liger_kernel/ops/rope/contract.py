@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from liger_kernel._core.contract import Backward, Saved
 from liger_kernel._core.options import OpOptions
-
-Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class RopeOptions(OpOptions):
     interleaved: bool = False
 
 
-class Kernels(Protocol):
+class Kernels(Backward, Protocol):
     def forward(
         self,
         q: Tensor,
@@ -35,13 +34,3 @@ class Kernels(Protocol):
 
         cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension.
         """
-
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: RopeOptions,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of q and k, and None for the constants."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from liger_kernel.backends import kernels
+from liger_kernel.backends import kernels_of
 
 
 def scale_gradients(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
@@ -16,4 +16,4 @@ def scale_gradients(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
     """
     there = [buffer for buffer in buffers if buffer is not None and buffer.numel()]
     if there:
-        kernels("scale_gradients", there[0]).scale_(there, factor)
+        kernels_of("scale_gradients", there[0]).scale_(there, factor)
