@@ -11,7 +11,7 @@ from torch import Tensor
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
-from liger_kernel.loss_head.products import HeadInputs, HeadProducts, WeightGradient
+from liger_kernel.loss_head.products import HeadGradients, HeadInputs, HeadProducts
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.scale_gradients import scale_gradients
 
@@ -34,12 +34,11 @@ def run(
     target: (N,). row_scale: (N,), or the groups that make it from the losses. The gradients are those of the student's
     hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
     """
-    hidden, weight, bias, dtype = student
+    hidden, weight, _, dtype = student
     target = target.to(torch.int64).contiguous()
     groups = row_scale if isinstance(row_scale, RowGroups) else None
     # `.sum().backward()` hands an expanded scalar to backward
     scale = row_scale.contiguous() if isinstance(row_scale, Tensor) else None
-    needs_dx, needs_dw, needs_db = needs
     prepared = loss.prepare(target, class_weight)
     kept, sizes = rows_to_visit(target, loss.ignore_index, options.label_count, groups)
     if kept is not None:
@@ -47,26 +46,21 @@ def run(
         scale = None if scale is None else scale[kept]
     n_rows = target.shape[0]
     other = None if teacher is None else teacher.weight
-    plan = ChunkPlan.of(n_rows, weight, dtype, options, needs_dw, other)
+    plan = ChunkPlan.of(n_rows, weight, dtype, options, needs[1], other)
     chunks = plan.chunks(sizes)
 
     out = loss.outputs(target, torch.promote_types(dtype, torch.float32))
-    new_dx = torch.empty if kept is None else torch.zeros
-    dx = new_dx(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_dx else None
-    dw = WeightGradient(weight, plan.sum_dtype(len(chunks))) if needs_dw else None
-    db = None
-    if needs_db:
-        db = torch.zeros(weight.shape[0], dtype=out.loss.dtype, device=hidden.device)
+    sums = HeadGradients(student, needs, plan.sum_dtype(len(chunks)), all_rows=kept is None)
 
     enlarged = None
-    if row_scale is None and any(needs) and (dw is None or dw.takes_large(dtype)):
+    if row_scale is None and any(needs) and (sums.dw is None or sums.dw.takes_large(dtype)):
         enlarged = gradient_scale(dtype, loss.divisor(prepared), hidden.device)
         scale = None if enlarged is None else enlarged.expand(n_rows).contiguous()
 
     most = max((at.stop - at.start for at in chunks), default=0)
-    head = HeadProducts(student, loss.walks_padding(hidden))
-    slab = torch.empty(most, head.width, dtype=dtype, device=hidden.device)
-    teacher_head = None if teacher is None else HeadProducts(teacher, may_pad=True)
+    head = HeadProducts(student)
+    slab = head.slab(most)
+    teacher_head = None if teacher is None else HeadProducts(teacher)
     teacher_slab = None if teacher_head is None else teacher_head.slab(most)
 
     def chunk(at: slice, rows: Tensor, teacher_rows: Tensor | None) -> None:
@@ -84,23 +78,15 @@ def run(
         # with a gradient to make, the slab holds that from here on
         grad = logits if any(needs) else None
         loss.step(*given, out=out[at], grad=grad, row_scale=chunk_scale, padded=padded)
-        if dx is not None:
-            head.back(rows, dx, where)
-        if dw is not None:
-            dw.add(head, rows, x)
-        if db is not None:
-            db.add_(logits.sum(0, dtype=db.dtype))
+        if grad is not None:
+            sums.add(head, rows, x, where)
 
     with _no_autocast(hidden.device.type):
         for at in chunks:
             n = at.stop - at.start
             chunk(at, slab[:n], None if teacher_slab is None else teacher_slab[:n])
     del slab, teacher_slab  # their memory serves the rounding of dw
-    grads = (
-        dx,
-        None if dw is None else dw.result(),
-        None if db is None or bias is None else db.to(bias.dtype),
-    )
+    grads = sums.results()
     if enlarged is not None:
         scale_gradients(grads, 1 / enlarged)
     if kept is not None:

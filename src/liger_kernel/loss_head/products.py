@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,8 +54,7 @@ class HeadProducts:
     Not so with a bias: PyTorch adds it to padded rows after they were rounded, and the sum is rounded again.
     """
 
-    def __init__(self, inputs: HeadInputs, may_pad: bool):
-        """`may_pad`: whether who reads the logits can do with padded rows."""
+    def __init__(self, inputs: HeadInputs):
         self.inputs = inputs
         weight = inputs.weight.to(inputs.dtype)
         bias = None if inputs.bias is None else inputs.bias.to(inputs.dtype)
@@ -64,7 +64,7 @@ class HeadProducts:
         # the gradient of the hidden states is a sum over both parts, and must be rounded once, too
         sums_wide = weight.dtype.itemsize > 2 or has_mixed_product(weight.device, weight.dtype)
         width = slab_width(weight)
-        parted = width > n_classes and even > 0 and bias is None and sums_wide and may_pad
+        parted = width > n_classes and even > 0 and bias is None and sums_wide
         self.bias = bias
         self.width = width if parted else n_classes
         self.is_padded = parted
@@ -172,3 +172,40 @@ class WeightGradient:
         if self.empty:
             self.total.zero_()
         return self.total.to(self.weight_dtype)
+
+
+class HeadGradients:
+    """The gradients of a head's inputs that somebody needs, added up chunk by chunk."""
+
+    def __init__(
+        self, inputs: HeadInputs, needs: Sequence[bool], sum_dtype: torch.dtype, all_rows: bool
+    ):
+        """`all_rows`: whether every row of the hidden states gets its gradient from some chunk."""
+        hidden, weight, self.bias, dtype = inputs
+        needs_dx, needs_dw, needs_db = needs
+        new = torch.empty_like if all_rows else torch.zeros_like
+        self.dx = new(hidden, memory_format=torch.contiguous_format) if needs_dx else None
+        self.dw = WeightGradient(weight, sum_dtype) if needs_dw else None
+        self.db = None
+        if needs_db:
+            wide = torch.promote_types(dtype, torch.float32)
+            self.db = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device)
+
+    def add(self, head: HeadProducts, rows: Tensor, x: Tensor, where: slice | Tensor) -> None:
+        """`rows`: the gradient of the logits of the rows `where`, whose hidden states are x."""
+        if self.dx is not None:
+            head.back(rows, self.dx, where)
+        if self.dw is not None:
+            self.dw.add(head, rows, x)
+        if self.db is not None:
+            n_classes = head.inputs.weight.shape[0]
+            self.db.add_(rows[:, :n_classes].sum(0, dtype=self.db.dtype))
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtypes of hidden states, weight and bias."""
+        dw = None if self.dw is None else self.dw.result()
+        return (
+            self.dx,
+            dw,
+            None if self.db is None or self.bias is None else self.db.to(self.bias.dtype),
+        )

@@ -46,10 +46,6 @@ class RowLoss(OpOptions, ABC):
     def outputs(self, target: Tensor, dtype: torch.dtype) -> RowOutputs:
         """Uninitialised memory for what `step` says of the rows of `target`; floats in `dtype`."""
 
-    def walks_padding(self, logits: Tensor) -> bool:
-        """Whether `step` is faster on rows that start at whole vectors, and zeroes the gradient between them."""
-        return False
-
     @abstractmethod
     def step(
         self,
@@ -64,6 +60,8 @@ class RowLoss(OpOptions, ABC):
         padded: bool = False,
     ) -> None:
         """Write what is said of some rows to `out`, and the gradient of sum(loss * row_scale) to `grad`.
+
+        padded: rows start at whole vectors; what lies between them is 0, and must be 0 afterwards.
 
         logits: (C, V) in the dtype of the products; `grad` is the same memory, or None. teacher: (C, Vt) or None.
         target: (C,). row_scale: (C,) fp32, or None for ones. A row that is ignored has loss and gradient 0.

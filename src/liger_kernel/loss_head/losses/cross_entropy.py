@@ -11,7 +11,6 @@ from torch import Tensor
 from liger_kernel._core.rows import RowOutputs
 from liger_kernel.backends import kernels_of
 from liger_kernel.loss_head.row_loss import RowLoss
-from liger_kernel.ops.cross_entropy import portable
 from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
 
 Prepared = tuple[Totals, Tensor | None]
@@ -32,9 +31,6 @@ class CrossEntropyLoss(CrossEntropyOptions, RowLoss):
 
     def outputs(self, target: Tensor, dtype: torch.dtype) -> CrossEntropyRows:
         return CrossEntropyRows.empty(target, dtype, self)
-
-    def walks_padding(self, logits: Tensor) -> bool:
-        return kernels_of("cross_entropy", logits) is not portable
 
     def step(
         self,
