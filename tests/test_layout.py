@@ -32,17 +32,30 @@ API_MODULES = tuple(
 )
 
 #: a package may import those before it, never one after it
-LAYERS = ("_core", "backends", "ops", "loss_head", "chunked_loss", "distributed", "transformers", "cli", "compat")
+LAYERS = (
+    "_core",
+    "backends",
+    "ops",
+    "loss_head",
+    "chunked_loss",
+    "distributed",
+    "transformers",
+    "cli",
+    "compat",
+)
 #: outside the layers: what only tests and benchmarks import
 TEST_ONLY = "testing"
 #: ops without kernels of their own: they are built from a sibling's
-OPS_WITHOUT_TRITON = frozenset({"fused_linear_cross_entropy", "gated_mlp"})
-OP_FILES = ("__init__.py", "reference.py", "cases.py", "triton.py")
+OPS_WITHOUT_KERNELS = frozenset({"gated_mlp"})
+OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
+KERNEL_SIDE = ("contract.py", "triton.py")
+#: rooms in `ops/` that ops share
+FAMILIES = frozenset({"norms"})
 KERNEL_FILES = ("triton.py", "kernels.py")
 
 MAX_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 500, 700, 80
 #: where a device may be called by its name
-MAY_SAY_CUDA = ("backends/", "_core/launch.py", "utils.py")
+MAY_SAY_CUDA = ("backends/", "utils.py")
 
 Findings = list[str]
 
@@ -83,7 +96,8 @@ def imports(root: Path, path: Path) -> Iterator[tuple[int, str]]:
 
 def op_folders(root: Path) -> list[Path]:
     ops = source(root) / "ops"
-    return sorted(p for p in ops.iterdir() if p.is_dir() and any(p.glob("*.py")))
+    folders = (p for p in ops.iterdir() if p.is_dir() and any(p.glob("*.py")))
+    return sorted(p for p in folders if p.name not in FAMILIES)
 
 
 # --- the rules ------------------------------------------------------------------------------------
@@ -110,7 +124,7 @@ def ops_complete(root: Path) -> Findings:
     findings += [f"ops/{op}: not in OPS" for op in sorted(folders.keys() - listed)]
     for op in sorted(listed & folders.keys()):
         for file in OP_FILES:
-            exempt = file == "triton.py" and op in OPS_WITHOUT_TRITON
+            exempt = file in KERNEL_SIDE and op in OPS_WITHOUT_KERNELS
             if not exempt and not (folders[op] / file).is_file():
                 findings.append(f"ops/{op}: {file} is missing")
     return findings
@@ -207,7 +221,7 @@ def one_tolerance(root: Path) -> Findings:
 
 
 def devices_by_name(root: Path) -> Findings:
-    """No string "cuda" or "cuda:0" in the library outside the places that are about devices."""
+    """No string "cuda" or "cuda:0", no `is_cuda`, and no comparison of a device's type, outside of `backends/`."""
     findings = []
     for path in python_files(root, "src"):
         where = path.relative_to(source(root)).as_posix()
@@ -217,6 +231,11 @@ def devices_by_name(root: Path) -> Findings:
             if isinstance(node, ast.Constant) and re.fullmatch(r"cuda(:\d+)?", str(node.value)):
                 findings.append(
                     f"{where}:{node.lineno}: {node.value!r}; ask the tensor's device or the backend"
+                )
+            compared = isinstance(node, ast.Compare) and ".device.type" in ast.unparse(node.left)
+            if compared or (isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "is_xpu")):
+                findings.append(
+                    f"{where}:{node.lineno}: {ast.unparse(node)}; ask backends.facts_of"
                 )
     return findings
 
@@ -242,12 +261,13 @@ def test_house(rule: Callable[[Path], Findings]) -> None:
 
 CLEAN = {
     "src/liger_kernel/__init__.py": "",
-    "src/liger_kernel/_core/launch.py": "DEVICE = 'cuda'",
+    "src/liger_kernel/backends/gpu.py": "DEVICE = 'cuda'\nx.is_cuda",
     "src/liger_kernel/ops/__init__.py": "OPS: dict[str, tuple[str, ...]] = {'norm': ('LigerNorm',)}",
     "src/liger_kernel/ops/norm/__init__.py": "from liger_kernel.ops.norm import reference",
     "src/liger_kernel/ops/norm/reference.py": "import math\nimport torch.nn.functional as F",
     "src/liger_kernel/ops/norm/cases.py": "from liger_kernel.testing import OpCase",
-    "src/liger_kernel/ops/norm/triton.py": "import triton\nfrom liger_kernel._core import launch",
+    "src/liger_kernel/ops/norm/contract.py": "",
+    "src/liger_kernel/ops/norm/triton.py": "import triton\nfrom liger_kernel.backends import gpu",
     "src/liger_kernel/testing/__init__.py": "def close(a, b, atol): ...",
     "src/liger_kernel/transformers/norm.py": "from liger_kernel.ops import norm\ndef f():\n    import triton",
     "tests/test_norm.py": "x = torch.empty(2, device='cuda')",
@@ -317,6 +337,8 @@ def test_rule_accepts_a_clean_tree(rule: Callable[[Path], Findings], tmp_path: P
         (one_tolerance, "x.py", "def f(rtol=0): ...", "rtol"),
         (devices_by_name, "ops/x.py", "x = f('cuda')", "'cuda'"),
         (devices_by_name, "ops/x.py", "x = y == 'cuda:0'", "'cuda:0'"),
+        (devices_by_name, "ops/x.py", "if x.is_cuda: pass", "x.is_cuda; ask"),
+        (devices_by_name, "ops/x.py", "y = x.device.type != 'cpu'", "ask backends.facts_of"),
     ],
 )
 def test_rule_sees_a_violation(

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 class OpOptions:
     """Base of the dataclasses in the ops' `contract.py`."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    __match_args__: ClassVar[tuple[str, ...]]  # the names of a dataclass' fields, in order
 
     def named(self) -> dict[str, Any]:
         """As keyword arguments."""
-        return {name: getattr(self, name) for name in type(self).__dataclass_fields__}
+        return {name: getattr(self, name) for name in type(self).__match_args__}

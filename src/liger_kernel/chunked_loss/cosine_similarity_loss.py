@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from liger_kernel._core.declared import LossFunction, takes
 from liger_kernel.chunked_loss.fused_linear_distillation import (
-    DistillationFunction,
+    FIRST,
     DistillationLoss,
+    DistillationOptions,
 )
 from liger_kernel.loss_head.losses.cosine_similarity import CosineSimilarityLoss
 
 
-class LigerFusedLinearCosineSimilarityFunction(DistillationFunction):
+class LigerFusedLinearCosineSimilarityLoss(DistillationLoss):
+    """Distillation with the cosine distance between student and teacher."""
+
     rows = CosineSimilarityLoss
 
+    @takes(DistillationOptions)
+    def __init__(self) -> None: ...
 
-class LigerFusedLinearCosineSimilarityLoss(DistillationLoss):
-    """Distillation with the cosine distance, `chunk_size` rows at a time; `compiled` has no effect."""
 
-    function = LigerFusedLinearCosineSimilarityFunction
+class LigerFusedLinearCosineSimilarityFunction(
+    LossFunction, loss=LigerFusedLinearCosineSimilarityLoss, first=FIRST
+): ...

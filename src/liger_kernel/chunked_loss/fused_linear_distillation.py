@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.engine import check_chunk_size
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses.distillation import DistillationLoss as DistillationRows
@@ -156,85 +156,38 @@ def _flat_rows(
     )
 
 
-class DistillationFunction:
-    """`apply` in the argument order of the incumbent's losses; a subclass names its row loss."""
+@dataclass(frozen=True)
+class DistillationOptions:
+    """weight_hard_loss, weight_soft_loss: of the cross entropy and of the distance to the teacher.
+    temperature: both models' logits are divided by it in the soft loss. chunk_size: rows of logits held at a time.
+    return_soft_hard_loss: return (loss, soft loss, hard loss). compiled: accepted, without effect.
+
+    Raises: ValueError for a temperature or a chunk_size that is not positive."""
+
+    weight_hard_loss: float = 0.5
+    weight_soft_loss: float = 0.5
+    beta: float = 0.5
+    ignore_index: int = -100
+    temperature: float = 1.0
+    compiled: bool = True
+    chunk_size: int = 1024
+    return_soft_hard_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        check_chunk_size(self.chunk_size)
+
+
+class DistillationLoss(LossModule):
+    """What the distillation losses share; a subclass names its row loss."""
 
     rows: ClassVar[Any]
 
     @classmethod
-    def apply(
+    def compute(
         cls,
-        student_input: Tensor,
-        student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
-        true_labels: Tensor,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        weight_hard_loss: float = 0.5,
-        weight_soft_loss: float = 0.5,
-        beta: float = 0.5,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        compiled: bool = True,
-        chunk_size: int = 1024,
-        return_soft_hard_loss: bool = False,
-    ) -> Any:
-        check_chunk_size(chunk_size)
-        student, teacher, labels = _flat_rows(
-            student_input, student_weight, teacher_input, teacher_weight, true_labels
-        )
-        loss = cls.rows(
-            ignore_index,
-            hard_weight=weight_hard_loss,
-            soft_weight=weight_soft_loss,
-            temperature=temperature,
-            hard=weight_hard_loss != 0.0 or return_soft_hard_loss,
-            beta=beta,
-        )
-        value, soft, hard = linear_loss(
-            loss,
-            student,
-            student_weight,
-            labels,
-            student_bias,
-            teacher=(teacher, teacher_weight, teacher_bias),
-            chunks=ChunkOptions(chunk_size=chunk_size),
-        )
-        return (value, soft, hard) if return_soft_hard_loss else value
-
-
-class DistillationLoss(nn.Module):
-    """What the modules of the distillation losses share; a subclass names its `function`."""
-
-    function: type[DistillationFunction]
-
-    def __init__(
-        self,
-        weight_hard_loss: float = 0.5,
-        weight_soft_loss: float = 0.5,
-        beta: float = 0.5,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        compiled: bool = True,
-        chunk_size: int = 1024,
-        return_soft_hard_loss: bool = False,
-    ):
-        super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}.")
-        check_chunk_size(chunk_size)
-        self.weight_hard_loss = weight_hard_loss
-        self.weight_soft_loss = weight_soft_loss
-        self.beta = beta
-        self.ignore_index = ignore_index
-        self.temperature = temperature
-        self.compiled = compiled
-        self.chunk_size = chunk_size
-        self.return_soft_hard_loss = return_soft_hard_loss
-
-    def forward(
-        self,
+        options: DistillationOptions,
         student_input: Tensor,
         student_weight: Tensor,
         teacher_input: Tensor,
@@ -248,20 +201,27 @@ class DistillationLoss(nn.Module):
         student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht).
         true_labels: (...). Only the student gets gradients; with no labelled token the loss is 0.
         """
-        return self.function.apply(
-            student_input,
-            student_weight,
-            teacher_input,
-            teacher_weight,
-            true_labels,
-            student_bias,
-            teacher_bias,
-            self.weight_hard_loss,
-            self.weight_soft_loss,
-            self.beta,
-            self.ignore_index,
-            self.temperature,
-            self.compiled,
-            self.chunk_size,
-            self.return_soft_hard_loss,
+        student, teacher, labels = _flat_rows(
+            student_input, student_weight, teacher_input, teacher_weight, true_labels
         )
+        loss = cls.rows(
+            options.ignore_index,
+            hard_weight=options.weight_hard_loss,
+            soft_weight=options.weight_soft_loss,
+            temperature=options.temperature,
+            hard=options.weight_hard_loss != 0.0 or options.return_soft_hard_loss,
+            beta=options.beta,
+        )
+        found = linear_loss(
+            loss,
+            student,
+            student_weight,
+            labels,
+            student_bias,
+            teacher=(teacher, teacher_weight, teacher_bias),
+            chunks=ChunkOptions(chunk_size=options.chunk_size),
+        )
+        return found if options.return_soft_hard_loss else found[0]
+
+
+FIRST = "student_input student_weight teacher_input teacher_weight true_labels"

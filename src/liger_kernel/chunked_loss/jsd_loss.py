@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from liger_kernel._core.declared import LossFunction, takes
 from liger_kernel.chunked_loss.fused_linear_distillation import (
-    DistillationFunction,
+    FIRST,
     DistillationLoss,
+    DistillationOptions,
 )
 from liger_kernel.loss_head.losses.jsd import JSDLoss
 
 
-class LigerFusedLinearJSDFunction(DistillationFunction):
+class LigerFusedLinearJSDLoss(DistillationLoss):
+    """Distillation with the generalised JSD between student and teacher."""
+
     rows = JSDLoss
 
+    @takes(DistillationOptions)
+    def __init__(self) -> None: ...
 
-class LigerFusedLinearJSDLoss(DistillationLoss):
-    """Distillation with the generalised JSD, `chunk_size` rows at a time; `compiled` has no effect."""
 
-    function = LigerFusedLinearJSDFunction
+class LigerFusedLinearJSDFunction(LossFunction, loss=LigerFusedLinearJSDLoss, first=FIRST): ...

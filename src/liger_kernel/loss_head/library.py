@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ _N_TENSORS = 9
 
 def _encoded(loss: RowLoss) -> tuple[str, str, list[int], list[float], list[str]]:
     """The name of the loss, a letter for the kind of each option, and the options by kind."""
-    kinds, ints, floats, strings = "", list[int](), list[float](), list[str]()
+    kinds = ""
+    ints: list[int] = []
+    floats: list[float] = []
+    strings: list[str] = []
     for value in loss.named().values():
         if value is None:
             kinds += "n"
@@ -57,7 +61,7 @@ def _decoded(
         for kind in kinds
     )
     cls = row_loss_class(name)
-    loss: RowLoss = cls(**dict(zip(cls.__dataclass_fields__, values, strict=True)))
+    loss: RowLoss = cls(**dict(zip(cls.__match_args__, values, strict=True)))
     return loss
 
 
@@ -125,16 +129,17 @@ def _op(
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     now = not loss.recomputes or row_scale is not None
-    _, outputs, grads = loop.run(
-        loss,
-        HeadInputs(hidden, weight, bias, dtype),
-        target,
-        class_weight,
-        chunks,
-        [need and now for need in needs],
-        row_scale,
-        teacher,
-    )
+    with _autograd_within_an_op():
+        _, outputs, grads = loop.run(
+            loss,
+            HeadInputs(hidden, weight, bias, dtype),
+            target,
+            class_weight,
+            chunks,
+            [need and now for need in needs],
+            row_scale,
+            teacher,
+        )
     likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
     dtypes = [like[1] for like in likes] + [hidden.dtype] * (MOST_OUTPUTS - len(likes))
     found = (*outputs, *(None,) * (MOST_OUTPUTS - len(outputs)), *grads)
@@ -142,6 +147,18 @@ def _op(
         hidden.new_empty(0, dtype=like) if t is None else t
         for t, like in zip(found, (*dtypes, *(hidden.dtype,) * 3), strict=True)
     )
+
+
+@contextlib.contextmanager
+def _autograd_within_an_op() -> Iterator[None]:
+    """A row loss that is a formula differentiates it; an op runs below autograd, where nothing records."""
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(autograd)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(autograd, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(autograd, before)
 
 
 def _options(options: Sequence[Any]) -> tuple[RowLoss, torch.dtype, Any, ChunkOptions]:

@@ -61,10 +61,9 @@ class RowLoss(OpOptions, ABC):
     ) -> None:
         """Write what is said of some rows to `out`, and the gradient of sum(loss * row_scale) to `grad`.
 
-        padded: rows start at whole vectors; what lies between them is 0, and must be 0 afterwards.
-
         logits: (C, V) in the dtype of the products; `grad` is the same memory, or None. teacher: (C, Vt) or None.
         target: (C,). row_scale: (C,) fp32, or None for ones. A row that is ignored has loss and gradient 0.
+        padded: rows start at whole vectors; what lies between them is 0, and has to be 0 afterwards.
         """
 
     @abstractmethod
