@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from liger_kernel.loss_head.fused_linear_cross_entropy.loop import MIB, POLICY, Settings
+from liger_kernel.ops.cross_entropy.rows import Options
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernel import backends
-from liger_kernel.ops import fused_linear_cross_entropy as package
-from liger_kernel.ops.cross_entropy.rows import Options
 from liger_kernel.loss_head.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyFunction,
     compiled,
@@ -22,7 +22,7 @@ from liger_kernel.loss_head.fused_linear_cross_entropy import (
     loop,
     reference,
 )
-from liger_kernel.loss_head.fused_linear_cross_entropy.loop import MIB, POLICY, Settings
+from liger_kernel.ops import fused_linear_cross_entropy as package
 from liger_kernel.testing import Make, assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

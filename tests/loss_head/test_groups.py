@@ -16,7 +16,6 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearORPOLoss,
 )
 from liger_kernel.loss_head import loop, products
-from liger_kernel.loss_head.groups import RowGroups, cut, rows_to_visit
 from liger_kernel.testing import assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
 from tests.chunked_loss.test_grpo import draw_policy

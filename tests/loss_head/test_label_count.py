@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from liger_kernel import backends
-from liger_kernel.ops.cross_entropy import rows
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy, reference
 from liger_kernel.loss_head.label_count import LabelCount, kept_rows
+from liger_kernel.ops.cross_entropy import rows
 from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.testing.calls import call, leaves
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
 
 from liger_kernel import backends
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-from liger_kernel.ops.cross_entropy import rows
-from liger_kernel.ops.cross_entropy import triton as kernels
-from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy, products
 from liger_kernel.loss_head.fused_linear_cross_entropy.cases import SPEC
-from liger_kernel.loss_head.products import HeadInputs, HeadProducts, has_mixed_product, slab_width
+from liger_kernel.loss_head.products import slab_width
+from liger_kernel.ops.cross_entropy import rows
+from liger_kernel.ops.cross_entropy import triton as kernels
 from liger_kernel.testing import Make, OpCase, assert_no_worse
 from liger_kernel.testing.calls import assert_as_exact, drawn
 

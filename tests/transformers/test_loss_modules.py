@@ -14,8 +14,8 @@ from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss
 from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
 from liger_kernel.backends import use_implementation
-from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers.functional import CrossEntropyOutput
 
