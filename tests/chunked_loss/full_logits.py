@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.testing import assert_no_worse
+from liger_kernel.testing import assert_draws_no_worse
 
 IGNORED = -100
-SEEDS = range(
-    12
-)  # outputs of several draws are compared together: the error of one number may be 0 by luck
+DRAWS = 12  # compared together, at least: the error of one number may be 0 by luck
 DTYPES = [torch.float32, torch.bfloat16]
 Inputs = Mapping[str, Any]
 
@@ -82,12 +80,15 @@ def compare(
     wanted: tuple[str, ...] = ("hidden", "weight", "bias"),
 ) -> None:
     """Outputs (the first is the loss) and gradients of `wanted` against float64, over several draws."""
-    runs: list[list[list[Tensor]]] = []
-    for function, dtype in ((ours, None), (reference, torch.float64), (reference, None)):
-        runs.append([evaluate(function, draw(seed), wanted, dtype) for seed in SEEDS])
-    for i in range(len(runs[0][0])):
-        mine, high, low = (torch.stack([outputs[i] for outputs in run]) for run in runs)
-        assert_no_worse(f"output or gradient {i}", mine, high, low)
+
+    def one(seed: int) -> Any:
+        runs = (
+            evaluate(function, draw(seed), wanted, dtype)
+            for function, dtype in ((ours, None), (reference, torch.float64), (reference, None))
+        )
+        return [{f"output or gradient {i}": t for i, t in enumerate(run)} for run in runs]
+
+    assert_draws_no_worse(one, first=DRAWS, last=16 * DRAWS)
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearORPOLoss,
 )
 from liger_kernel.loss_head import loop, products
-from liger_kernel.testing import assert_no_worse
+from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
 from tests.chunked_loss.test_grpo import draw_policy
 
@@ -71,8 +71,12 @@ def run(call: Call, i: dict[str, Any]) -> list[Tensor]:
     return [t.detach() for t in (loss, *metrics, *grads)]
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    drawn = draw_sequences(torch.float32, BATCH, reference=False)(1)
+def by_name(found: list[Tensor]) -> dict[str, Tensor]:
+    return {f"output or gradient {n}": t for n, t in enumerate(found)}
+
+
+def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    drawn = draw_sequences(torch.float32, BATCH, reference=False)(1 + seed)
     drawn = {name: t.to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
     drawn["target"][3] = IGNORED  # a unit, or half of one, without tokens
     return drawn
@@ -112,16 +116,23 @@ def test_any_chunks_give_the_same(
     i = inputs()
     labels = labels_of(name, i)
     set_rows(monkeypatch, 3)  # less than half of a unit
-    low = run(call, i)
+    run(call, i)
     assert sum(projected) == (labels if unit == 1 else 2 * labels)
-    high = run(call, inputs(torch.float64))
     projected.clear()
     set_rows(monkeypatch, rows)
-    for n, found in enumerate(zip(run(call, i), high, low, strict=True)):
-        assert_no_worse(f"output or gradient {n}", *found)
+    run(call, i)
     assert sum(projected) == labels
     assert len(projected) > 1 or rows == 1024
     assert max(projected) <= max(rows, unit)
+
+    def draw(seed: int) -> Any:
+        found = []
+        for chunk, dtype in ((rows, torch.float32), (rows, torch.float64), (3, torch.float32)):
+            set_rows(monkeypatch, chunk)
+            found.append(by_name(run(call, inputs(dtype, seed))))
+        return found
+
+    assert_draws_no_worse(draw)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -144,21 +155,21 @@ def test_under_autocast(name: str, monkeypatch: pytest.MonkeyPatch, projected: l
     call = CALLS[name][0]
     i = inputs()
 
-    def cast() -> list[Tensor]:
+    def cast(rows: int, seed: int = 0) -> list[Tensor]:
+        set_rows(monkeypatch, rows)
         with torch.autocast("cpu", torch.bfloat16):
-            return run(call, i)
+            found = run(call, inputs(seed=seed))
+        assert all(t.dtype == torch.float32 for t in found)
+        return found
 
-    set_rows(monkeypatch, 3)
-    two = cast()
-    projected.clear()
-    set_rows(monkeypatch, 16)
-    one = cast()
+    def draw(seed: int) -> Any:
+        high = run(call, inputs(torch.float64, seed))
+        return [*map(by_name, (cast(16, seed), high, cast(3, seed)))]
+
+    one = cast(16)
     assert sum(projected) == labels_of(name, i)
     assert not torch.equal(one[-2], run(call, i)[-2])  # dW of products in fp32
-    high = run(call, inputs(torch.float64))
-    for n, (mine, wide, low) in enumerate(zip(one, high, two, strict=True)):
-        assert mine.dtype == torch.float32
-        assert_no_worse(f"output or gradient {n}", mine, wide, low)
+    assert_draws_no_worse(draw)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -187,15 +198,15 @@ def test_ranks_meet_once_however_many_chunks(monkeypatch: pytest.MonkeyPatch) ->
         met.append(float(total))
         total.mul_(3)  # the other rank has twice as many tokens
 
-    alone = run(grpo(), inputs())
+    high, low = (run(grpo(), inputs(dtype))[3:] for dtype in (torch.float64, torch.float32))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     set_rows(monkeypatch, 8)
     found = run(grpo(), inputs())
     assert met == [labels_of("grpo", inputs())]
-    for mine, theirs in zip(found[3:], alone[3:], strict=True):  # the gradients
-        assert_no_worse("gradient", mine, theirs.double() * 2 / 3, theirs * (2 / 3))
+    for mine, exact, alone in zip(found[3:], high, low, strict=True):  # the gradients
+        assert_no_worse("gradient", mine, exact * 2 / 3, alone * (2 / 3))
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
