@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.tolerance import excess
+from liger_kernel.backends import facts_of
 
 #: with a larger ratio of error to allowed error, more draws are taken: it may be the luck of a few numbers
 CLOSE = 0.7
@@ -49,7 +50,7 @@ def assert_no_worse(
     if ours.is_floating_point():
         assert ours.dtype == lows[0].dtype, f"{name}: dtype {ours.dtype} != {lows[0].dtype}"
     # where float64 is fast, and always there: 2^27 elements take a CPU half a minute
-    device = ours.device if ours.is_cuda else torch.device("cpu")
+    device = ours.device if facts_of(ours.device).float64 else torch.device("cpu")
     ours, high, *lows = (t.detach().to(device) for t in (ours, high, *lows))
     ratio = excess(ours, high, lows, elementwise=elementwise)
     _record(name, ratio)
