@@ -3,7 +3,7 @@
 Nothing at run time imports this package.
 """
 
-from liger_kernel.testing.cases import Make, OpCase, OpSpec
+from liger_kernel.testing.cases import Make, OpCase, OpSpec, specs
 from liger_kernel.testing.compare import assert_no_worse
 
-__all__ = ["Make", "OpCase", "OpSpec", "assert_no_worse"]
+__all__ = ["Make", "OpCase", "OpSpec", "assert_no_worse", "specs"]

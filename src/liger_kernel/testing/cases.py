@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from liger_kernel.ops import OPS
 
 
 @dataclass
@@ -101,3 +104,8 @@ class OpSpec:
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
     one_backward: bool = False
+
+
+def specs() -> dict[str, OpSpec]:
+    """The spec of every op, by its name."""
+    return {op: import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS}
