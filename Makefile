@@ -54,17 +54,17 @@ format: $(READY)
 	$(RUN) -m ruff format .
 
 bench: $(READY)
-	$(RUN) benchmark/run.py $(if $(OP),--op $(OP)) $(ARGS)
+	$(RUN) -m benchmark run $(OP) $(ARGS)
 
 # everything beside its peers, then tables and plots: most of an hour of a GPU, on a machine that does nothing else
 bench-all: $(READY)
 	@test -d "$(PEERS)" || { echo "make bench-all PEERS=dir, made by: pip install --target dir --no-deps liger-kernel cut-cross-entropy"; exit 1; }
-	$(RUN) benchmark/run.py --peer-site $(PEERS) $(ARGS)
-	$(RUN) benchmark/run.py fused_linear_cross_entropy --sweep --mode full --peer-site $(PEERS) $(ARGS)
-	$(RUN) benchmark/e2e.py --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
-	$(RUN) benchmark/chunked.py --modes ours,eager,incumbent --peer-site $(PEERS)
-	$(RUN) benchmark/host.py
-	results=$$($(RUN) benchmark/results.py) && $(RUN) benchmark/tables.py $$results README.md docs/performance.md && $(RUN) benchmark/plots.py $$results
+	$(RUN) -m benchmark run --peer-site $(PEERS) $(ARGS)
+	$(RUN) -m benchmark run fused_linear_cross_entropy --sweep --mode full --peer-site $(PEERS) $(ARGS)
+	$(RUN) -m benchmark e2e --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
+	$(RUN) -m benchmark losses --modes ours,eager,incumbent --peer-site $(PEERS)
+	$(RUN) -m benchmark host
+	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results README.md docs/performance.md && $(RUN) -m benchmark plots $$results
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info

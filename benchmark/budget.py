@@ -1,17 +1,17 @@
 """Time and memory of the fused loss against its memory budget: neither may get worse as the budget grows.
 
-python benchmark/budget.py [--shape 8192x4096x128256] [--device cpu]
+python -m benchmark budget [--shape 8192x4096x128256] [--device cpu]
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 from functools import partial
 
-import sources  # noqa: F401  first of ours: decides which liger_kernel is imported
 import torch
-from measure import host_inclusive, peak_mb
 
+from benchmark.measure import host_inclusive, peak_mb
+from benchmark.options import MeasuringParser
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.testing.calls import drawing_on
 
@@ -23,13 +23,12 @@ def step(
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> int:
+    parser = MeasuringParser("budget", __doc__)
     parser.add_argument("--shape", default="8192x4096x128256", help="tokens x hidden x classes")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    args = parser.parse_args()
+    args = parser.read(argv)
+    if not re.fullmatch(r"\d+x\d+x\d+", args.shape):
+        parser.error(f"--shape {args.shape} is not tokens x hidden x classes, as 8192x4096x128256")
     rows, hidden, classes = map(int, args.shape.split("x"))
     with drawing_on(args.device, torch.bfloat16) as make:
         states = make.randn(rows, hidden).requires_grad_()
@@ -42,7 +41,4 @@ def main() -> None:
         ms = host_inclusive(call, args.device, 150).ms
         memory = f"{peak_mb(call):9.0f}" if args.device == "cuda" else ""
         print(f"{'default' if budget is None else f'{budget / 1e6:.0f}':>9} {ms:9.2f} {memory}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

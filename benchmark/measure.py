@@ -145,6 +145,11 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_mb(call: Call) -> float:
     """Most memory in use during the call beyond what is in use now, its results included."""
     gc.collect()

@@ -1,4 +1,4 @@
-"""Draw a file of results: `python benchmark/plots.py benchmark/results/<gpu>.json` writes two PNGs beside it.
+"""Draw a file of results: `python -m benchmark plots benchmark/results/<gpu>.json` writes two PNGs beside it.
 
 <gpu>.png: left, how close each op comes to the ceiling of the device (full call, kernels alone where that is known);
 right, time and memory of fused linear cross entropy. <gpu>-sweep.png: the same against tokens and vocabulary.
@@ -6,13 +6,14 @@ right, time and memory of fused linear cross entropy. <gpu>-sweep.png: the same 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from results import Row, load
-from tables import LOSS_HEAD, PROVIDER_ORDER
+
+from benchmark.options import Parser
+from benchmark.results import Row, load
+from benchmark.tables import LOSS_HEAD, PROVIDER_ORDER
 
 COLOURS = dict(zip(PROVIDER_ORDER, plt.get_cmap("tab10").colors, strict=False))
 
@@ -46,30 +47,22 @@ def bars(axes: Any, rows: list[Row], value: str, title: str, unit: str) -> None:
 def draw(content: dict[str, Any], path: Path) -> None:
     rows = full_calls(content)
     if not rows:
-        raise SystemExit("these results hold no full call: run benchmark/run.py first")
+        raise SystemExit("these results hold no full call: `python -m benchmark run` first")
     head = [row for row in rows if row["op"] == LOSS_HEAD]
     groups = len({(row["op"], row["case"]) for row in rows})
     figure, axes = plt.subplots(1, 3, figsize=(17, max(4.0, 0.5 * groups)), layout="constrained")
-    bars(
-        axes[0],
-        rows,
-        "percent_of_ceiling",
-        "share of the ceiling, forward + backward",
-        "% (longer is better)",
-    )
+    title = "share of the ceiling, forward + backward"
+    bars(axes[0], rows, "percent_of_ceiling", title, "% (longer is better)")
     axes[0].axvline(100, color="black", linewidth=0.8, linestyle="--")
-    bars(axes[1], head, "ms", "fused linear cross entropy: time", "ms (shorter is better)")
-    bars(
-        axes[2],
-        head,
-        "peak_mb",
-        "fused linear cross entropy: memory",
-        "MB above the inputs (shorter is better)",
-    )
+    for axis, value, what, unit in (
+        (axes[1], "ms", "time", "ms"),
+        (axes[2], "peak_mb", "memory", "MB above the inputs"),
+    ):
+        title = f"fused linear cross entropy: {what}"
+        bars(axis, head, value, title, f"{unit} (shorter is better)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False
-    )
+    columns = max(1, len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.supxlabel(f"{content['gpu']}, bf16", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -119,19 +112,16 @@ def draw_sweep(content: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) not in (1, 2) or not Path(argv[0]).exists():
-        print(__doc__, file=sys.stderr)
-        return 2
-    source = Path(argv[0])
-    target = Path(argv[1]) if len(argv) == 2 else source.with_suffix(".png")
-    draw(load(source), target)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("plots", __doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("target", nargs="?", type=Path, help="default: beside the results")
+    args = parser.parse_args(argv)
+    parser.exist([args.results])
+    content, target = load(args.results), args.target or args.results.with_suffix(".png")
+    draw(content, target)
     print(target)
     sweep = target.with_name(target.stem + "-sweep.png")
-    if draw_sweep(load(source), sweep):
+    if draw_sweep(content, sweep):
         print(sweep)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

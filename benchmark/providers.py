@@ -6,6 +6,7 @@ returns, or None where the peer has no such thing. Only public names of a peer a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -126,8 +127,6 @@ TORCH: Table = {
 
 
 def _liger(name: str) -> Function:
-    import importlib
-
     function: Function = getattr(
         importlib.import_module("liger_kernel.transformers.functional"), name
     )
@@ -224,6 +223,19 @@ def _quack_cross_entropy(o: Options) -> Function | None:
 QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entropy}
 
 
+def _base(spec: OpSpec, case: OpCase) -> Function | None:
+    """The op of the commit that has our import name by now, on the inputs of this tree's case."""
+    testing = importlib.import_module("liger_kernel.testing")
+    try:
+        if hasattr(testing, "specs"):
+            found = testing.specs()[spec.name]
+        else:  # a commit before `specs`
+            found = importlib.import_module(f"liger_kernel.ops.{spec.name}.cases").SPEC
+    except (KeyError, ModuleNotFoundError):
+        return None
+    return partial(found.function, **case.options)
+
+
 PROVIDERS: dict[str, Provider] = {
     "ours": Provider("this tree", lambda spec, case: partial(spec.function, **case.options)),
     "eager": Provider(
@@ -236,4 +248,5 @@ PROVIDERS: dict[str, Provider] = {
         "Apple's cut cross entropy", _from(CCE), "cut_cross_entropy", "cut-cross-entropy"
     ),
     "quack": Provider("quack-kernels", _from(QUACK), "quack", "quack-kernels"),
+    "base": Provider("this op at the commit of --base", _base, "liger_kernel"),
 }

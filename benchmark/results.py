@@ -4,8 +4,8 @@
 
 A row is one measurement; "run" in it names its entry in "runs". A new row replaces the old one with the same key.
 
-    python benchmark/results.py                            # where the results of this machine's GPU are kept
-    python benchmark/results.py INTO.json FROM.json ...    # merge what several processes measured on one kind of GPU
+    python -m benchmark results                            # where the results of this machine's GPU are kept
+    python -m benchmark results INTO.json FROM.json ...    # merge what several processes measured on one kind of GPU
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import sources
 import torch
+
+from benchmark import sources
+from benchmark.options import Parser
 
 FOLDER = sources.ROOT / "benchmark" / "results"
 KEYS = {
@@ -109,21 +110,30 @@ def save(path: Path, content: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) == 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    if not argv:
+def keep(path: Path, kind: str, run: dict[str, Any], rows: list[Row]) -> None:
+    save(path, merge(load(path), kind, run, rows))
+
+
+def said(error: Exception) -> str:
+    """What a row keeps of an exception."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("results", __doc__)
+    parser.add_argument("into", nargs="?", type=Path)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FROM")
+    args = parser.parse_args(argv)
+    if args.into is None:
         print(default_path("cuda" if torch.cuda.is_available() else "cpu"))
         return 0
-    into = Path(argv[0])
-    content = load(into)
-    for name in argv[1:]:
-        content = combined(content, load(Path(name)))
-    save(into, content)
-    print(f"{into}: {', '.join(f'{len(content[kind])} {kind} rows' for kind in KEYS)}")
+    if not args.files:
+        parser.error(f"no file to merge into {args.into}")
+    parser.exist(args.files)
+    content = load(args.into)
+    for path in args.files:
+        content = combined(content, load(path))
+    save(args.into, content)
+    print(f"{args.into}: {', '.join(f'{len(content[kind])} {kind} rows' for kind in KEYS)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

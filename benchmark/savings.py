@@ -1,7 +1,7 @@
 """What `PatchReport.savings` predicts against what a training step needs less.
 
-    python benchmark/savings.py --out savings.json        # real vocabularies, peak memory of the GPU
-    python benchmark/savings.py --device cpu              # tiny ones, bytes of the living tensors, interpreted kernels
+    python -m benchmark savings --out savings.json        # real vocabularies, peak memory of the GPU
+    python -m benchmark savings --device cpu              # tiny ones, bytes of the living tensors, interpreted kernels
 
 Each case is a model of few layers, whose peak is its loss. Forward and backward run twice without and twice with the
 fused loss, nothing else patched; the peaks are those of the second runs. Ends with 1 if a prediction is off by a tenth.
@@ -9,55 +9,27 @@ fused loss, nothing else patched; the peaks are those of the second runs. Ends w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
 import os
-import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tables import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmark.options import MeasuringParser
+from benchmark.results import describe_run
+from benchmark.shapes import SAVINGS, Saving
+from benchmark.tables import markdown
+
 LOSS_ONLY = {"rms_norm": False, "layer_norm": False, "mlp": False, "rope": False}
 OFF = 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    model_type: str
-    vocab: int
-    hidden: int
-    batch: int
-    seq: int
-    dtype: str = "bfloat16"
-    tied: bool = True
-    frozen: str = ""  # "head" or "body"
-    autocast: bool = False
-
-    def tiny(self) -> Case:
-        """The same in small: fewer tokens, a vocabulary still far larger than everything else."""
-        return replace(self, vocab=self.vocab // 64, hidden=64, batch=2, seq=96)
-
-
-CASES = (
-    Case("Llama-3.2-1B", "llama", 128256, 2048, batch=8, seq=1024),
-    Case("Qwen3-0.6B", "qwen3", 151936, 1024, batch=4, seq=4096),
-    Case("Llama-3-8B", "llama", 128256, 4096, batch=4, seq=4096, tied=False),
-    Case("Gemma-2-2B, soft cap", "gemma2", 256000, 2304, batch=2, seq=2048),
-    Case("Qwen2-7B, frozen head", "qwen2", 152064, 3584, batch=1, seq=8192, tied=False, frozen="head"),
-    Case("Llama-3-8B, frozen body", "llama", 128256, 4096, batch=2, seq=2048, tied=False, frozen="body"),
-    Case("TinyLlama, float32", "llama", 32000, 2048, batch=64, seq=256, dtype="float32", tied=False),
-    Case("Qwen2-0.5B, autocast", "qwen2", 151936, 896, batch=8, seq=1024, dtype="float32", autocast=True),
-)  # fmt: skip
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-def build(case: Case, device: str) -> Any:
+def build(case: Saving, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -111,7 +83,7 @@ def build(case: Case, device: str) -> Any:
     return model.train()
 
 
-def step(case: Case, model: Any, tokens: torch.Tensor) -> None:
+def step(case: Saving, model: Any, tokens: torch.Tensor) -> None:
     device_type = tokens.device.type
     model.zero_grad(set_to_none=True)
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=case.autocast):
@@ -119,7 +91,7 @@ def step(case: Case, model: Any, tokens: torch.Tensor) -> None:
     loss.backward()
 
 
-def peak(case: Case, model: Any, tokens: torch.Tensor) -> int:
+def peak(case: Saving, model: Any, tokens: torch.Tensor) -> int:
     """Bytes in use at most during a step; of more than the first one's, which compiles and fetches workspaces."""
     if tokens.device.type == "cpu":
         with LiveBytes(model) as counted:
@@ -135,7 +107,7 @@ def peak(case: Case, model: Any, tokens: torch.Tensor) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def measure(case: Case, device: str, **options: Any) -> dict[str, Any]:
+def measure(case: Saving, device: str, **options: Any) -> dict[str, Any]:
     """The row of one case; `options` go to `patch`."""
     import liger_kernel
 
@@ -170,14 +142,11 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = MeasuringParser("savings", __doc__)
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="those that begin so")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    args = parser.parse_args(argv)
-    chosen = [c for c in CASES if not args.cases or c.name.startswith(tuple(args.cases))]
+    args = parser.read(argv)
+    chosen = [c for c in SAVINGS if not args.cases or c.name.startswith(tuple(args.cases))]
     interpreted: Any = contextlib.nullcontext()
     if args.device == "cpu":  # the plain path makes copies that kernels do not
         os.environ["TRITON_INTERPRET"] = "1"
@@ -193,13 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             gc.collect()
     print(show(rows))
     if args.out:
-        from results import describe_run
-
-        args.out.write_text(
-            json.dumps({"run": describe_run(args.device), "rows": rows}, indent=1) + "\n"
-        )
+        content = {"run": describe_run(args.device), "rows": rows}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
     return int(any(abs(row["ratio"] - 1) > OFF for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

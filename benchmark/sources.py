@@ -1,8 +1,4 @@
-"""Which `liger_kernel` this process imports: this tree's, another commit's, or the one of the same name on PyPI.
-
-Import this module before anything of `liger_kernel`: it puts this tree's `src` (or $LIGER_KERNEL_SOURCE, how `--base`
-names the worktree of another commit) first on the path.
-"""
+"""Which `liger_kernel` is measured: this tree's, another commit's, or the package of the same name from PyPI."""
 
 from __future__ import annotations
 
@@ -17,12 +13,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "liger_kernel"
-SOURCE = os.environ.get("LIGER_KERNEL_SOURCE", str(ROOT / "src"))
-sys.path.insert(0, SOURCE)
+
+
+def not_ours() -> str | None:
+    """Why `import liger_kernel` does not give this tree's, if so."""
+    found = importlib.util.find_spec(PACKAGE)
+    origin = None if found is None else found.origin
+    if origin is not None and ROOT / "src" in Path(origin).resolve().parents:
+        return None
+    return f"{PACKAGE} would be imported from {origin}, not from {ROOT / 'src'}: set PYTHONPATH=src"
 
 
 def has_package(package: str, site: str | None) -> bool:
@@ -32,11 +34,8 @@ def has_package(package: str, site: str | None) -> bool:
     return package != PACKAGE and importlib.util.find_spec(package) is not None
 
 
-def become_peer(package: str, site: str | None) -> Any:
-    """From now on `import liger_kernel` finds the package under `site`; what is already imported of ours stays usable.
-
-    Returns: the module `package`.
-    """
+def become(site: str | None, package: str = PACKAGE) -> None:
+    """From now on `import liger_kernel` finds the one under `site`; what is already imported of ours stays usable."""
     for name in list(sys.modules):
         if name.partition(".")[0] == PACKAGE:
             del sys.modules[name]
@@ -46,25 +45,13 @@ def become_peer(package: str, site: str | None) -> Any:
     if site is not None:
         sys.path.insert(0, site)
     importlib.invalidate_caches()
-    module = importlib.import_module(package)
-    home = Path(str(module.__file__)).resolve()
-    if ROOT / "src" in home.parents:
-        raise RuntimeError(f"{package} was imported from {home}: that is this tree, not a peer.")
-    return module
-
-
-def peer_environment(site: str) -> dict[str, str]:
-    """Environment of a child process whose `liger_kernel` is the one under `site`."""
-    others = [
-        p
-        for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if p and not (Path(p) / PACKAGE).is_dir()
-    ]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(site).resolve()), *others])}
+    home = Path(str(importlib.import_module(package).__file__)).resolve()
+    if package == PACKAGE and (site is None or Path(site).resolve() not in home.parents):
+        raise RuntimeError(f"{package} was imported from {home}, which is not under {site}.")
 
 
 def version(distribution: str) -> str | None:
-    """The first installed version on the path, so that of `site` after `become_peer`."""
+    """The first installed version on the path, so that of `site` after `become`."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -77,32 +64,43 @@ def site_version(site: str | None) -> str | None:
     return next((d.version for d in found), None)
 
 
+def is_tree(base: str) -> bool:
+    return (Path(base) / "src" / PACKAGE).is_dir()
+
+
+def is_commit(base: str) -> bool:
+    try:
+        return bool(_git("rev-parse", "--verify", "--quiet", f"{base}^{{commit}}"))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 @contextlib.contextmanager
-def worktree(ref: str) -> Iterator[Path]:
-    """A checkout of another commit in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-base-") as folder:
-        path = Path(folder) / "tree"
-        command = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run(
-            [*command, "add", "--detach", str(path), ref], check=True, stdout=subprocess.DEVNULL
-        )
-        try:
-            yield path
-        finally:
-            subprocess.run([*command, "remove", "--force", str(path)], check=False)
+def folder_of(name: str, peer_site: str | None, base: str | None) -> Iterator[str | None]:
+    """What to put on the path for the provider or mode `name`: `base` is a source tree or a commit, see `--base`."""
+    if name != "base" or base is None:
+        yield peer_site
+    elif is_tree(base):
+        yield str(Path(base).resolve() / "src")
+    else:
+        with tempfile.TemporaryDirectory(prefix="benchmark-base-") as folder:
+            archive = Path(folder) / "base.tar"
+            _git("archive", f"--output={archive}", base, "src")
+            subprocess.run(["tar", "-xf", str(archive), "-C", folder], check=True)
+            yield str(Path(folder) / "src")
 
 
 def commit() -> str:
     """The commit under test, with "-dirty" if files differ from it; $LIGER_KERNEL_COMMIT knows better, if it is set."""
-
-    def git(*args: str) -> str:
-        run = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
-
     if "LIGER_KERNEL_COMMIT" in os.environ:  # a copy of the tree whose .git is older
         return os.environ["LIGER_KERNEL_COMMIT"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmark")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmark")
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*args: str) -> str:
+    run = ["git", "-C", str(ROOT), *args]
+    return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,7 +1,7 @@
 """Turn a file of results into Markdown tables.
 
-    python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json  # print them
-    python benchmark/tables.py benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
+    python -m benchmark tables benchmark/results/nvidia-h100-80gb-hbm3.json  # print them
+    python -m benchmark tables benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
 `chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
@@ -10,12 +10,12 @@ A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:K
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from results import KEYS, Row, load
+from benchmark.options import Parser
+from benchmark.results import KEYS, Row, load
 
 PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "liger", "cce", "quack")
 LOSS_HEAD = "fused_linear_cross_entropy"
@@ -45,41 +45,40 @@ def time_cell(row: Row | None, fastest: float | None) -> str:
     return text + gpu + ("†" if row.get("compared", "").startswith("worse") else "")
 
 
+def present(rows: list[Row], column: str, order: Iterable[str]) -> list[str]:
+    return [name for name in order if any(row[column] == name for row in rows)]
+
+
+def lines(
+    rows: list[Row], key: Sequence[str], column: str, order: Sequence[str]
+) -> Iterator[tuple[tuple[Any, ...], list[Row | None]]]:
+    """Each key with its rows, one per name in `order`."""
+    cells = {(tuple(row[name] for name in key), row[column]): row for row in rows}
+    for values in sorted({values for values, _ in cells}, key=str):
+        yield values, [cells.get((values, name)) for name in order]
+
+
+def best(line: list[Row | None], name: str = "ms", choose: Any = min) -> float | None:
+    return choose((row[name] for row in line if row and row.get(name) is not None), default=None)
+
+
 def op_table(rows: list[Row]) -> str:
     """One op: a line per case and mode, a column per provider."""
-    providers = [p for p in PROVIDER_ORDER if any(row["provider"] == p for row in rows)]
-    cells = {(row["case"], row["dtype"], row["mode"], row["provider"]): row for row in rows}
-    cases = sorted({(row["case"], row["dtype"]) for row in rows})
-    body = []
-    for case, dtype in cases:
-        for mode in MODE_ORDER:
-            line = {p: cells.get((case, dtype, mode, p)) for p in providers}
-            times = [row["ms"] for row in line.values() if row and row.get("ms") is not None]
-            if not times and not any(row and row.get("gpu_ms") for row in line.values()):
-                continue
-            ours = line.get("ours") or {}
-            reached = (
-                f"{ours['rate']:.0f} {ours['unit']}, {ours['percent_of_ceiling']:.0f} %"
-                if "rate" in ours
-                else ""
-            )
-            memory = "/".join(
-                f"{row['peak_mb']:.0f}" if row and "peak_mb" in row else "-"
-                for row in line.values()
-            )
-            name = case if dtype == "bfloat16" else f"{case} {dtype}"
-            body.append(
-                [
-                    name,
-                    mode,
-                    *(time_cell(line[p], min(times, default=None)) for p in providers),
-                    reached,
-                    memory,
-                ]
-            )
-    return markdown(
-        ["case", "", *providers, "rate of ours", "peak MB, " + "/".join(providers)], body
-    )
+    providers, body = present(rows, "provider", PROVIDER_ORDER), []
+    found = lines(rows, ("case", "dtype", "mode"), "provider", providers)
+    for key, line in sorted(found, key=lambda x: (*x[0][:2], MODE_ORDER.index(x[0][2]))):
+        if best(line) is None and best(line, "gpu_ms") is None:
+            continue
+        ours = next((row for row in line if row and row["provider"] == "ours"), {})
+        reached = ""
+        if "rate" in ours:
+            reached = f"{ours['rate']:.0f} {ours['unit']}, {ours['percent_of_ceiling']:.0f} %"
+        memory = [f"{row['peak_mb']:.0f}" if row and "peak_mb" in row else "-" for row in line]
+        name = key[0] if key[1] == "bfloat16" else f"{key[0]} {key[1]}"
+        times = [time_cell(row, best(line)) for row in line]
+        body.append([name, key[2], *times, reached, "/".join(memory)])
+    header = ["case", "", *providers, "rate of ours", "peak MB, " + "/".join(providers)]
+    return markdown(header, body)
 
 
 def ops_tables(content: dict[str, Any], only: str | None = None) -> str:
@@ -91,14 +90,21 @@ def ops_tables(content: dict[str, Any], only: str | None = None) -> str:
     return "\n\n".join([*parts, LEGEND, provenance(content, "ops")]) if parts else "No results."
 
 
+def whole(
+    content: dict[str, Any], kind: str, header: list[str], body: list[Any], *notes: str
+) -> str:
+    if not body:
+        return "No results."
+    return "\n\n".join([markdown(header, body), *notes, provenance(content, kind)])
+
+
 def head_table(content: dict[str, Any]) -> str:
     """Forward and backward of the fused loss: milliseconds / MB above the inputs."""
     rows = [r for r in content["ops"] if (r["op"], r["mode"]) == (LOSS_HEAD, "full")]
-    cases = [r["case"] for r in rows if r["provider"] == "ours" and "allocations" in r]
-    providers = [p for p in PROVIDER_ORDER[2:] if any(r["provider"] == p for r in rows)]
-    cells = {(r["case"], r["provider"]): r for r in rows}
+    cases = {r["case"] for r in rows if r["provider"] == "ours" and "allocations" in r}
+    order = ["ours", *present(rows, "provider", PROVIDER_ORDER[2:])]
 
-    def cell(row: Row | None, fastest: float) -> str:
+    def cell(row: Row | None, fastest: float | None) -> str:
         if row is None or row.get("ms") is None:
             return (
                 "" if row is None else "out of memory" if "OutOfMemory" in row["error"] else "fails"
@@ -106,31 +112,26 @@ def head_table(content: dict[str, Any]) -> str:
         text = f"{row['ms']:.3g} ms / {row['peak_mb']:,.0f} MB"
         return f"**{text}**" if row["ms"] == fastest else text
 
-    body = []
-    for case in sorted(cases):
-        line = [cells.get((case, provider)) for provider in ("ours", *providers)]
-        fastest = min(row["ms"] for row in line if row and row.get("ms") is not None)
-        body.append([case, *(cell(row, fastest) for row in line)])
-    return markdown(["tokens x hidden x vocabulary", "ours", *providers], body)
+    return markdown(
+        ["tokens x hidden x vocabulary", *order],
+        (
+            [case, *(cell(row, best(line)) for row in line)]
+            for (case,), line in lines(rows, ("case",), "provider", order)
+            if case in cases
+        ),
+    )
 
 
 def e2e_table(content: dict[str, Any]) -> str:
-    rows = content["e2e"]
-    modes = [m for m in E2E_ORDER if any(row["mode"] == m for row in rows)]
-    cells = {tuple(row[k] for k in KEYS["e2e"]): row for row in rows}
-    body = []
-    for key in sorted({tuple(row[k] for k in KEYS["e2e"][:-1]) for row in rows}, key=str):
+    modes, body = present(content["e2e"], "mode", E2E_ORDER), []
+    for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
         shape, seq, batch, checkpointing, ignored = key
-        line = [cells.get((*key, mode)) for mode in modes]
-        speeds = [row["tokens_per_s"] for row in line if row and "tokens_per_s" in row]
-        steps = max((row.get("steps", 0) for row in line if row), default=0)
+        speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
-        body.append([name, *(e2e_cell(row, max(speeds, default=0), steps) for row in line)])
-    if not body:
-        return "No results."
+        body.append([name, *(e2e_cell(row, speed, int(steps)) for row in line)])
     note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
-    return "\n\n".join([markdown(["model", *modes], body), note, provenance(content, "e2e")])
+    return whole(content, "e2e", ["model", *modes], body, note)
 
 
 def e2e_cell(row: Row | None, best: float, steps: int) -> str:
@@ -146,26 +147,18 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
 
 def host_table(content: dict[str, Any]) -> str:
     """Microseconds that Python is busy, forward / backward."""
-    cells = {(row["op"], row["case"], row["provider"]): row for row in content["host"]}
-    columns = ("ours", "kernels", "one thread", "eager")
-
-    def cell(row: Row | None) -> str:
-        return "" if row is None else f"{row['fwd_us']:.0f} / {row['bwd_us']:.0f}"
-
+    order = ("ours", "kernels", "one thread", "eager")
     body = [
-        [op, case, *(cell(cells.get((op, case, column))) for column in columns)]
-        for op, case in sorted({key[:2] for key in cells})
+        [*key, *(f"{row['fwd_us']:.0f} / {row['bwd_us']:.0f}" if row else "" for row in line)]
+        for key, line in lines(content["host"], ("op", "case"), "provider", order)
     ]
-    if not body:
-        return "No results."
-    return "\n\n".join([markdown(["op", "case", *columns], body), provenance(content, "host")])
+    return whole(content, "host", ["op", "case", *order], body)
 
 
 def chunked_table(content: dict[str, Any]) -> str:
     """Forward and backward of the losses on log-probabilities."""
     rows = content["chunked"]
-    cells = {(row["loss"], row["case"], row["mode"]): row for row in rows}
-    modes = [m for m in ("ours", "eager", "incumbent") if any(row["mode"] == m for row in rows)]
+    modes, body = present(rows, "mode", ("ours", "eager", "incumbent")), []
 
     def cell(row: Row | None, fastest: float | None) -> str:
         if row is None or "ms" not in row:
@@ -175,19 +168,19 @@ def chunked_table(content: dict[str, Any]) -> str:
         mark = "†" if "compared" in row else ""
         return (f"**{text}**" if row["ms"] == fastest else text) + memory + mark
 
-    body = []
-    for loss, case in sorted({key[:2] for key in cells}):
-        line = [cells.get((loss, case, mode)) for mode in modes]
-        fastest = min((row["ms"] for row in line if row and "ms" in row), default=None)
-        ours = cells.get((loss, case, "ours")) or {}
-        rate = f"{ours['tflop_s']:.0f} TFLOP/s" if "tflop_s" in ours else ""
-        body.append([f"{loss} {case}", *(cell(row, fastest) for row in line), rate])
-    if not body:
-        return "No results."
-    table = markdown(["loss, B x T x H x V", *modes, "rate of ours"], body)
+    for (loss, case), line in lines(rows, ("loss", "case"), "mode", modes):
+        rates = [
+            f"{r['tflop_s']:.0f} TFLOP/s" for r in line if r and r["mode"] == "ours" and "ms" in r
+        ]
+        body.append([f"{loss} {case}", *(cell(row, best(line)) for row in line), *(rates or [""])])
     marked = any("compared" in row for row in rows)
     note = ["† less exact than our rule allows, on a small shape."] if marked else []
-    return "\n\n".join([table, *note, provenance(content, "chunked")])
+    header = ["loss, B x T x H x V", *modes, "rate of ours"]
+    return whole(content, "chunked", header, body, *note)
+
+
+#: what a page may ask for, beside `ops` and the ops themselves
+KINDS = {"e2e": e2e_table, "head": head_table, "host": host_table, "chunked": chunked_table}
 
 
 def provenance(content: dict[str, Any], kind: str) -> str:
@@ -221,14 +214,8 @@ def filled(text: str, content: dict[str, Any]) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind = match["kind"]
-        whole = {
-            "e2e": e2e_table,
-            "head": head_table,
-            "host": host_table,
-            "chunked": chunked_table,
-        }
-        if kind in whole:
-            made = whole[kind](content)
+        if kind in KINDS:
+            made = KINDS[kind](content)
         else:
             made = ops_tables(content, None if kind == "ops" else kind)
         return f"<!-- benchmark:{kind} -->\n{made}\n<!-- /benchmark:{kind} -->"
@@ -237,25 +224,21 @@ def filled(text: str, content: dict[str, Any]) -> str:
     return re.sub(pattern, table, text, flags=re.DOTALL)
 
 
-def main(argv: list[str]) -> int:
-    if not argv or not Path(argv[0]).exists():
-        print(__doc__, file=sys.stderr)
-        return 2
-    content = load(Path(argv[0]))
-    if len(argv) == 1:
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("tables", __doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
+    args = parser.parse_args(argv)
+    parser.exist([args.results, *args.pages])
+    content = load(args.results)
+    if not args.pages:
         parts = ops_tables(content), e2e_table(content), chunked_table(content), host_table(content)
         print(*parts, sep="\n\n")
-    for name in argv[1:]:
-        path = Path(name)
-        before = path.read_text()
-        after = filled(before, content)
+    for page in args.pages:
+        before = page.read_text()
         if "<!-- benchmark:" not in before:
-            print(f"{name} has no <!-- benchmark:... --> marker: nothing to fill", file=sys.stderr)
-            return 1
-        path.write_text(after)
-        print(f"{name}: {'changed' if after != before else 'already up to date'}")
+            parser.error(f"{page} has no <!-- benchmark:... --> marker: nothing to fill")
+        after = filled(before, content)
+        page.write_text(after)
+        print(f"{page}: {'changed' if after != before else 'already up to date'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

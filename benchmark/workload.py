@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import release
 from torch import Tensor
 
+from benchmark.measure import release
 from liger_kernel.testing import OpCase, OpSpec, assert_no_worse
 from liger_kernel.testing.calls import (
     as_tuple,

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import chunked
-import e2e
-import host
-import measure
-import providers
 import pytest
-import run as runner
-import tables
 import torch
-import workload
 
+from benchmark import e2e, host, losses, measure, providers, shapes, tables, workload
+from benchmark import run as runner
 from liger_kernel.backends import use_implementation
-from liger_kernel.ops import OPS
-from liger_kernel.testing import OpSpec
+from liger_kernel.testing import specs
 
 LIMITS = measure.Ceilings(copy_gb_s=4000.0, gemm_tflop_s=800.0)
-SPECS: dict[str, OpSpec] = {
-    op: importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS
-}
+SPECS = specs()
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +30,10 @@ def benchmark(tmp_path: Path, *argv: str) -> tuple[int, list[dict[str, Any]]]:
     path = tmp_path / "results.json"
     code = runner.main([*argv, "--device", "cpu", "--quick", "--json", str(path)])
     return code, json.loads(path.read_text())["ops"]
+
+
+def chosen(op: str, case: str) -> runner.Pairs:
+    return runner.chosen(runner.arguments([op, "--case", case, "--device", "cpu"]))
 
 
 def test_a_rate_is_measured_against_the_ceiling_that_binds() -> None:
@@ -214,7 +209,7 @@ def test_adapters_compute_the_op(name: str) -> None:
     """The incumbent's functions have the names and signatures of ours, so ours stand in for them."""
     pytest.importorskip("liger_kernel.transformers.functional")
     table = getattr(providers, name)
-    assert set(table) <= set(OPS)
+    assert set(table) <= set(SPECS)
     for op, adapter in table.items():
         bound = 0
         for case in SPECS[op].cases[:4]:
@@ -232,8 +227,8 @@ def test_power_bound_cases_have_a_second_turn_in_the_opposite_order(
     times = iter((5.0, 3.0, 2.0, 6.0))  # ours, eager; eager again, ours again
     monkeypatch.setattr(runner, "host_inclusive", lambda *_: measure.Timing.of([next(times)]))
     setting = runner.Setting("cpu", torch.float32, ("full",), 1.0, LIMITS)
-    pairs = runner.chosen(["fused_linear_cross_entropy"], ["mean"], "cpu")
-    ours, slower, eager = runner.measure_here(pairs, ["ours", "eager"], setting, None)
+    pairs = chosen("fused_linear_cross_entropy", "mean")
+    ours, slower, eager = runner.measure_here(pairs, ["ours", "eager"], setting)
     assert (ours["provider"], ours["ms"], ours["p80"]) == ("ours", 5.0, 5.0)
     assert (slower["provider"], slower["ms"]) == ("eager", 3.0)
     assert (eager["provider"], eager["ms"]) == ("eager", 2.0)
@@ -244,7 +239,7 @@ def test_power_bound_cases_have_a_second_turn_in_the_opposite_order(
 def test_calls_that_wait_for_the_host_have_a_second_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "host_inclusive", lambda *_: measure.Timing.of([3.0]))
     setting = runner.Setting("cpu", torch.float32, ("fwd",), 1.0, LIMITS)
-    ((spec, case),) = runner.chosen(["rms_norm"], ["llama"], "cpu")
+    ((spec, case),) = chosen("rms_norm", "llama")
     work = workload.Workload(spec, case, torch.float32, "cpu")
     rows = [
         {"provider": "ours", "mode": "fwd", "ms": 5.0, **more}
@@ -278,8 +273,8 @@ def test_launches_are_counted_after_the_last_time(monkeypatch: pytest.MonkeyPatc
     """The profiler stays attached to its process: it must not run between two times."""
     monkeypatch.setattr(runner, "launches", lambda call: call() is not None and 3)
     setting = runner.Setting("cpu", torch.float32, ("fwd", "full"), 1.0, LIMITS)
-    pairs = runner.chosen(["rms_norm"], ["llama"], "cpu")
-    rows = list(runner.measure_here(pairs, ["ours", "eager"], setting, None))
+    pairs = chosen("rms_norm", "llama")
+    rows = list(runner.measure_here(pairs, ["ours", "eager"], setting))
     assert not any("launches" in r for r in rows)
     for r in rows:
         r["allocations"] = 1  # counted on a GPU alone
@@ -289,7 +284,11 @@ def test_launches_are_counted_after_the_last_time(monkeypatch: pytest.MonkeyPatc
 
 def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     args = e2e.arguments(["--device", "cpu", "--quick", "--timeout", "60"])
-    setups = [e2e.Setup("tiny", 16, 2), e2e.Setup("no-such-shape", 16, 2), e2e.Setup("tiny", 8, 1)]
+    setups = [
+        shapes.Setup("tiny", 16, 2),
+        shapes.Setup("no-such-shape", 16, 2),
+        shapes.Setup("tiny", 8, 1),
+    ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
         ("tiny", 16, False),
@@ -302,14 +301,16 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
 
 def test_a_row_that_takes_too_long_ends_its_process() -> None:
     args = e2e.arguments(["--device", "cpu", "--timeout", "1"])  # importing takes longer
-    rows = list(e2e.in_child(args, [e2e.Setup("tiny", 16, 2), e2e.Setup("tiny", 8, 1)], "stock"))
+    rows = list(
+        e2e.in_child(args, [shapes.Setup("tiny", 16, 2), shapes.Setup("tiny", 8, 1)], "stock")
+    )
     assert [row["seq"] for row in rows] == [16, 8]
     assert all("a row may take 1 s" in row["error"] for row in rows)
 
 
 def test_the_shapes_are_the_models_they_are_named_after() -> None:
     pytest.importorskip("transformers")
-    assert {shape for shape, *_ in e2e.TABLE} <= set(e2e.SHAPES)
+    assert {shape for shape, *_ in shapes.STEPS} | set(shapes.DEMO) <= set(shapes.MODELS)
     for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
         model = e2e.build(shape, 64, False, "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -321,9 +322,9 @@ def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(host.WAYS, "one thread", host.WAYS["ours"])
     monkeypatch.setattr(host, "floor", lambda device: iter(()))
     path = tmp_path / "results.json"
-    host.main(["relu_squared", "--device", "cpu", "--json", str(path)])
+    host.main(["relu_squared", "--device", "cpu", "--json", str(path), "--base", str(ROOT)])
     found = {row["provider"]: row for row in json.loads(path.read_text())["host"]}
-    assert set(found) == set(host.WAYS)
+    assert set(found) == {*host.WAYS, "base"}
     assert all(row["fwd_us"] > 0 for row in found.values())
     with pytest.raises(SystemExit):
         host.main(["no_such_op", "--device", "cpu"])
@@ -332,10 +333,12 @@ def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path)]
-    assert chunked.main(command) == 0
+    assert losses.main([*command, "--base", str(ROOT)]) == 0
     content = json.loads(path.read_text())
     found = {(row["loss"], row["mode"]): row for row in content["chunked"]}
-    assert set(found) == {(loss, mode) for loss in chunked.LOSSES for mode in ("ours", "eager")}
+    assert set(found) == {
+        (loss, mode) for loss in losses.LOSSES for mode in ("ours", "eager", "base")
+    }
     assert all(row["ms"] > 0 for row in found.values())
     assert not any("package" in row for row in found.values())
     found["dpo", "eager"].update(ms=1e6, peak_mb=1234.5, compared="worse: dW")
@@ -343,7 +346,7 @@ def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> N
     assert "| dpo tiny | **" in table
     assert " | 1000000.0 ms / 1,234 MB† | " in table
     with pytest.raises(SystemExit):
-        chunked.main([*command, "--modes", "incumbent"])
+        losses.main([*command, "--modes", "incumbent"])
 
 
 def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -> None:
@@ -357,7 +360,7 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
     )
     path = tmp_path / "results.json"
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
-    assert chunked.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
+    assert losses.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
     found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
     assert found["dpo"]["compared"].startswith("worse: loss: max error")
     assert found["dpo"]["ms"] > 0
@@ -365,6 +368,6 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
 
 
 def test_a_wrong_loss_is_found() -> None:
-    loss = chunked.LOSSES["dpo"]
-    assert chunked.wrong(loss, loss.eager, "cpu") is None
-    assert chunked.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu").startswith("loss: max error")
+    loss = losses.LOSSES["dpo"]
+    assert losses.wrong(loss, loss.eager, "cpu") is None
+    assert losses.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu").startswith("loss: max error")

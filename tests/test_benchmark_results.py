@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import results
-import tables
+
+from benchmark import results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -65,7 +65,7 @@ def test_a_time_of_the_kernels_alone_is_shown() -> None:
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
-    plots = pytest.importorskip("plots")
+    plots = pytest.importorskip("benchmark.plots")
     source = RESULTS / "nvidia-h100-80gb-hbm3.json"
     assert plots.main([str(source), str(tmp_path / "a.png")]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-sweep.png", "a.png"]
@@ -100,7 +100,7 @@ def test_the_pages_show_the_results(page: str, gpu: str) -> None:
     text = (ROOT / page).read_text()
     assert "<!-- benchmark:" in text
     assert tables.filled(text, content) == text, (
-        "run benchmark/tables.py with the results and this page"
+        "run `python -m benchmark tables` with the results and this page"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import measure
 import torch
+
+from benchmark import measure
 
 
 def test_graphs_hand_their_memory_back() -> None:

@@ -15,7 +15,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
 )
-from liger_kernel.loss_head import loop, products
+from liger_kernel.loss_head import products
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
 from tests.chunked_loss.test_grpo import draw_policy
@@ -86,13 +86,13 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each matrix product that makes logits."""
     rows: list[int] = []
-    project = products.Head.project
+    project = products.HeadProducts.project
 
-    def recorded(head: products.Head, x: Tensor, out: Tensor) -> None:
+    def recorded(head: products.HeadProducts, x: Tensor, out: Tensor) -> None:
         rows.append(x.shape[0])
         project(head, x, out)
 
-    monkeypatch.setattr(products.Head, "project", recorded)
+    monkeypatch.setattr(products.HeadProducts, "project", recorded)
     return rows
 
 

@@ -10,23 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import savings as benchmark
 import torch
 from torch import nn
 
 import liger_kernel
+from benchmark import savings as benchmark
 from liger_kernel.backends import use_implementation
 from liger_kernel.transformers.patching import Options, PatchReport
 from liger_kernel.transformers.patching.savings import LossSite
 from tests.transformers.tiny import VOCAB, build
 
 MIB = 2**20
-ON_CPU = [case.tiny() for case in benchmark.CASES if not case.autocast]
+ON_CPU = [case.tiny() for case in benchmark.SAVINGS if not case.autocast]
 FROZEN_BODY = next(case for case in ON_CPU if case.frozen == "body")
 
 
 @pytest.mark.parametrize("case", ON_CPU, ids=lambda case: case.name)
-def test_predicts_what_a_step_needs_less(case: benchmark.Case) -> None:
+def test_predicts_what_a_step_needs_less(case: benchmark.Saving) -> None:
     with use_implementation("triton"):  # the plain path makes copies that kernels do not
         row = benchmark.measure(case, "cpu")
     assert abs(row["ratio"] - 1) < benchmark.OFF, row

@@ -1,0 +1,1 @@
+"""Measures the library beside its peers: `python -m benchmark --help`."""

@@ -1,0 +1,109 @@
+"""Sizes of everything that is measured beyond single ops (whose sizes are the `large` cases of their `cases.py`).
+
+One more size is one more line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+
+def _model(
+    model_type: str, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, groups: int, **more: Any
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "tie_word_embeddings": True,
+        **more,
+    }
+
+
+#: name -> configuration of a HuggingFace model with random weights
+MODELS = {
+    "llama-3.2-1b": _model("llama", 128256, 2048, 8192, 16, 32, 8),
+    "llama-3-8b-4-layers": _model(
+        "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
+    ),
+    "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
+    "tiny": _model("llama", 32000, 256, 688, 4, 4, 2),
+}
+
+
+class Setup(NamedTuple):
+    """A training step: a row of `python -m benchmark e2e`."""
+
+    shape: str
+    seq: int
+    batch: int
+    checkpointing: bool = False
+
+
+STEPS = (
+    Setup("llama-3.2-1b", 2048, 8),
+    Setup("llama-3.2-1b", 16384, 1),
+    Setup("llama-3.2-1b", 32768, 1, checkpointing=True),
+    Setup("llama-3-8b-4-layers", 4096, 4),
+    Setup("qwen3-0.6b", 2048, 8),
+    Setup("qwen3-0.6b", 512, 4),
+)
+
+#: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
+LOSSES = {"8x1024x4096x128256": (8, 1024, 4096, 128256), "tiny": (4, 8, 16, 64)}
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A model of two layers, whose peak is its loss: a row of `python -m benchmark savings`."""
+
+    name: str
+    model_type: str
+    vocab: int
+    hidden: int
+    batch: int
+    seq: int
+    dtype: str = "bfloat16"
+    tied: bool = True
+    frozen: str = ""  # "head" or "body"
+    autocast: bool = False
+
+    def tiny(self) -> Saving:
+        """The same in small: fewer tokens, a vocabulary still far larger than everything else."""
+        return replace(self, vocab=self.vocab // 64, hidden=64, batch=2, seq=96)
+
+
+SAVINGS = (
+    Saving("Llama-3.2-1B", "llama", 128256, 2048, batch=8, seq=1024),
+    Saving("Qwen3-0.6B", "qwen3", 151936, 1024, batch=4, seq=4096),
+    Saving("Llama-3-8B", "llama", 128256, 4096, batch=4, seq=4096, tied=False),
+    Saving("Gemma-2-2B, soft cap", "gemma2", 256000, 2304, batch=2, seq=2048),
+    Saving("Qwen2-7B, frozen head", "qwen2", 152064, 3584, batch=1, seq=8192, tied=False, frozen="head"),
+    Saving("Llama-3-8B, frozen body", "llama", 128256, 4096, batch=2, seq=2048, tied=False, frozen="body"),
+    Saving("TinyLlama, float32", "llama", 32000, 2048, batch=64, seq=256, dtype="float32", tied=False),
+    Saving("Qwen2-0.5B, autocast", "qwen2", 151936, 896, batch=8, seq=1024, dtype="float32", autocast=True),
+)  # fmt: skip
+
+
+class DemoShape(NamedTuple):
+    """The run of `make demo` that suits the model of the same name."""
+
+    why: str
+    batch: int
+    seq: int
+    steps: int
+    dtype: str
+    learning_rate: float
+
+
+DEMO = {
+    "tiny": DemoShape("for two CPU cores; logits are the largest tensor, as at scale", 8, 512, 10, "float32", 2e-3),
+    "llama-3.2-1b": DemoShape("needs about 65 GB without the library", 8, 2048, 20, "bfloat16", 3e-4),
+    "llama-3-8b-4-layers": DemoShape("an 8B model, cut to fit one GPU", 4, 4096, 20, "bfloat16", 3e-4),
+    "qwen3-0.6b": DemoShape("the loss head takes most of the memory", 8, 2048, 20, "bfloat16", 3e-4),
+}  # fmt: skip

@@ -1,0 +1,139 @@
+"""The benchmark's command line, and the processes that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark import __main__ as command_line
+from benchmark import children, run, sources
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "unknown command ''; known: run, e2e, losses, host"),
+        ("walk", "unknown command 'walk'"),
+        ("run --walk", "unrecognized arguments: --walk"),
+        ("run no_such_op --device cpu", "unknown op no_such_op; known: cross_entropy"),
+        ("run rms_norm --case none-such --device cpu", "no case none-such in rms_norm"),
+        ("run rms_norm --device cpu --base none-such", "--base none-such is neither a folder"),
+        ("run rms_norm --device cpu --providers base", "provider base needs --base"),
+        ("e2e --modes incumbent --device cpu", "mode incumbent needs --peer-site"),
+        ("losses --shape huge --device cpu", "invalid choice: 'huge'"),
+        ("host no_such_op --device cpu", "unknown op no_such_op"),
+        ("tables none-such.json", "no file none-such.json"),
+        ("results into.json", "no file to merge into into.json"),
+    ],
+)
+def test_a_wrong_command_ends_with_one_line(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: Any = command_line.main(command.split())
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("python -m benchmark")
+    assert len(err.splitlines()) == 1
+
+
+def test_every_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"python -m benchmark {name} " in shown for name in command_line.COMMANDS)
+    for name in command_line.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"python -m benchmark {name}" in capsys.readouterr().out
+
+
+def test_another_liger_kernel_is_not_measured_by_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sources.not_ours() is None
+    monkeypatch.setattr(sources, "ROOT", Path("/elsewhere"))
+    assert command_line.main(["host", "--device", "cpu"]) == 2
+    assert "not from /elsewhere/src: set PYTHONPATH=src" in capsys.readouterr().err
+
+
+BASE = """
+from types import SimpleNamespace
+def specs(): return {"rms_norm": SimpleNamespace(function=lambda x, weight, **options: x * weight)}
+"""
+
+
+def test_the_base_may_be_a_folder(tmp_path: Path) -> None:
+    """Measured on our inputs; its op multiplies wrongly on purpose, so that it cannot be mistaken for ours."""
+    package = tmp_path / "src" / "liger_kernel"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "testing.py").write_text(BASE)
+    file = tmp_path / "results.json"
+    command = ["rms_norm", "glu", "--providers", "base", "--mode", "fwd", "--device", "cpu"]
+    assert run.main([*command, "--base", str(tmp_path), "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["ops"]
+    assert [(row["op"], row["provider"]) for row in rows] == [("rms_norm", "base")]
+    assert "wrong numbers" in rows[0]["error"]
+
+
+def test_the_base_may_be_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "src" / "liger_kernel" / "__init__.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("old")
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for git in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "old"]):
+        subprocess.run(["git", "-C", str(tmp_path), *git], check=True)
+    file.write_text("new")
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    assert sources.is_commit("HEAD")
+    with sources.folder_of("base", "peers", "HEAD") as folder:
+        assert folder is not None
+        assert (Path(folder) / "liger_kernel" / "__init__.py").read_text() == "old"
+    assert not Path(folder).exists()
+    with sources.folder_of("ours", "peers", "HEAD") as folder:
+        assert folder == "peers"
+
+
+def in_steps(report: children.Report, file: Path, name: str, count: int) -> None:
+    for step in range(count):
+        with file.open("a") as log:
+            log.write(f"{name}{step} ")
+        report(step)
+    print("done")
+
+
+def test_children_take_turns(tmp_path: Path) -> None:
+    file, log = tmp_path / "order", tmp_path / "log"
+    a = children.rows(in_steps, file, "a", 3, log=log)
+    b = children.rows(in_steps, file, "b", 2)
+    assert [next(a), next(b), next(a)] == [0, 0, 1]
+    assert file.read_text() == "a0 b0 a1 "
+    assert list(a) == [2]
+    assert log.read_text() == "done\n"
+    b.close()
+    assert file.read_text() == "a0 b0 a1 a2 "
+
+
+def fails(report: children.Report, how: str) -> None:
+    report("one")
+    if how == "raises":
+        raise ValueError("two")
+    os._exit(3)
+
+
+@pytest.mark.parametrize(("how", "code"), [("raises", 1), ("exits", 3)])
+def test_a_child_that_ends_early_is_an_error(how: str, code: int) -> None:
+    rows = children.rows(fails, how)
+    assert next(rows) == "one"
+    with pytest.raises(children.ChildError, match=f"ended with code {code}"):
+        next(rows)
