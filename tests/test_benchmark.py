@@ -362,7 +362,7 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
     assert losses.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
     found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
-    assert found["dpo"]["compared"].startswith("worse: loss: max error")
+    assert found["dpo"]["compared"].startswith("worse: loss: error is")
     assert found["dpo"]["ms"] > 0
     assert "LigerFusedLinearGRPOLoss" in found["grpo"]["error"]
 
@@ -370,4 +370,4 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
 def test_a_wrong_loss_is_found() -> None:
     loss = losses.LOSSES["dpo"]
     assert losses.wrong(loss, loss.eager, "cpu") is None
-    assert losses.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu").startswith("loss: max error")
+    assert losses.wrong(loss, lambda i: loss.eager(i) * 1.1, "cpu").startswith("loss: error is")

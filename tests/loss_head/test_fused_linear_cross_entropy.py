@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from liger_kernel.loss_head.fused_linear_cross_entropy.loop import MIB, POLICY, Settings
-from liger_kernel.ops.cross_entropy.rows import Options
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernel import backends
+from liger_kernel.backends.records import MIB
+from liger_kernel.loss_head import fused_linear_cross_entropy as package
+from liger_kernel.loss_head import library, loop
 from liger_kernel.loss_head.fused_linear_cross_entropy import (
     LigerFusedLinearCrossEntropyFunction,
-    compiled,
     fused_linear_cross_entropy,
     fused_linear_cross_entropy_backward,
     fused_linear_cross_entropy_forward,
-    loop,
     reference,
 )
-from liger_kernel.ops import fused_linear_cross_entropy as package
+from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
+from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.testing import Make, assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,15 +160,12 @@ def test_error_does_not_grow_with_the_chunks(plain_implementation: None) -> None
     assert error(2, accum_dtype=torch.float32) <= 1.01 * one
 
 
-def test_policy() -> None:
-    """The rows per chunk that the table of measurements in the policy's docstring names, and its limits."""
+def test_plan() -> None:
+    """The rows per chunk that the measurements in the docstring of `ChunkSizes` name, and their limits."""
 
     def rows(n: int, hidden: int, classes: int, needs_dw: bool = True, **options: Any) -> int:
         weight = torch.empty(classes, hidden, dtype=torch.bfloat16, device="meta")
-        chosen = {"accum_dtype": None, "chunk_size": None, "memory_budget": None, **options}
-        return POLICY.rows(
-            n, weight, Settings(Options(), False, False, False, torch.bfloat16, **chosen), needs_dw
-        )
+        return ChunkPlan.of(n, weight, torch.bfloat16, ChunkOptions(**options), needs_dw).rows
 
     assert rows(8192, 4096, 128256, needs_dw=False) == 2048
     assert rows(16384, 2048, 151936) == 2048
@@ -202,8 +199,8 @@ def test_more_budget_never_means_less_memory(shape: tuple[int, int, int]) -> Non
     weight = torch.empty(classes, hidden, dtype=torch.bfloat16, device="meta")
     seen = []
     for exponent in range(18, 33):
-        settings = Settings(Options(), False, False, False, torch.bfloat16, None, None, 2**exponent)
-        rows = POLICY.rows(n, weight, settings, needs_dw=True)
+        options = ChunkOptions(memory_budget=2**exponent)
+        rows = ChunkPlan.of(n, weight, torch.bfloat16, options, needs_dw=True).rows
         slab, sum_bytes = 2 * rows * classes, (2 if n <= 2 * rows else 4) * weight.numel()
         seen.append(max(sum_bytes + slab, (sum_bytes + 2 * weight.numel()) * (n > 2 * rows)))
     assert seen == sorted(seen)
@@ -279,7 +276,7 @@ def test_compiles_to_one_graph(
 ) -> None:
     chunked = []
     run = loop.run
-    monkeypatch.setattr(loop, "run", lambda *a: (chunked.append(a[5].chunk_size), run(*a))[1])
+    monkeypatch.setattr(loop, "run", lambda *a: (chunked.append(a[4].chunk_size), run(*a))[1])
     states, weight, target = drawn()
     function = torch.compile(fused_linear_cross_entropy, fullgraph=True, backend="aot_eager")
     options = {
@@ -325,24 +322,12 @@ def test_compiles_under_autocast(plain_implementation: None) -> None:
 def test_custom_op(reduction: str, plain_implementation: None) -> None:
     states, weight, target = drawn()
     bias = torch.zeros(50, device=DEVICE, requires_grad=True)
-    settings = (
-        -100,
-        1e-3,
-        0.1,
-        reduction,
-        None,
-        True,
-        True,
-        True,
-        True,
-        torch.float32,
-        None,
-        3,
-        None,
-    )
+    loss = CrossEntropyLoss(-100, 1e-3, 0.1, reduction, None, True, True, True, True)
+    options = (*library._encoded(loss), torch.float32, None, None, 3, None)
+    rest = (target, None, *(None,) * 3, None)  # no class weights, no teacher, no scale of rows
     for needs in ([True, True, True], [False, False, False]):
         tensors = [t.detach().requires_grad_(any(needs)) for t in (states, weight, bias)]
-        torch.library.opcheck(compiled._op, (*tensors, target, None, None, needs, *settings))
+        torch.library.opcheck(library._op, (*tensors, *rest, needs, *options))
 
 
 def test_frameworks_may_wrap_the_helpers(

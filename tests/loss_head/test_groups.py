@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from liger_kernel.backends.records import ChunkSizes
 from liger_kernel.chunked_loss import (
     LigerFusedLinearDPOLoss,
     LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
 )
-from liger_kernel.loss_head import products
+from liger_kernel.loss_head import plan, products
+from liger_kernel.loss_head.groups import RowGroups, cut, rows_to_visit
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
 from tests.chunked_loss.test_grpo import draw_policy
@@ -51,7 +53,7 @@ def grpo(**options: Any) -> Call:
     return call
 
 
-CALLS: dict[str, tuple[Call, int]] = {  # and the tokens of a unit
+CALLS: dict[str, tuple[Call, int]] = {  # and the tokens of a group
     "dpo": (dpo, 2 * LENGTH),
     "orpo": (orpo, 2 * LENGTH),
     "kto": (kto, LENGTH),
@@ -78,7 +80,7 @@ def by_name(found: list[Tensor]) -> dict[str, Tensor]:
 def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
     drawn = draw_sequences(torch.float32, BATCH, reference=False)(1 + seed)
     drawn = {name: t.to(dtype) if t.is_floating_point() else t for name, t in drawn.items()}
-    drawn["target"][3] = IGNORED  # a unit, or half of one, without tokens
+    drawn["target"][3] = IGNORED  # a group, or half of one, without tokens
     return drawn
 
 
@@ -97,8 +99,8 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    policy = loop.ChunkPolicy(most_rows=rows, fewest_rows_cpu=rows, multiple=1)
-    monkeypatch.setattr(loop, "POLICY", policy)
+    sizes = ChunkSizes(most_rows=rows, fewest_rows=rows, multiple=1)
+    monkeypatch.setattr(plan, "chunk_sizes", lambda device: sizes)
 
 
 def labels_of(name: str, i: dict[str, Any]) -> int:
@@ -112,18 +114,18 @@ def labels_of(name: str, i: dict[str, Any]) -> int:
 def test_any_chunks_give_the_same(
     name: str, rows: int, monkeypatch: pytest.MonkeyPatch, projected: list[int]
 ) -> None:
-    call, unit = CALLS[name]
+    call, group = CALLS[name]
     i = inputs()
     labels = labels_of(name, i)
-    set_rows(monkeypatch, 3)  # less than half of a unit
+    set_rows(monkeypatch, 3)  # less than half of a group
     run(call, i)
-    assert sum(projected) == (labels if unit == 1 else 2 * labels)
+    assert sum(projected) == (labels if group == 1 else 2 * labels)
     projected.clear()
     set_rows(monkeypatch, rows)
     run(call, i)
     assert sum(projected) == labels
     assert len(projected) > 1 or rows == 1024
-    assert max(projected) <= max(rows, unit)
+    assert max(projected) <= max(rows, group)
 
     def draw(seed: int) -> Any:
         found = []
@@ -151,7 +153,7 @@ def test_strides_do_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_under_autocast(name: str, monkeypatch: pytest.MonkeyPatch, projected: list[int]) -> None:
-    """Products in bf16, gradients in the dtype of their parameters; one walk and two give the same."""
+    """Products in bf16, gradients in the dtype of their parameters; one pass and two give the same."""
     call = CALLS[name][0]
     i = inputs()
 
@@ -239,24 +241,24 @@ def test_labels_are_checked() -> None:
         kto(i | {"weight": i["weight"][:, 1:].clone().requires_grad_()})
 
 
-def test_units_stay_whole() -> None:
-    cut = [(0, 3), (3, 7), (7, 9)]
-    assert chunks(9, 4, [2, 1, 0, 4, 2, 0]) == [slice(*at) for at in cut]
-    assert chunks(4, 4, [2, 2]) == [slice(0, 4)]
-    assert chunks(9, 1, [9]) == [slice(0, 9)]
-    assert chunks(9, 5, None) == [slice(0, 5), slice(5, 9)]
-    assert chunks(0, 5, [0, 0]) == chunks(0, 5, []) == chunks(0, 5, None) == []
+def test_groups_stay_whole() -> None:
+    parts = [(0, 3), (3, 7), (7, 9)]
+    assert cut(9, 4, [2, 1, 0, 4, 2, 0]) == [slice(*at) for at in parts]
+    assert cut(4, 4, [2, 2]) == [slice(0, 4)]
+    assert cut(9, 1, [9]) == [slice(0, 9)]
+    assert cut(9, 5, None) == [slice(0, 5), slice(5, 9)]
+    assert cut(0, 5, [0, 0]) == cut(0, 5, []) == cut(0, 5, None) == []
 
 
-def test_rows_to_walk() -> None:
+def test_rows_to_visit() -> None:
     pairs = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    units = Units(4, pairs, lambda losses, where: losses)
+    groups = RowGroups(4, pairs, lambda losses: (losses.sum(), ()), torch.ones(8))
     target = torch.tensor([1, IGNORED, 1, 1, 1, 1, 1, 1])
-    kept, sizes = rows_to_walk(target, IGNORED, None, units)
+    kept, sizes = rows_to_visit(target, IGNORED, None, groups)
     assert kept is not None
     assert kept.tolist() == [0, 4, 5, 2, 3, 6, 7]
     assert sizes == [3, 4]
-    elsewhere = rows_to_walk(target.to("meta"), IGNORED, None, units)  # where looking would stall
+    elsewhere = rows_to_visit(target.to("meta"), IGNORED, None, groups)  # where looking would stall
     assert elsewhere == (pairs, [4, 4])
-    single = Units(1, None, lambda losses, where: losses)
-    assert rows_to_walk(target.to("meta"), IGNORED, None, single) == (None, None)
+    single = RowGroups(1, None, groups.loss_of, groups.neutral)
+    assert rows_to_visit(target.to("meta"), IGNORED, None, single) == (None, None)

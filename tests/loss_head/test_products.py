@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from liger_kernel.ops.cross_entropy.rows import Options, Rows, Totals
 
 from liger_kernel import backends
+from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy, products
+from liger_kernel.loss_head import products
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.fused_linear_cross_entropy.cases import SPEC
-from liger_kernel.loss_head.products import slab_width
-from liger_kernel.ops.cross_entropy import rows
+from liger_kernel.loss_head.products import HeadInputs, HeadProducts, has_mixed_product, slab_width
+from liger_kernel.ops.cross_entropy import portable
 from liger_kernel.ops.cross_entropy import triton as kernels
+from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
 from liger_kernel.testing import Make, OpCase, assert_no_worse
 from liger_kernel.testing.calls import assert_as_exact, drawn
 
@@ -24,15 +28,19 @@ ODD = [case for case in SMALL if case.inputs(Make(torch.float32))[1].shape[0] % 
 PARTED = [case for case in ODD if case.inputs(Make(torch.float32))[3] is None]
 
 
+def force_multiple(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    """Every device is slow unless the classes of a head are a multiple of that."""
+
+    def facts_of(device: torch.device) -> DeviceFacts:
+        return replace(backends.facts_of(device), product_multiple=multiple)
+
+    monkeypatch.setattr(products, "facts_of", facts_of)
+
+
 @pytest.fixture
 def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Padded slabs on every device."""
-
-    def width(weight: torch.Tensor) -> int:
-        n_classes = weight.shape[0]
-        return n_classes if n_classes % 8 == 0 else -(-n_classes // 64) * 64
-
-    monkeypatch.setattr(products, "slab_width", width)
+    force_multiple(monkeypatch, 8)
     with backends.use_implementation("triton"):
         yield
 
@@ -71,21 +79,34 @@ def test_padded_rows_give_the_same_bits(classes: int, dtype: torch.dtype) -> Non
     make = Make(dtype, DEVICE)
     logits, target = make.randn(5, classes, scale=3), make.labels(5, classes, 0.3)
     weight = make.randn(classes).abs() + 0.1
-    options = Options(label_smoothing=0.1, softcap=5.0, lse_square_scale=1e-3)
-    totals = Totals.of(target, weight, options, True)
+    options = CrossEntropyOptions(
+        label_smoothing=0.1,
+        softcap=5.0,
+        lse_square_scale=1e-3,
+        return_z_loss=True,
+        return_token_accuracy=True,
+        return_predicted_tokens=True,
+    )
+    totals = Totals.of(target, weight, options)
+
+    def stepped(step: Any, x: torch.Tensor, grad: torch.Tensor, padded: bool) -> CrossEntropyRows:
+        out = CrossEntropyRows.empty(target, torch.float32, options)
+        more = {"grad": grad, "row_scale": None, "padded": padded}
+        step(x, target, weight, totals=totals, options=options, out=out, **more)
+        return out
+
     found = []
     for width in (classes, -(-classes // 64) * 64):
         memory = torch.full((5, width), torch.nan, dtype=dtype, device=DEVICE)
         x = memory[:, :classes]
         x.copy_(logits)
-        out = Rows.empty(target, torch.float32, True, True, True)
-        kernels.step(x, target, weight, totals, options, out, x, None, width != classes)
-        found.append((x, out.loss, out.z_loss, out.accuracy, out.predicted))
+        out = stepped(kernels.step, x, x, width != classes)
+        found.append((x, *out.columns))
     beyond = memory[:, classes : -(-classes // 16) * 16]
     assert not beyond[target >= 0].any()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     plain = torch.empty_like(logits)
-    rows.step(logits, target, weight, totals, options, out, plain, padded=True)
+    stepped(portable.step, logits, plain, True)
     assert plain.isfinite().all()
 
 
@@ -108,15 +129,25 @@ def test_distillation_in_two_parts(padded: None, monkeypatch: pytest.MonkeyPatch
         assert_no_worse(name, a, b, c)
 
 
+def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> HeadProducts:
+    return HeadProducts(HeadInputs(weight[:4], weight, bias, weight.dtype))
+
+
 def test_heads_are_parted_where_a_sum_of_both_is_rounded_once() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = Make(dtype, DEVICE).randn(77, 8)
-        parted = DEVICE == "cuda" and (dtype == torch.float32 or has_mixed_gemm(weight))
-        head = Head(weight, None, may_pad=True)
+        mixed = has_mixed_product(weight.device, dtype)
+        parted = DEVICE == "cuda" and (dtype == torch.float32 or mixed)
+        head = head_of(weight)
         assert len(head.parts) == 1 + parted
         assert head.width == (128 if parted else 77)
-        assert len(Head(weight, None, may_pad=False).parts) == 1
-        assert len(Head(weight[:72], None, may_pad=True).parts) == 1
-        assert len(Head(weight, weight[:, 0], may_pad=True).parts) == 1
-        assert len(Head(weight[:5], None, may_pad=True).parts) == 1
+        assert head.is_padded == parted
+        with pytest.MonkeyPatch.context() as patch:
+            for multiple in (1, 7, 8):  # that of 77 classes, and of a device that does not ask
+                force_multiple(patch, multiple)
+                wide = dtype == torch.float32 or mixed
+                assert len(head_of(weight).parts) == 1 + (wide and multiple == 8)
+        assert len(head_of(weight[:72]).parts) == 1
+        assert len(head_of(weight, weight[:, 0]).parts) == 1
+        assert len(head_of(weight[:5]).parts) == 1
     assert slab_width(weight) == (128 if DEVICE == "cuda" else 77)

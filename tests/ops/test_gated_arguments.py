@@ -102,10 +102,15 @@ def test_small_calls_on_a_gpu_are_plain_pytorch(
     """Three products and two C++ ops take the host less time than any op in Python."""
     tensors = {name: t.requires_grad_() for name, t in block().items() if t is not None}
     asked: list[int] = []
-    monkeypatch.setattr(module, "host_bound", lambda x, limit, n: asked.append(n) or True)
-    y = gated_mlp(**tensors, gate_multiplier=multiplier)
+    monkeypatch.setattr(module, "host_bound", lambda x, limit: asked.append(limit) or True)
     plain = reference.gated_mlp(*tensors.values(), "silu", multiplier)
-    assert asked == ([3 * FEATURES] if multiplier == 1 else [])
+    monkeypatch.setattr(module, "_SMALL", 3 * FEATURES - 1)  # below the elements of the gate
+    y = gated_mlp(**tensors, gate_multiplier=multiplier)
+    assert asked == []
+    assert type(y.grad_fn) is not type(plain.grad_fn)
+    monkeypatch.setattr(module, "_SMALL", 3 * FEATURES)
+    y = gated_mlp(**tensors, gate_multiplier=multiplier)
+    assert asked == ([tensors["x"].numel()] if multiplier == 1 else [])
     assert (type(y.grad_fn) is type(plain.grad_fn)) == (multiplier == 1)
     if multiplier == 1:
         assert torch.equal(y, plain)

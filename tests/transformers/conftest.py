@@ -15,11 +15,11 @@ from liger_kernel import backends
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]:
     """How often each op's implementation ran."""
     counts: collections.Counter[str] = collections.Counter()
-    original = backends._implementation
+    original = backends._kernels
 
     def counting(op: str, *args: Any) -> Any:
         counts[op] += 1
         return original(op, *args)
 
-    monkeypatch.setattr(backends, "_implementation", counting)
+    monkeypatch.setattr(backends, "_kernels", counting)
     return counts

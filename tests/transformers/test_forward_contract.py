@@ -197,6 +197,7 @@ class TestForwardContract:
 def test_ignored_labels_cost_nothing(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of labels reaches the loop from the start of the forward, not from a look at the loss's own labels."""
     from liger_kernel.loss_head import loop
+    from liger_kernel.loss_head.plan import ChunkOptions
 
     inputs = batch(ignored=0.8)
     model = build(model_type)
@@ -205,7 +206,7 @@ def test_ignored_labels_cost_nothing(model_type: str, monkeypatch: pytest.Monkey
     run = loop.run
 
     def listening(*args: Any) -> Any:
-        said.append(next(a.label_count for a in args if isinstance(a, loop.Settings)))
+        said.append(next(a.label_count for a in args if isinstance(a, ChunkOptions)))
         return run(*args)
 
     monkeypatch.setattr(loop, "run", listening)

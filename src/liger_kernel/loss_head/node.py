@@ -120,6 +120,8 @@ class _LinearLoss(torch.autograd.Function):
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
             ctx.recompute = rest if ctx.recomputes else None
+            # a loss by groups, or of a distillation module, has no reduction to choose
+            ctx.way_out = NONE_RECOMPUTES if groups is None and teacher is None else ""
             ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
         return tuple(outputs)
 
@@ -129,7 +131,7 @@ class _LinearLoss(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 4
         if not ctx.recomputes:
-            refuse_second_backward(ctx, "a loss made with its gradients", NONE_RECOMPUTES)
+            refuse_second_backward(ctx, "this loss", ctx.way_out)
             found = ctx.saved_tensors
             scale_gradients(found, grads[0])
             return *found, None

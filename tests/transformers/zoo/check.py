@@ -271,17 +271,17 @@ def _floats(value: Any) -> bool:
 @contextmanager
 def _counted(counts: dict[str, int]) -> Iterator[None]:
     """Counts the calls of every op into `counts`."""
-    original = backends._implementation
+    original = backends._kernels
 
     def counting(op: str, *args: Any) -> Any:
         counts[op] = counts.get(op, 0) + 1
         return original(op, *args)
 
-    backends._implementation = counting  # type: ignore[assignment]
+    backends._kernels = counting  # type: ignore[assignment]
     try:
         yield
     finally:
-        backends._implementation = original
+        backends._kernels = original
 
 
 def _snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
