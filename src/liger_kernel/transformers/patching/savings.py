@@ -36,9 +36,7 @@ from liger_kernel.ops.fused_linear_cross_entropy.products import (
     has_mixed_gemm,
     slab_width,
 )
-from liger_kernel.transformers.patching.loss import FusedHead
-from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Options
-from liger_kernel.transformers.patching.state import state_of
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS, PatchOptions
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,11 @@ class LossSite:
     needs_dx: bool
     needs_dw: bool
     softcap: bool
-    options: Options
+    options: PatchOptions
 
     @classmethod
     def of(
-        cls, model: nn.Module, heads: Sequence[nn.Module], options: Options, tokens: int
+        cls, model: nn.Module, heads: Sequence[nn.Module], options: PatchOptions, tokens: int
     ) -> LossSite:
         """As things are now: what is frozen, which autocast is on."""
         head: Any = heads[0]
@@ -113,15 +111,3 @@ class LossSite:
         product = 0 if total.dtype == x.dtype or mixed else self._of_weight(x.dtype)
         rounded = 0 if total.dtype == self.weight.dtype else self._of_weight(self.weight.dtype)
         return held + self._of_weight(total.dtype) + max(slab + product, rounded)
-
-
-def saved_bytes(model: nn.Module, batch: int, seq: int) -> int:
-    """`PatchReport.savings` of a patched model; 0 where no head is fused with its loss."""
-    if batch < 1 or seq < 1:
-        raise ValueError(f"batch={batch} and seq={seq} must both be at least 1.")
-    state = state_of(model)
-    heads = [module for module in model.modules() if isinstance(module, FusedHead)]
-    if state is None or not heads:
-        return 0
-    site = LossSite.of(model, heads, state.options, batch * seq)
-    return site.stock() - site.fused()
