@@ -6,6 +6,7 @@ Every rule is a function from a tree to a list of findings; every one is also sh
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import importlib.util
 import inspect
@@ -240,6 +241,35 @@ def devices_by_name(root: Path) -> Findings:
     return findings
 
 
+def no_circles(root: Path) -> Findings:
+    """No file of the library imports itself by way of others, not even inside a function; for types it may.
+
+    `from a.b import c` needs the file of `a.b.c`, if that is one, and else that of `a.b`.
+    """
+    files = {module_name(root, path): path for path in python_files(root, "src")}
+    needs: dict[str, set[str]] = {}
+    for module, path in files.items():
+        for_types = type_checking_lines(path)
+        named = (name for line, name in imports(root, path) if line not in for_types)
+        needs[module] = {n if n in files else n.rpartition(".")[0] for n in named} - {module}
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        return [f"a circle of imports: {' <- '.join(error.args[1])}"]
+    return []
+
+
+def type_checking_lines(path: Path) -> set[int]:
+    """Lines that only a type checker runs."""
+    blocks = (
+        statement
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+    )
+    return {line for b in blocks for line in range(b.lineno, (b.end_lineno or b.lineno) + 1)}
+
+
 RULES: tuple[Callable[[Path], Findings], ...] = (
     ops_complete,
     import_directions,
@@ -247,6 +277,7 @@ RULES: tuple[Callable[[Path], Findings], ...] = (
     sizes,
     one_tolerance,
     devices_by_name,
+    no_circles,
 )
 
 
@@ -339,6 +370,8 @@ def test_rule_accepts_a_clean_tree(rule: Callable[[Path], Findings], tmp_path: P
         (devices_by_name, "ops/x.py", "x = y == 'cuda:0'", "'cuda:0'"),
         (devices_by_name, "ops/x.py", "if x.is_cuda: pass", "x.is_cuda; ask"),
         (devices_by_name, "ops/x.py", "y = x.device.type != 'cpu'", "ask backends.facts_of"),
+        (no_circles, "ops/norm/reference.py", "def f():\n  from . import x", "ops.norm <- "),
+        (no_circles, "_core/x.py", "import liger_kernel.ops.norm.triton", "circle"),
     ],
 )
 def test_rule_sees_a_violation(
@@ -351,6 +384,14 @@ def test_rule_sees_a_violation(
 def test_kernels_may_be_long(tmp_path: Path) -> None:
     planted = plant(tmp_path, {**CLEAN, "src/liger_kernel/x.py": f"@triton.jit\n{LONG}"})
     assert sizes(planted) == []
+
+
+def test_types_may_go_in_a_circle(tmp_path: Path) -> None:
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import op\n"
+    planted = plant(tmp_path, {**CLEAN, "src/liger_kernel/ops/norm/reference.py": text})
+    assert no_circles(planted) == []
+    at_run_time = {"src/liger_kernel/ops/norm/reference.py": text + "from . import op"}
+    assert no_circles(plant(tmp_path, at_run_time))
 
 
 def test_missing_file_of_an_op(tmp_path: Path) -> None:

@@ -222,11 +222,10 @@ def test_patch_by_decree() -> None:
 
 def test_proofs_ignore_the_defaults_of_the_moment() -> None:
     """`from_pretrained` builds models on the meta device with a 16-bit default dtype."""
-    from liger_kernel.transformers.patching import mlps, norms, rope
+    from liger_kernel.transformers.patching.sites import mlps, norms, rope
 
-    for cache in (norms._plans, mlps._plans):
-        cache.clear()
-    rope.prove.cache_clear()
+    for proof in (norms.find_plan, mlps.find_plan, rope.prove):
+        proof.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"), torch.inference_mode():

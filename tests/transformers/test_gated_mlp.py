@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import liger_kernel
 from liger_kernel.backends import use_implementation
 from liger_kernel.testing import Make, assert_no_worse
-from liger_kernel.transformers.patching import mlps
+from liger_kernel.transformers.patching.sites import mlps
 
 HIDDEN, FEATURES, TOKENS = 16, 40, 12
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run

@@ -16,7 +16,7 @@ from torch import nn
 import liger_kernel
 from benchmark import savings as benchmark
 from liger_kernel.backends import use_implementation
-from liger_kernel.transformers.patching import Options, PatchReport
+from liger_kernel.transformers.patching import PatchOptions, PatchReport
 from liger_kernel.transformers.patching.savings import LossSite
 from tests.transformers.tiny import VOCAB, build
 
@@ -49,7 +49,7 @@ SITE = LossSite(
     needs_dx=True,
     needs_dw=True,
     softcap=False,
-    options=Options(),
+    options=PatchOptions(),
 )
 
 
@@ -66,9 +66,9 @@ def test_terms() -> None:
     assert SITE.fused() == dx + weight + logits // 2
     frozen_body = replace(SITE, needs_dx=False)
     assert SITE.fused() - frozen_body.fused() == dx
-    frozen_head = replace(SITE, needs_dw=False, options=Options(chunk_size=1024))
+    frozen_head = replace(SITE, needs_dw=False, options=PatchOptions(chunk_size=1024))
     assert frozen_head.fused() == dx + logits // 8
-    exact = replace(SITE, options=Options(accum_dtype=torch.float32))
+    exact = replace(SITE, options=PatchOptions(accum_dtype=torch.float32))
     assert exact.fused() > SITE.fused()
     wide = replace(SITE, weight=SITE.weight.float(), logits_dtype=torch.float32)
     assert wide.stock() == SITE.stock()  # the converted logits, or the logits

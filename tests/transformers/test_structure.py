@@ -19,8 +19,9 @@ from transformers import AutoConfig
 
 import liger_kernel
 from liger_kernel.testing import Make, assert_no_worse
-from liger_kernel.transformers.patching import Row, rope
-from liger_kernel.transformers.patching.walk import marker
+from liger_kernel.transformers.patching import Row
+from liger_kernel.transformers.patching.plans import marker
+from liger_kernel.transformers.patching.sites import rope
 from tests.transformers.steps import assert_all_no_worse, assert_identical, snapshot, step
 from tests.transformers.tiny import batch, build
 

@@ -10,9 +10,17 @@ from torch import Tensor
 
 
 def excess(
-    ours: Tensor, high: Tensor, low: Tensor | Sequence[Tensor], *, elementwise: bool = False
+    ours: Tensor,
+    high: Tensor,
+    low: Tensor | Sequence[Tensor],
+    *,
+    elementwise: bool = False,
+    eps: float | None = None,
+    factor: float = 2.0,
 ) -> float:
     """The error of `ours` over the error allowed: at most 1.0 where `ours` obeys the rule.
+
+    `eps`: the spacing at 1, that of the dtype of `ours` if None. `factor`: 2 is the rule; patching also asks for 1.
 
     Infinite where shapes, dtypes, integers, or the places and signs of NaNs and infinities differ.
     """
@@ -23,6 +31,7 @@ def excess(
     if not dtype.is_floating_point:
         return 0.0 if torch.equal(ours, high.to(dtype)) else math.inf
     info = torch.finfo(dtype)
+    eps = info.eps if eps is None else eps
     ours, high, *lows = (t.detach().to(torch.float64) for t in (ours, high, *lows))
     beyond = high.isfinite() & (rounded := high.to(dtype)).isinf()
     if beyond.any():  # infinity and the largest number are both right there
@@ -44,8 +53,8 @@ def excess(
     for reduce in (torch.amax, _rms):
         found = max((float(reduce(t)) for t in allowed if t.numel()), default=0.0)
         if elementwise:
-            return float(_ratio(error, 2 * (found + info.eps * size)).amax())
-        ratios.append(_ratio(reduce(error), 2 * (found + info.eps * reduce(size))))
+            return float(_ratio(error, factor * (found + eps * size)).amax())
+        ratios.append(_ratio(reduce(error), factor * (found + eps * reduce(size))))
     return max(map(float, ratios))
 
 

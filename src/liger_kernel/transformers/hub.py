@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from liger_kernel.backends.triton import DEVICE_TYPES
-from liger_kernel.transformers.patching import norms, rope, walk
+from liger_kernel.transformers.patching.plans import call, marker, ours_runs
+from liger_kernel.transformers.patching.sites import norms, rope
 
 #: `kernels` calls AMD GPUs by their own name
 DEVICES = (*DEVICE_TYPES, "rocm")
@@ -30,13 +30,15 @@ class RMSNorm(nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # Inductor fuses HF's own code with its neighbours
+        if not ours_runs():
             return type(self).forward(self, hidden_states)
-        if norms.PLAN not in self.__dict__:
-            self.__dict__[norms.PLAN] = norms.find_plan(self)
-        if self.__dict__[norms.PLAN] is None:
+        kind = norms.NormPlan.kind
+        if marker(kind) not in self.__dict__:
+            found = norms.find_plan(self)
+            self.__dict__[marker(kind)] = None if isinstance(found, str) else found
+        if self.__dict__[marker(kind)] is None:
             return type(self).forward(self, hidden_states)
-        return walk.call(self, norms.NormPlan.kind, hidden_states)
+        return call(self, kind, hidden_states)
 
 
 class RotaryEmbedding(nn.Module):
@@ -48,7 +50,7 @@ class RotaryEmbedding(nn.Module):
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
         cls: Any = type(self)
-        if torch.compiler.is_compiling():
+        if not ours_runs():
             return cls.forward(self, q, k, cos, sin, unsqueeze_dim)
         return _rotary(cls)(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 

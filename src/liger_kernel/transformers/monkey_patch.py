@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from liger_kernel.transformers.modules.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
-from liger_kernel.transformers.patching import norms, patch, walk
+from liger_kernel.transformers.patching import PatchOptions, PatchReport, patch, sites
 from liger_kernel.transformers.patching.classes import (
     GlobalPatch,
     patch_classes,
@@ -19,9 +19,8 @@ from liger_kernel.transformers.patching.classes import (
     unpatch_classes,
 )
 from liger_kernel.transformers.patching.families import FAMILIES, OPTION_OF, Family
-from liger_kernel.transformers.patching.mlps import find_plan as find_mlp_plan
-from liger_kernel.transformers.patching.options import Options
-from liger_kernel.transformers.patching.report import PatchReport
+from liger_kernel.transformers.patching.plans import install
+from liger_kernel.transformers.patching.sites import mlps, norms
 from liger_kernel.transformers.patching.state import State, state_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,8 @@ def _entry_point(family: Family) -> ApplyFunction:
         flags = dict(bound.arguments)
         model = flags.pop("model", None)
         options = family.options(flags)
-        Options.of(**options)  # flags that exclude each other are refused before anything changes
+        # flags that exclude each other are refused before anything changes
+        PatchOptions.of(sites.OPTIONS, **options)
         name = _modeling_name(family)
         if model is None:
             patch_classes(
@@ -154,24 +154,24 @@ def _patch_rms_norm_module(
     """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
     name = _eps_name(module, eps)
     plan = norms.NormPlan("rms_norm", name, offset, casting_mode, wide_weight=True, wide_x=True)
-    walk.install(module, plan, _unrecorded())
+    install(module, plan, _unrecorded())
 
 
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
     name = _eps_name(module, eps)
-    walk.install(module, norms.NormPlan("layer_norm", name), _unrecorded())
+    install(module, norms.NormPlan("layer_norm", name), _unrecorded())
 
 
 def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None = None) -> None:
     """Fuse the gated product of one MLP; ValueError if it is not proven to be one."""
-    plan = find_mlp_plan(module)
-    if plan is None:
+    plan = mlps.find_plan(module)
+    if isinstance(plan, str):
         raise ValueError(
             f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is."
         )
-    walk.install(module, plan, _unrecorded())
+    install(module, plan, _unrecorded())
 
 
 def _unrecorded() -> State:
-    return State(Options(), PatchReport(""))
+    return State(PatchOptions(), PatchReport(""))

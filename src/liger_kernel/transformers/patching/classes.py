@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from liger_kernel.transformers.modules import rope as rope_module
-from liger_kernel.transformers.patching.rope import Form, prove
+from liger_kernel.transformers.patching.sites.rope import Form, prove
 
 _ROPE = "apply_rotary_pos_emb"
 _building = 0  # depth of nested constructors: only the outermost model is patched
@@ -58,7 +58,10 @@ def patch_rope_globally(modeling: types.ModuleType) -> GlobalPatch | None:
     ours = rope_module.liger_rotary_pos_emb
     if original is None:
         return None
-    if original is not ours and Form() not in [replace(f, narrow="") for f in prove(original)]:
+    forms = () if original is ours else prove(original)
+    if original is not ours and Form() not in [
+        replace(f, narrow="") for f in forms if isinstance(f, Form)
+    ]:
         return None
     return GlobalPatch(modeling, _ROPE, ours)
 

@@ -13,7 +13,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
 
-def plain_weight(linear: Any) -> Tensor | None:
+def matmul_weight(linear: Any) -> Tensor | None:
     """The weight of `linear`; None if its call may do more than multiply by it, or has to be seen by somebody.
 
     That is so for adapters and quantised layers (classes of their own), for hooks (ZeRO-3, offloading, yours), for

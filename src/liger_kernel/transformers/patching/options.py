@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The keyword arguments of `liger_kernel.patch`.
+class Option:
+    """A keyword argument of `patch` that switches sites on or off; a site brings its own, or shares one."""
+
+    name: str
+    default: bool
+    help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchOptions:
+    """The keyword arguments of `liger_kernel.patch`, checked.
 
     Attributes:
-        fused_linear_cross_entropy: run `lm_head` and the loss as one fused op; the logits are never stored.
-        cross_entropy: keep the logits, fuse the loss alone (excludes `fused_linear_cross_entropy`).
-        rms_norm, layer_norm, mlp, rope: replace modules of that kind where the replacement is proven equal; `mlp`
-            stands for gated MLPs, the gates of experts, and squared ReLUs.
+        enabled: the names of the options of sites that are on.
         chunk_size: rows of logits held at a time by the fused loss; default: chosen from a byte budget.
         memory_budget: bytes for the slab of logits; an alternative to `chunk_size`.
         accum_dtype: dtype in which the gradient of the head's weight is accumulated; default: chosen by chunk count.
         strict: raise ValueError if nothing at all could be replaced.
     """
 
-    fused_linear_cross_entropy: bool = True
-    cross_entropy: bool = False
-    rms_norm: bool = True
-    layer_norm: bool = True
-    mlp: bool = True
-    rope: bool = True
+    enabled: frozenset[str] = frozenset()
     chunk_size: int | None = None
     memory_budget: int | None = None
     accum_dtype: torch.dtype | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.cross_entropy and self.fused_linear_cross_entropy:
+        if {"cross_entropy", "fused_linear_cross_entropy"} <= self.enabled:
             raise ValueError(
                 "cross_entropy=True and fused_linear_cross_entropy=True exclude each other: "
                 "the fused linear loss leaves no logits for the other. Set one of them to False."
@@ -47,17 +49,18 @@ class Options:
             )
 
     @classmethod
-    def of(cls, **given: Any) -> Options:
+    def of(cls, options: Iterable[Option], **given: Any) -> PatchOptions:
         """Check the names; a flag given as None means False, as the entry points of HF pass it."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(given.keys() - known.keys())
+        switches = {option.name: option.default for option in options}
+        others = {field.name for field in dataclasses.fields(cls)} - {"enabled"}
+        unknown = sorted(given.keys() - switches.keys() - others)
         if unknown:
-            raise TypeError(
-                f"Unknown option(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}."
-            )
-        flags = {name for name, field in known.items() if isinstance(field.default, bool)}
-        values: dict[str, Any] = {n: bool(v) if n in flags else v for n, v in given.items()}
-        return cls(**values)
+            known = ", ".join(sorted(switches.keys() | others))
+            raise TypeError(f"Unknown option(s) {', '.join(unknown)}; known: {known}.")
+        values = {name: given[name] for name in others & given.keys()}
+        values["strict"] = bool(values.get("strict"))
+        on = frozenset(name for name, default in switches.items() if given.get(name, default))
+        return cls(on, **values)
 
 
 #: options of the fused loss that are handed on to the op when they are set

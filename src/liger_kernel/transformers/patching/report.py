@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ COLUMNS = ("kind", "modules", "", "replaced by")
 class Row:
     """One place in the model. `by` names the replacement, or is None where `reason` says why there is none."""
 
-    kind: str  # "loss", "norm", "mlp", "experts", "rope"
+    kind: str  # that of a site: "loss", "norm", "mlp", "experts", "rope"
     path: str
     by: str | None = None
     reason: str = ""
@@ -29,6 +29,10 @@ class PatchReport:
     model: str
     rows: list[Row] = field(default_factory=list)
     of: nn.Module | None = field(default=None, repr=False, compare=False)  # the patched model
+    #: what `savings` of (model, tokens) come from, if anything does: a function of a module, so that it can be pickled
+    forecast: Callable[[nn.Module, int], int] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def replaced(self) -> list[Row]:
@@ -60,15 +64,15 @@ class PatchReport:
         Returns: 0 where the loss is not fused with the head, or is not any more.
         Raises: ValueError for a size below 1, or a report that belongs to no model.
         """
-        from liger_kernel.transformers.patching.savings import saved_bytes
-
         if self.of is None:
             raise ValueError(
                 "This report belongs to no model; take the one that patch(model) returns."
             )
-        return saved_bytes(self.of, batch, seq)
+        if batch < 1 or seq < 1:
+            raise ValueError(f"batch={batch} and seq={seq} must both be at least 1.")
+        return 0 if self.forecast is None else self.forecast(self.of, batch * seq)
 
-    def _head(self) -> str:
+    def _title(self) -> str:
         return f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
 
     def _lines(self) -> list[tuple[str, str, str, str]]:
@@ -81,14 +85,14 @@ class PatchReport:
         lines = [COLUMNS, *self._lines()]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         padded = ("  ".join([*map(str.ljust, line, widths), line[3]]) for line in lines)
-        return "\n".join([self._head(), *padded])
+        return "\n".join([self._title(), *padded])
 
     def __rich__(self) -> Any:
         """What `rich.print(report)` shows: the same table, drawn."""
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(*COLUMNS, title=escape(self._head()), title_justify="left")
+        table = Table(*COLUMNS, title=escape(self._title()), title_justify="left")
         for line in self._lines():
             table.add_row(*map(escape, line), style="dim" if "(skipped" in line[3] else None)
         return table

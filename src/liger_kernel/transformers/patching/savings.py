@@ -29,9 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
-from liger_kernel.transformers.patching.loss import FusedHead
-from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Options
-from liger_kernel.transformers.patching.state import state_of
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS, PatchOptions
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,11 @@ class LossSite:
     needs_dx: bool
     needs_dw: bool
     softcap: bool
-    options: Options
+    options: PatchOptions
 
     @classmethod
     def of(
-        cls, model: nn.Module, heads: Sequence[nn.Module], options: Options, tokens: int
+        cls, model: nn.Module, heads: Sequence[nn.Module], options: PatchOptions, tokens: int
     ) -> LossSite:
         """As things are now: what is frozen, which autocast is on."""
         head: Any = heads[0]
@@ -94,15 +92,3 @@ class LossSite:
         chosen = ChunkOptions(**{name: getattr(self.options, name) for name in LOSS_OPTIONS})
         plan = ChunkPlan.of(self.tokens, self.weight, self.logits_dtype, chosen, self.needs_dw)
         return self._fixed() + self._dx() + plan.peak_bytes()
-
-
-def saved_bytes(model: nn.Module, batch: int, seq: int) -> int:
-    """`PatchReport.savings` of a patched model; 0 where no head is fused with its loss."""
-    if batch < 1 or seq < 1:
-        raise ValueError(f"batch={batch} and seq={seq} must both be at least 1.")
-    state = state_of(model)
-    heads = [module for module in model.modules() if isinstance(module, FusedHead)]
-    if state is None or not heads:
-        return 0
-    site = LossSite.of(model, heads, state.options, batch * seq)
-    return site.stock() - site.fused()

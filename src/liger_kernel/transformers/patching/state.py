@@ -13,12 +13,10 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from liger_kernel.transformers.patching.options import Options
+from liger_kernel.transformers.patching.options import PatchOptions
 from liger_kernel.transformers.patching.report import PatchReport
 
-MISSING = (
-    "<missing>"  # a string, so that it stays the same object-value through deepcopy and pickle
-)
+MISSING = "<missing>"  # a string, so that it stays the same value through deepcopy and pickle
 KEY = "_liger_state"
 
 
@@ -45,10 +43,14 @@ class Change:
 class State:
     """Everything `patch` did to one model."""
 
-    options: Options
+    options: PatchOptions
     report: PatchReport
     changes: list[Change] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        return cast(nn.Module, self.report.of)
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
         """Set an instance attribute, past `nn.Module.__setattr__`."""

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.ops import rope as rope_op
-from liger_kernel.transformers.patching import proof, walk
+from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching.options import Option
+from liger_kernel.transformers.patching.plans import NamedPlan, marker, ours_runs
+from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
 
 
@@ -31,12 +34,9 @@ class Form:
     angles: str = "twice"  # what cos holds of the angles a: "twice" (a, a), "pairs" (a0, a0, a1, a1, ..) or "once" (a)
     unpaired: bool = False  # neighbours are sorted into halves first, and stay there (DeepSeek)
     keys: bool = True  # f(q, k, cos, sin), or f(x, cos, sin)
-    flat: bool = (
-        False  # (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R)
-    )
-    narrow: str = (
-        ""  # proven for cos narrower than the heads, too: rotates the "first" or "last" columns
-    )
+    #: (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R)
+    flat: bool = False
+    narrow: str = ""  # proven for cos narrower than the heads, too: the "first" or "last" columns
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this is a call of the proven form."""
@@ -63,9 +63,7 @@ class Form:
             pairs = zip(parts, turned if self.keys else (turned,), strict=True)
             joined = tuple(torch.cat((still, x), -1) for (still, _), x in pairs)
             return joined if self.keys else joined[0]
-        if (
-            self.interleaved and self.angles == "twice"
-        ):  # the op reads one half of a wide table: the right one
+        if self.interleaved and self.angles == "twice":  # the op reads one half of a wide table
             cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
         if self.unpaired:
             q, k = _unpaired(q), None if k is None else _unpaired(k)
@@ -94,19 +92,27 @@ _FORMS = (
 
 
 @functools.cache
-def prove(original: Callable[..., Any]) -> tuple[Form, ...]:
-    """The call forms of a rotary function that our `rope` computes; empty if there is none."""
+def prove(original: Callable[..., Any]) -> tuple[Form, ...] | str:
+    """The call forms of a rotary function that our `rope` computes, or why there is none."""
+    found: list[Form] = []
+    verdicts: list[bool | str] = []
 
     def agrees(form: Form, rotary_dim: int) -> bool:
-        return proof.attempt(functools.partial(_agrees, original, form, rotary_dim))
+        try:
+            verdicts.append(_agrees(original, form, rotary_dim))
+        except proof.CannotRunAlone as error:
+            verdicts.append(f"its rotary function cannot be run alone: {error}")
+        return verdicts[-1] is True
 
-    found = []
-    for flat in (False, True):
-        form = next((f for f in (replace(f, flat=flat) for f in _FORMS) if agrees(f, 16)), None)
-        if form is not None:
-            narrow = (replace(form, narrow=where) for where in ("first", "last"))
-            found.append(next((f for f in narrow if agrees(f, 8)), form))
-    return tuple(found)
+    with proof.sandbox():
+        for flat in (False, True):
+            form = next((f for f in (replace(f, flat=flat) for f in _FORMS) if agrees(f, 16)), None)
+            if form is not None:
+                narrow = (replace(form, narrow=where) for where in ("first", "last"))
+                found.append(next((f for f in narrow if agrees(f, 8)), form))
+    if isinstance(verdicts[0], str) and not any(isinstance(v, bool) for v in verdicts):
+        return verdicts[0]
+    return tuple(found) or "its rotary function computes something else"
 
 
 def _agrees(original: Callable[..., Any], form: Form, rotary_dim: int) -> bool:
@@ -120,24 +126,26 @@ def _agrees(original: Callable[..., Any], form: Form, rotary_dim: int) -> bool:
         table = {"once": once, "twice": twice, "pairs": pairs}[form.angles]
         extra = {} if form.flat or unsqueeze_dim == 1 else {"unsqueeze_dim": 2}
         tables = (table.cos(), table.sin())
-        theirs = proof.run(lambda *h, t=tables, e=extra: original(*h, *t, **e), heads, [])
-        ours = proof.run(lambda *h, t=tables, e=extra: form.compute(*h, *t, **e), heads, [])
-        ok = ok and proof.same_function(ours, theirs)
+        theirs, ours = (_on_heads(f, tables, extra) for f in (original, form.compute))
+        ok = ok and proof.Theirs(theirs, nn.Module(), heads).agrees(ours)
     return ok
+
+
+def _on_heads(function: Callable[..., Any], tables: Any, extra: dict[str, int]) -> Any:
+    """As the code of a module (which there is not) that takes the heads."""
+    return lambda _, *heads: function(*heads, *(t.to(heads[0].dtype) for t in tables), **extra)
 
 
 @functools.cache
 def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     """A function with the signature of `original` that computes the proven call forms by our op, or None."""
     forms = prove(original)
-    if not forms:
+    if isinstance(forms, str):
         return None
 
     @functools.wraps(original)
     def liger_rope(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # Inductor makes two kernels more of ours
-            return original(*args, **kwargs)
-        for form in forms:
+        for form in forms if ours_runs() else ():
             if form.takes(args, kwargs):
                 return form.compute(*args, **kwargs)
         return original(*args, **kwargs)
@@ -152,13 +160,8 @@ def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
     if isinstance(inner, types.FunctionType):
         rebound = _rebound(inner)
         return None if rebound is None else _rewrapped(forward, inner, rebound)
-    overlay = {}
-    for name in forward.__code__.co_names:
-        original = forward.__globals__.get(name)
-        if "rot" in name and callable(original) and not isinstance(original, type):
-            ours = replacement(original)
-            if ours is not None:
-                overlay[name] = ours
+    ours = {name: replacement(f) for name, f in _rotary_functions(forward).items()}
+    overlay = {name: function for name, function in ours.items() if function is not None}
     if not overlay:
         return None
     # torch.compile reads the globals of a function through the module that they name
@@ -204,31 +207,35 @@ class RopeForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module = state["module"]
         self.function: Any = _rebound(type(self.module).forward)
-        self.__wrapped__ = types.MethodType(
-            type(self.module).forward, self.module
-        )  # for inspect.signature
+        # for inspect.signature
+        self.__wrapped__ = types.MethodType(type(self.module).forward, self.module)
 
 
-def _calls_rotary(module: nn.Module) -> types.FunctionType | None:
-    """The class' own forward, within all decorators, if it calls a rotary function by a global name."""
-    forward = getattr(type(module), "forward", None)
-    if not isinstance(forward, types.FunctionType):
-        return None
+def _rotary_functions(forward: Any) -> dict[str, Any]:
+    """What the function within all decorators calls by a global name with `rot` in it."""
     forward = inspect.unwrap(forward)
-    names = [
-        n for n in forward.__code__.co_names if "rot" in n and callable(forward.__globals__.get(n))
-    ]
-    return forward if names else None
+    code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    named = {n: known.get(n) for n in (code.co_names if code else ()) if "rot" in n}
+    return {n: f for n, f in named.items() if callable(f) and not isinstance(f, type)}
 
 
-def patch_rope(model: nn.Module, state: State) -> None:
-    """Give every attention module of `model` whose rotary function is proven its own forward."""
-    for path, module in walk.untouched(
-        model, state, "rope", lambda m: _calls_rotary(m) is not None
-    ):
-        if _rebound(type(module).forward) is None:
-            state.report.add("rope", path, reason="its rotary function computes something else")
-            continue
-        state.set(module, walk.marker("rope"), "liger rope")
-        state.set(module, "forward", RopeForward(module))
-        state.report.add("rope", path, by="liger rope")
+def _prove(module: nn.Module, state: State) -> NamedPlan | str:
+    forward: Any = type(module).forward
+    if _rebound(forward) is not None:
+        return NamedPlan("liger rope")
+    reasons = {why for f in _rotary_functions(forward).values() if isinstance(why := prove(f), str)}
+    return ", ".join(sorted(reasons)) or "a decorator hides its rotary function"
+
+
+def _install(module: nn.Module, plan: NamedPlan, state: State) -> None:
+    state.set(module, marker("rope"), plan)
+    state.set(module, "forward", RopeForward(module))
+
+
+SITE = Site(
+    options=(Option("rope", True, "rotary functions of attention modules."),),
+    kind="rope",
+    candidates=modules(lambda module: _rotary_functions(type(module).forward)),
+    prove=_prove,
+    install=_install,
+)

@@ -1,4 +1,4 @@
-"""The loss site: finds the head, arms it while the model runs with labels, and runs the fused loss in its place."""
+"""The head and the loss: the head is armed while its model runs with labels, and the fused loss runs in its place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from liger_kernel.backends import is_capturing
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
-from liger_kernel.transformers.labels import per_item, shifted
 from liger_kernel.transformers.outputs import with_metrics
 from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
-from liger_kernel.transformers.patching.options import LOSS_OPTIONS
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS, Option
+from liger_kernel.transformers.patching.plans import NamedPlan
+from liger_kernel.transformers.patching.savings import LossSite
+from liger_kernel.transformers.patching.site import Site
 from liger_kernel.transformers.patching.state import State, is_replaced, state_of
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
@@ -26,19 +28,19 @@ CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS)
 
 
 @dataclass
-class Frame:
+class ForwardCall:
     """One running forward of a patched model."""
 
     model: nn.Module
     armed: bool
     skip_logits: bool
-    asked: dict[str, Any] = field(default_factory=dict)
+    loss_options: dict[str, Any] = field(default_factory=dict)
     label_count: LabelCount | None = None
-    made: list[DeferredLogits] = field(default_factory=list)
+    deferred: list[DeferredLogits] = field(default_factory=list)
     fused: bool = False
-    found: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
-    def run(
+    def fused_loss(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
     ) -> Tensor:
         """Called from inside the head's forward, where its weight is whole."""
@@ -54,7 +56,7 @@ class Frame:
             request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
             bias,
             **request.arguments,
-            **self.asked,
+            **self.loss_options,
             label_count=self._count_for(request),
         )
         if not isinstance(result, functional.CrossEntropyOutput):
@@ -62,7 +64,7 @@ class Frame:
         for name in ("token_accuracy", "predicted_tokens"):
             value = getattr(result, name)
             if value is not None:
-                self.found[name] = value
+                self.metrics[name] = value
         return result.loss
 
     def _count_for(self, request: LossRequest) -> LabelCount | None:
@@ -79,25 +81,24 @@ class Frame:
         return around if getattr(around, "_fsdp_wrapped_module", None) is head else head
 
 
-class _Frames(threading.local):
-    """The running forwards of this thread, innermost last."""
+class _Running(threading.local):
+    """The forwards of this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[Frame] = []
+        self.calls: list[ForwardCall] = []
 
 
-_frames = _Frames()
+_running = _Running()
 
 
 class FusedHead:
     """Mixed into the class of a head: hands on deferred logits while its model is armed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stack = _frames.stack
-        if stack and stack[-1].armed and len(args) == 1 and not kwargs:
-            frame = stack[-1]
-            logits = DeferredLogits(frame.entry(cast(nn.Module, self)), args[0], frame.run)
-            frame.made.append(logits)
+        call = _running.calls[-1] if _running.calls else None
+        if call is not None and call.armed and len(args) == 1 and not kwargs:
+            logits = DeferredLogits(call.entry(cast(nn.Module, self)), args[0], call.fused_loss)
+            call.deferred.append(logits)
             return logits
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -152,37 +153,32 @@ def unsuitable(head: nn.Module) -> str | None:
     return None
 
 
-def patch_loss(model: nn.Module, state: State) -> None:
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The heads that can be fused, and those of which the report says why they cannot; without any, the model."""
     heads = find_heads(model)
     if not heads:
-        state.report.add("loss", type(model).__name__, reason="no head onto the vocabulary")
-        return
-    if isinstance(heads[0][1], nn.ModuleList):
-        joined = f"{len(heads[0][1])} heads, whose logits are joined before the loss"
-        state.report.add("loss", heads[0][0], reason=joined)
-        return
-    usable = []
-    for path, head in heads:
-        reason = unsuitable(head)
-        if reason is None:
-            usable.append((path, head))
-        elif len(heads) == 1 or not list(head.children()):
-            state.report.add("loss", path, reason=reason)
-    wraps_adapter = len(heads) > 1 and any(
-        "lora" in name for name, _ in heads[0][1].named_parameters()
-    )
-    if wraps_adapter:
-        state.report.add("loss", heads[0][0], reason="an adapter adds to its output")
-        return
-    for path, head in usable:
-        if not isinstance(head, FusedHead):
-            state.set_class(head, _fused_class(cast(Any, type(head))))
-        state.report.add("loss", path, by="fused linear cross entropy")
-    if usable:
-        state.handles += [
-            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        ]
+        return [(type(model).__name__, model)]
+    if len(heads) == 1 or isinstance(heads[0][1], nn.ModuleList):
+        return heads[:1]
+    if _is_adapted(heads[0][1]):
+        leaves = (place for place in heads[1:] if not list(place[1].children()))
+        return [*(place for place in leaves if unsuitable(place[1])), heads[0]]
+    # a wrapper around several is none itself
+    return [(p, head) for p, head in heads if not unsuitable(head) or not list(head.children())]
+
+
+def _is_adapted(head: nn.Module) -> bool:
+    return any("lora" in name for name, _ in head.named_parameters())
+
+
+def _prove(head: nn.Module, state: State) -> NamedPlan | str:
+    if head is state.model:
+        return "no head onto the vocabulary"
+    if isinstance(head, nn.ModuleList):
+        return f"{len(head)} heads, whose logits are joined before the loss"
+    if _is_adapted(head):
+        return "an adapter adds to its output"
+    return unsuitable(head) or NamedPlan("fused linear cross entropy")
 
 
 @functools.cache
@@ -194,18 +190,17 @@ def _position_of_labels(cls: Any) -> int | None:
 def _before_forward(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
-    asked = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
-    skip_logits = asked.pop("skip_logits", None)
+    given = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
+    skip_logits = given.pop("skip_logits", None)
     labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     if labels is None:
         at = _position_of_labels(cast(Any, type(model)))
         labels = args[at] if at is not None and at < len(args) else None
     if labels is None and shift_labels is not None:
-        kwargs["labels"] = labels = (
-            shift_labels  # HF's forward asks only `labels` whether to compute a loss
-        )
+        # HF's forward asks only `labels` whether to compute a loss
+        kwargs["labels"] = labels = shift_labels
     state = state_of(model)
-    wanted = {name: value for name, value in asked.items() if value}
+    wanted = {name: value for name, value in given.items() if value}
     # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing and
     # `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` all the same.
     armed = state is not None and labels is not None and not getattr(model, "_is_replica", False)
@@ -216,11 +211,11 @@ def _before_forward(
     if armed and state is not None:
         options = {name: getattr(state.options, name) for name in LOSS_OPTIONS}
         wanted |= {name: value for name, value in options.items() if value is not None}
-    frame = Frame(model, armed, bool(skip_logits), wanted)
+    call = ForwardCall(model, armed, bool(skip_logits), wanted)
     same = shift_labels is None or shift_labels is labels
     if armed and labels is not None and same and _may_count(labels):
-        frame.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
-    _frames.stack.append(frame)
+        call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
+    _running.calls.append(call)
     return args, kwargs
 
 
@@ -232,23 +227,23 @@ def _may_count(labels: Tensor) -> bool:
 
 
 def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    stack = _frames.stack
-    if not stack or stack[-1].model is not model:
+    calls = _running.calls
+    if not calls or calls[-1].model is not model:
         return None  # the pre-hook itself raised
-    frame = stack.pop()
-    # they refer to the frame, and what refers to itself waits for Python's GC
-    made, frame.made = frame.made, []
-    if not frame.armed or output is None:
+    call = calls.pop()
+    # they refer to the call, and what refers to itself waits for Python's GC
+    deferred, call.deferred = call.deferred, []
+    if not call.armed or output is None:
         return None
     state = state_of(model)
-    if state is not None and not frame.fused and any(logits.is_real for logits in made):
+    if state is not None and not call.fused and any(logits.is_real for logits in deferred):
         state.report.retract("loss", "its forward needs real logits before the loss")
     as_tuple = isinstance(output, tuple)
     entries = list(enumerate(output)) if as_tuple else list(output.items())
     for key, value in entries:
         if not isinstance(value, DeferredLogits):
             continue
-        if frame.skip_logits or torch.compiler.is_compiling():
+        if call.skip_logits or torch.compiler.is_compiling():
             logits = None
         else:
             logits = value if model.training else value.materialize()
@@ -256,39 +251,41 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
             output = (*output[:key], logits, *output[key + 1 :])
         elif logits is not value:
             output = type(output)(**{**dict(output), key: logits})
-    if frame.found:
-        output = (
-            (*output, *frame.found.values()) if as_tuple else with_metrics(output, **frame.found)
-        )
+    if call.metrics:
+        if as_tuple:
+            return (*output, *call.metrics.values())
+        return with_metrics(output, **call.metrics)
     return output
 
 
-def causal_lm_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The loss of a causal LM over existing logits, by the fused cross entropy: `patch(model, cross_entropy=True)`."""
-    target = shifted(labels, shift_labels, ignore_index)
-    loss: Any = functional.liger_cross_entropy(
-        logits.float().view(-1, vocab_size),
-        target.reshape(-1).to(logits.device),
-        ignore_index=ignore_index,
-        reduction="mean" if num_items_in_batch is None else "sum",
-    )
-    return per_item(loss, num_items_in_batch)
-
-
-def patch_cross_entropy(model: nn.Module, state: State) -> None:
-    """Fuse the loss alone; the logits stay."""
-    kind = getattr(model, "loss_type", None)
-    if kind not in ("ForCausalLM", "ForConditionalGeneration"):  # HF computes both alike
-        reason = f"its loss is {kind!r}, not that of a causal LM"
-        state.report.add("loss", type(model).__name__, reason=reason)
+def _install(head: nn.Module, plan: NamedPlan, state: State) -> None:
+    model = state.model
+    if not isinstance(head, FusedHead):
+        state.set_class(head, _fused_class(cast(Any, type(head))))
+    if _before_forward in model._forward_pre_hooks.values():  # by another of its heads
         return
-    state.set(model, "_loss_function", causal_lm_loss)
-    state.report.add("loss", type(model).__name__, by="cross entropy")
+    state.report.forecast = saved_bytes
+    state.handles += [
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+    ]
+
+
+def saved_bytes(model: nn.Module, tokens: int) -> int:
+    """`PatchReport.savings` of a model; 0 where no head is fused with its loss."""
+    state = state_of(model)
+    heads = [module for module in model.modules() if isinstance(module, FusedHead)]
+    if state is None or not heads:
+        return 0
+    site = LossSite.of(model, heads, state.options, tokens)
+    return site.stock() - site.fused()
+
+
+SITE = Site(
+    options=(Option("fused_linear_cross_entropy", True, "`lm_head` and loss as one; no logits."),),
+    kind="loss",
+    candidates=_candidates,
+    prove=_prove,
+    install=_install,
+    slot=None,
+)

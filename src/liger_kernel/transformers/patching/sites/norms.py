@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, product
 from typing import Any
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import layer_norm as layer_norm_op
 from liger_kernel.ops import rms_norm as rms_norm_op
-from liger_kernel.transformers.patching import proof, walk
+from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching.options import Option
+from liger_kernel.transformers.patching.plans import MethodPlan
+from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
-
-#: where a module keeps its plan
-PLAN = walk.marker("norm")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class NormPlan(walk.Plan):
+class NormPlan(MethodPlan):
     """What a norm was proven to compute."""
 
     kind = "norm"
@@ -60,6 +59,12 @@ class NormPlan(walk.Plan):
     #: dtypes that differ: proven for fp32 weights with 16-bit activations, for 16-bit weights with fp32 activations
     wide_weight: bool = False
     wide_x: bool = False
+    unproven: str = ""  # other arguments that the forward takes: such calls are the module's own
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """The call forms that have to be proven: without a gate, with one."""
+        return (False,) * self.ungated + (True,) * (self.gate is not None)
 
     @property
     def label(self) -> str:
@@ -73,7 +78,8 @@ class NormPlan(walk.Plan):
             str(self.gate or ""),
         ]
         text = ", ".join(detail for detail in details if detail)
-        return f"{self.label}({text})" if text else self.label
+        but = f", except with {self.unproven}" if self.unproven else ""
+        return (f"{self.label}({text})" if text else self.label) + but
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs:
@@ -132,13 +138,9 @@ class NormPlan(walk.Plan):
         if self.group_size:
             groups = _wide(x).unflatten(-1, (-1, self.group_size))
             normed = rms_norm_op.rms_norm(groups, None, eps).flatten(-2)
-            return (normed if weight is None else normed * (self.offset + _wide(weight))).to(
-                x.dtype
-            )
+            scaled = normed if weight is None else normed * (self.offset + _wide(weight))
+            return scaled.to(x.dtype)
         return rms_norm_op.rms_norm(x, weight, eps, self.offset, self.casting_mode)
-
-
-_plans: dict[Any, NormPlan | None] = {}
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -165,16 +167,19 @@ def _eps_names(module: nn.Module) -> list[str]:
     return [name for name, value in module.__dict__.items() if "eps" in name and _is_eps(value)]
 
 
-def _gate_of(module: nn.Module) -> tuple[str, bool] | None:
-    """The name of the only argument besides the hidden states, and whether it may be left out."""
-    more = list(inspect.signature(type(module).forward).parameters.values())[2:]
-    return (more[0].name, more[0].default is None) if len(more) == 1 else None
+def _more_arguments(module: nn.Module) -> list[inspect.Parameter]:
+    """Those besides the hidden states."""
+    return list(inspect.signature(type(module).forward).parameters.values())[2:]
 
 
 def _candidates(module: nn.Module) -> Iterator[NormPlan]:
+    size = _size(module)
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    if any(tuple(proof.whole_shape(own[n])) != (size,) for n in ("weight", "bias") if n in own):
+        return
     code = getattr(type(module).forward, "__code__", None)
     constants = [c for c in code.co_consts if _is_eps(c)] if code else []
-    weighted, has_bias = (module._parameters.get(n) is not None for n in ("weight", "bias"))
+    weighted, has_bias = "weight" in own, "bias" in own
     offsets = (0.0, 1.0) if weighted else (0.0,)
     for eps in _eps_names(module) or constants:
         if not has_bias:
@@ -183,8 +188,7 @@ def _candidates(module: nn.Module) -> Iterator[NormPlan]:
                     yield NormPlan("rms_norm", eps, offset, mode, weighted)
         for offset in offsets:
             yield NormPlan("layer_norm", eps, offset, weighted=weighted)
-    size = _size(module)
-    for name in [n for n, v in proof.plain_attributes(module) if type(v) is int and 1 < v < size]:
+    for name in [n for n, v in proof.hyperparameters(module) if type(v) is int and 1 < v < size]:
         group = module.__dict__[name]
         if weighted and size % group == 0:
             for eps in _eps_names(module):
@@ -193,39 +197,45 @@ def _candidates(module: nn.Module) -> Iterator[NormPlan]:
 
 
 def _gated_candidates(module: nn.Module) -> Iterator[NormPlan]:
-    gate = _gate_of(module)
-    if gate is None:
+    more = _more_arguments(module)
+    if len(more) != 1:
         return
-    name, optional = gate
-    for ungated in (True, False) if optional else (False,):
+    for ungated in (True, False) if more[0].default is None else (False,):
         for plan in _candidates(module):
             for activation, first in product(("silu", "sigmoid"), (False, True)):
                 if plan.op == "rms_norm":
-                    yield replace(plan, gate=Gate(name, activation, first), ungated=ungated)
+                    gate = Gate(more[0].name, activation, first)
+                    yield replace(plan, gate=gate, ungated=ungated)
 
 
+@proof.verdict
 def find_plan(module: nn.Module) -> NormPlan | None:
-    """The proven plan for this module, or None."""
-    key = proof.key(module)
-    if key not in _plans:
-        candidates = chain(_gated_candidates(module), _candidates(module))
-        plan = next((p for p in candidates if _proves(module, p)), None)
-        if plan is not None and plan.op == "rms_norm":
-            narrow, wide = torch.bfloat16, torch.float32
-            plan = replace(
+    """The proven plan for this module, or why there is none.
+
+    Equal in fp32, and in bf16 rounded at no more places: of the candidates, those that round most come first.
+    """
+    theirs: dict[bool, proof.Theirs] = {}
+    why: list[proof.CannotRunAlone] = []
+    for form in (True, False) if len(_more_arguments(module)) == 1 else (False,):
+        try:
+            theirs[form] = _theirs(module, form, torch.float32, torch.float32, backward=True)
+        except proof.CannotRunAlone as error:
+            why.append(error)
+    if not theirs:
+        raise why[0]
+    narrow, wide = torch.bfloat16, torch.float32
+    for plan in chain(_gated_candidates(module), _candidates(module)):
+        exact = all(form in theirs and theirs[form].agrees(plan.compute) for form in plan.forms)
+        if exact and _rounds(module, plan, narrow, narrow):
+            more = [] if plan.gate else [p.name for p in _more_arguments(module)]
+            mixed = plan.op == "rms_norm"
+            return replace(
                 plan,
-                wide_weight=proof.attempt(partial(_rounds, module, plan, narrow, wide)),
-                wide_x=proof.attempt(partial(_rounds, module, plan, wide, narrow)),
+                wide_weight=mixed and _may_mix(module, plan, narrow, wide),
+                wide_x=mixed and _may_mix(module, plan, wide, narrow),
+                unproven=", ".join(more),
             )
-        _plans[key] = plan
-    return _plans[key]
-
-
-def _proves(module: nn.Module, plan: NormPlan) -> bool:
-    """Equal in fp32, and in bf16 no farther from the truth: of the candidates, those that round most come first."""
-    return proof.attempt(partial(_is_exact, module, plan)) and proof.attempt(
-        partial(_rounds, module, plan, torch.bfloat16, torch.bfloat16)
-    )
+    return None
 
 
 def _size(module: nn.Module) -> int:
@@ -237,70 +247,61 @@ def _size(module: nn.Module) -> int:
     return shape[-1] if isinstance(shape, tuple) and shape else 64
 
 
-def _twin(
-    module: nn.Module, dtype: torch.dtype, rounded_to: torch.dtype
-) -> tuple[nn.Module, list[Tensor]]:
+def _twin(module: nn.Module, dtype: torch.dtype, rounded_to: torch.dtype) -> nn.Module:
     """A clone with random parameters in `dtype`, whose values `rounded_to` holds exactly."""
     generator = torch.Generator().manual_seed(0)
-    drawn: dict[str, Tensor | None] = {}
-    for name, p in module._parameters.items():
-        if p is None:
-            drawn[name] = None
-            continue
-        values = 1 + 0.5 * torch.randn(proof.whole_shape(p), generator=generator)
-        drawn[name] = nn.Parameter(values.to(rounded_to).to(dtype))
-    return proof.clone(module, drawn, {}), [p for p in drawn.values() if p is not None]
+    drawn: dict[str, Tensor | None] = dict(module._parameters)
+    for name, p in drawn.items():
+        if p is not None:
+            values = 1 + 0.5 * torch.randn(proof.whole_shape(p), generator=generator)
+            drawn[name] = nn.Parameter(values.to(rounded_to).to(dtype))
+    return proof.clone(module, drawn, {})
 
 
-def _inputs(module: nn.Module, plan: NormPlan, dtype: torch.dtype) -> list[list[Tensor]]:
-    """For every call form of the plan, rows from tiny (eps decides) to large, and a gate."""
+def _inputs(module: nn.Module, gated: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Rows from tiny (eps decides) to large, and a gate if wanted."""
     generator = torch.Generator().manual_seed(2)
     scales = torch.tensor([1e-3, 1e-2, 1.0, 30.0]).view(4, 1, 1)
     shape = (4, 1, _size(module))
     x = ((torch.randn(shape, generator=generator) + 0.3) * scales).to(dtype)
-    forms = [[x]] if plan.ungated else []
-    return (
-        [*forms, [x, 2 * torch.randn(shape, generator=generator).to(dtype)]] if plan.gate else forms
-    )
+    return [x, 2 * torch.randn(shape, generator=generator).to(dtype)] if gated else [x]
 
 
-def _is_exact(module: nn.Module, plan: NormPlan) -> bool:
-    twin, parameters = _twin(module, torch.float32, torch.float32)
-    return all(
-        proof.same_function(
-            proof.run(partial(plan.compute, twin), inputs, parameters),
-            proof.run(partial(type(module).forward, twin), inputs, parameters),
-        )
-        for inputs in _inputs(module, plan, torch.float32)
-    )
+def _theirs(
+    module: nn.Module, gated: bool, x: torch.dtype, weights: torch.dtype, backward: bool = False
+) -> proof.Theirs:
+    """The module's own results in these dtypes, for values that the narrower of them holds."""
+    narrow = min((x, weights), key=lambda dtype: dtype.itemsize)
+    inputs = [t.to(x) for t in _inputs(module, gated, narrow)]
+    twin = _twin(module, weights, narrow)
+    return proof.Theirs(type(module).forward, twin, inputs, backward)
 
 
 def _rounds(module: nn.Module, plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
     """Whether the plan rounds as the module does, or less, with activations and weights of these dtypes."""
-    twin, _ = _twin(module, weights, torch.bfloat16)
-    true_twin, _ = _twin(module, torch.float32, torch.bfloat16)
-    for inputs in _inputs(module, plan, torch.bfloat16):
-        exact = type(module).forward(true_twin, *(t.float() for t in inputs))
-        given = [t.to(x) for t in inputs]
-        ours, theirs = plan.compute(twin, *given), type(module).forward(twin, *given)
-        if not proof.no_worse(ours, theirs, exact):
-            return False
-    return True
+    forms = (_theirs(module, form, x, weights) for form in plan.forms)
+    return all(theirs.rounds_like(plan.compute) for theirs in forms)
 
 
-def patch_norms(model: nn.Module, state: State) -> None:
-    """Replace every norm of `model` that is proven to be one of ours."""
-    for path, module in walk.untouched(model, state, "norm", is_candidate):
-        plan = find_plan(module)
-        if plan is None:
-            reason = f"{type(module).__name__} computes something else"
-            state.report.add("norm", path, reason=reason)
-        elif getattr(state.options, plan.op):
-            walk.install(module, plan, state)
-            state.report.add("norm", path, by=str(plan) + _other_forms(module, plan))
+def _may_mix(module: nn.Module, plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
+    try:
+        return _rounds(module, plan, x, weights)
+    except proof.CannotRunAlone:
+        return False
 
 
-def _other_forms(module: nn.Module, plan: NormPlan) -> str:
-    """What the report adds where the forward takes more than was proven: such calls keep the original."""
-    more = list(inspect.signature(type(module).forward).parameters)[2:]
-    return f", except with {', '.join(more)}" if more and plan.gate is None else ""
+def _prove(module: nn.Module, state: State) -> NormPlan | str | None:
+    found = find_plan(module)
+    unwanted = isinstance(found, NormPlan) and found.op not in state.options.enabled
+    return None if unwanted else found
+
+
+SITE = Site(
+    options=(
+        Option("rms_norm", True, "RMSNorms, with a gate or in groups, too."),
+        Option("layer_norm", True, "LayerNorms."),
+    ),
+    kind="norm",
+    candidates=modules(is_candidate),
+    prove=_prove,
+)

@@ -1,0 +1,81 @@
+"""Plans: what a module was proven to compute, and how a plan takes the place of a method of that module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernel.transformers.patching.state import State
+
+
+class Plan:
+    """What a place was proven to compute; `str(plan)` names the replacement in the report.
+
+    Plain data: it is copied and pickled with its module.
+    """
+
+
+@dataclass(frozen=True)
+class NamedPlan(Plan):
+    """For a site that has one way only."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class MethodPlan(Plan):
+    """A plan for a method of a module: how our ops compute it."""
+
+    kind: ClassVar[str]  # that of its site
+    slot: ClassVar[str] = "forward"  # the method that an attribute of the instance replaces
+
+    @property
+    def label(self) -> str:
+        """What `print(model)` shows in front of the module's class."""
+        return str(self)
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the slot computes now; a call form that was not proven goes to the module's own class."""
+        if len(args) != 1 or kwargs:
+            return getattr(type(module), self.slot)(module, *args, **kwargs)
+        return self.compute(module, args[0])
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Our op, for the usual call form: one tensor."""
+        raise NotImplementedError
+
+
+def ours_runs() -> bool:
+    """Whether a call made now is computed by our op, and not by HF's own code, where both were proven equal.
+
+    Under `torch.compile` it is HF's: Inductor fuses that with its neighbours, and made more kernels of ours.
+    """
+    return not torch.compiler.is_compiling()
+
+
+def marker(kind: str) -> str:
+    """The attribute of a module that holds its plan of one kind."""
+    return f"_liger_{kind}"
+
+
+def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
+    plan: MethodPlan = module.__dict__[marker(kind)]
+    if ours_runs():
+        return plan.call(module, *args, **kwargs)
+    return getattr(type(module), plan.slot)(module, *args, **kwargs)
+
+
+def name(module: nn.Module, kind: str) -> str:
+    return f"{module.__dict__[marker(kind)].label}[{type(module).__name__}]"
+
+
+def install(module: nn.Module, plan: MethodPlan, state: State) -> None:
+    state.set(module, marker(plan.kind), plan)
+    state.set(module, plan.slot, partial(call, module, plan.kind))
+    state.set(module, "_get_name", partial(name, module, plan.kind))

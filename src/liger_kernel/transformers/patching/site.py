@@ -1,0 +1,58 @@
+"""A site: one kind of place in a model where a replacement of ours may go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from liger_kernel.transformers.patching import plans
+from liger_kernel.transformers.patching.options import Option
+from liger_kernel.transformers.patching.state import State, is_replaced
+
+Places = Iterable[tuple[str, nn.Module]]
+
+
+def modules(wanted: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Places]:
+    """The usual `candidates`: the modules of a model that are `wanted`."""
+    return lambda model: ((path, m) for path, m in model.named_modules() if wanted(m))
+
+
+@dataclass(frozen=True)
+class Site:
+    """What `patch` has to know about one kind of replacement; `sites/__init__.py` lists them all.
+
+    Attributes:
+        options: any of them switches the site on.
+        kind: of its rows in the report.
+        candidates: the places in a model, as (path, module).
+        prove: the plan for a module; or the reason why there is none; or None for a module that deserves no row.
+        install: carries out a plan.
+        slot: the method that is replaced, if it is one. Where an instance has it already, the report says so.
+    """
+
+    options: tuple[Option, ...]
+    kind: str
+    candidates: Callable[[nn.Module], Places]
+    prove: Callable[[nn.Module, State], plans.Plan | str | None]
+    install: Callable[[nn.Module, Any, State], None] = plans.install
+    slot: str | None = "forward"
+
+    def patch(self, model: nn.Module, state: State) -> None:
+        """Replace what can be replaced in `model`, and report all of it."""
+        if not any(option.name in state.options.enabled for option in self.options):
+            return
+        for path, module in self.candidates(model):
+            found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch
+            if found is None and self.slot and is_replaced(module, self.slot):
+                found = f"its {self.slot} was already replaced"
+            if found is None:
+                found = self.prove(module, state)
+                if isinstance(found, plans.Plan):
+                    self.install(module, found, state)
+            if isinstance(found, str):
+                state.report.add(self.kind, path, reason=found)
+            elif found is not None:
+                state.report.add(self.kind, path, by=str(found))

@@ -1,0 +1,24 @@
+"""Every kind of replacement: one file of this folder each, which ends with its `SITE`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from liger_kernel.transformers.patching.options import Option
+from liger_kernel.transformers.patching.site import Site
+
+#: the files, in the order in which `patch` visits them and the report shows them
+_FILES = (
+    "loss",
+    "cross_entropy",
+    "norms",
+    "mlps",
+    "relu_squared",
+    "experts",
+    "rope",
+)
+
+SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)
+
+#: what switches them, each once
+OPTIONS: tuple[Option, ...] = tuple(dict.fromkeys(o for site in SITES for o in site.options))
