@@ -371,7 +371,7 @@ def test_rule_accepts_a_clean_tree(rule: Callable[[Path], Findings], tmp_path: P
         (devices_by_name, "ops/x.py", "if x.is_cuda: pass", "x.is_cuda; ask"),
         (devices_by_name, "ops/x.py", "y = x.device.type != 'cpu'", "ask backends.facts_of"),
         (no_circles, "ops/norm/reference.py", "def f():\n  from . import x", "ops.norm <- "),
-        (no_circles, "_core/x.py", "import liger_kernel.ops.norm.triton", "circle"),
+        (no_circles, "backends/gpu.py", "import liger_kernel.ops.norm.triton", "circle"),
     ],
 )
 def test_rule_sees_a_violation(

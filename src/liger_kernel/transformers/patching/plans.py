@@ -54,9 +54,10 @@ class MethodPlan(Plan):
 def ours_runs() -> bool:
     """Whether a call made now is computed by our op, and not by HF's own code, where both were proven equal.
 
-    Under `torch.compile` it is HF's: Inductor fuses that with its neighbours, and made more kernels of ours.
+    Under `torch.compile` it is HF's: Inductor fuses that with its neighbours, and made more kernels of ours. Unless
+    somebody asked for kernels by name (LIGER_KERNEL_IMPL): these run outside of the graph.
     """
-    return not torch.compiler.is_compiling()
+    return kernels_requested() or not torch.compiler.is_compiling()
 
 
 def marker(kind: str) -> str:
