@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from liger_kernel.backends import kernels_requested
 from liger_kernel.transformers.patching.state import State
 
 
