@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from liger_kernel.backends.records import ChunkSizes
 from liger_kernel.chunked_loss import (
     LigerFusedLinearDPOLoss,
     LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
 )
-from liger_kernel.loss_head import loop
+from liger_kernel.loss_head import plan
 from tests.chunked_loss.full_logits import (
     compare,
     draw_sequences,
@@ -36,10 +37,8 @@ def on_gpu(draw: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, A
 @pytest.fixture(params=[64, 4096], ids=["chunks", "one-chunk"], autouse=True)
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     most = int(request.param)
-    policy = loop.ChunkPolicy(
-        most_rows=most, fewest_rows=most, fewest_rows_narrow_sum=most, multiple=1
-    )
-    monkeypatch.setattr(loop, "POLICY", policy)
+    sizes = ChunkSizes(most_rows=most, fewest_rows=most, fewest_rows_narrow_sum=most, multiple=1)
+    monkeypatch.setattr(plan, "chunk_sizes", lambda device: sizes)
     return most
 
 

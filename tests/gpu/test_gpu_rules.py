@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from liger_kernel.ops import OPS
-from liger_kernel.testing import Make, OpCase, OpSpec
+from liger_kernel.testing import Make, OpCase, OpSpec, specs
 from liger_kernel.testing.calls import (
     assert_as_exact,
     call,
@@ -25,7 +23,7 @@ from liger_kernel.testing.calls import (
     wanted_inputs,
 )
 
-SPECS: list[OpSpec] = [importlib.import_module(f"liger_kernel.ops.{op}.cases").SPEC for op in OPS]
+SPECS = list(specs().values())
 BF16 = torch.bfloat16  # what training runs in; `tests/ops` covers the other dtypes
 
 #: position of the token axis in each input (None: the input has none), where it is not axis 0

@@ -144,7 +144,7 @@ def _assert_told(result: Result) -> None:
         "glu": ("mlp", "experts", "norm"),  # norms with a gate
         "relu_squared": ("mlp",),
         "rope": ("rope",),
-        **dict.fromkeys(LOSS_OPS, ("loss",)),
+        **dict.fromkeys((*LOSS_OPS, "scale_gradients"), ("loss",)),
     }
     untold = {op for op in result.calls if result.replaced.keys().isdisjoint(kinds[op])}
     assert not untold, f"ran, but not reported: {untold}"

@@ -1,0 +1,32 @@
+"""The native ops by plain names, for people who write models: each is documented where it is defined.
+
+    from liger_kernel.functional import rms_norm, fused_linear_cross_entropy
+
+Every op takes tensors of any strides on any device, is differentiable, and never writes to its inputs.
+`liger_kernel.transformers.functional` has the same ops under the names and argument orders of the incumbent.
+"""
+
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.ops.cross_entropy import cross_entropy
+from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.gated_mlp import gated_mlp
+from liger_kernel.ops.glu import glu, glu_packed
+from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.relu_squared import relu_squared
+from liger_kernel.ops.rms_norm import rms_norm
+from liger_kernel.ops.rope import rope
+
+__all__ = [
+    "LabelCount",
+    "cross_entropy",
+    "fused_add_rms_norm",
+    "fused_linear_cross_entropy",
+    "gated_mlp",
+    "glu",
+    "glu_packed",
+    "layer_norm",
+    "relu_squared",
+    "rms_norm",
+    "rope",
+]
