@@ -4,40 +4,91 @@ from __future__ import annotations
 
 import collections
 import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from liger_kernel.testing import assert_no_worse
+from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.transformers.tiny import batch, build
 
+#: in 16 bits one batch may be near the truth, or far from it, by luck, and all gradients with it
+BATCHES = 8
 
-def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+
+@contextmanager
+def float_means_double(*methods: str) -> Iterator[None]:
+    """HF rounds logits (and norms, and angles) to float32, which would leave a float32 loss as the truth."""
+    originals = {name: getattr(Tensor, name) for name in methods}
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        named = {name: wide(value) for name, value in kwargs.items()}
+        return originals["to"](self, *map(wide, args), **named)
+
+    for name in methods:
+        setattr(Tensor, name, {"float": Tensor.double, "to": to}[name])
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Tensor, name, original)
+
+
+def unrounded(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """What a model in float64 runs in."""
+    if next(model.parameters()).dtype == torch.float64:
+        return float_means_double("float", "to")
+    return contextlib.nullcontext()
+
+
+def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, Tensor]]:
     """Outputs and all parameter gradients of one training step."""
     model.train()
     model.zero_grad()
-    outputs = model(**inputs)
-    loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
-    loss.backward()
+    with unrounded(model):
+        outputs = model(**inputs)
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+        loss.backward()
     return outputs, {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
 
 
-def steps(
-    model: nn.Module, context: Any = contextlib.nullcontext, **inputs: Any
-) -> dict[str, torch.Tensor]:
-    """Losses and gradients of several batches, stacked.
+def named_step(model: nn.Module, inputs: dict[str, Any], rename: str = "") -> dict[str, Tensor]:
+    outputs, grads = step(model, **inputs)
+    grads = {name.removeprefix(rename): grad for name, grad in grads.items()}
+    return {"loss": outputs.loss.detach(), **grads}
 
-    In 16 bits one batch may be near the truth, or far from it, by luck, and all gradients with it; eight are not.
-    """
-    found: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
-    for seed in range(8):
+
+def move(models: Sequence[nn.Module], originals: list[Tensor], seed: int) -> None:
+    """Give all of `models` the weights `originals`, moved by one rounding error each: everything rounds otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for original, *group in zip(originals, *(m.parameters() for m in models), strict=True):
+            sign = torch.randint(0, 2, original.shape, generator=generator) * 2 - 1
+            eps = torch.finfo(original.dtype).eps if seed else 0.0
+            moved = original * (1 + eps * sign.to(original))
+            for p in group:
+                p.copy_(moved)
+
+
+def steps(
+    model: nn.Module, dtype: torch.dtype, context: Any = contextlib.nullcontext
+) -> dict[str, Tensor]:
+    """Losses and gradients of several batches, and of weights moved by a rounding error of `dtype`, stacked."""
+    originals = [p.detach().to(dtype, copy=True) for p in model.parameters()]
+    found: dict[str, list[Tensor]] = collections.defaultdict(list)
+    for draw in range(4 * BATCHES):
+        move([model], originals, draw // BATCHES)
         with context():
-            outputs, grads = step(model, **{**inputs, **batch(seed=seed)})
-        for name, value in {"loss": outputs.loss.detach(), **grads}.items():
-            found[name].append(value)
+            for name, value in named_step(model, batch(seed=draw % BATCHES)).items():
+                found[name].append(value)
+    move([model], originals, 0)
     return {name: torch.stack(values) for name, values in found.items()}
 
 
@@ -49,16 +100,31 @@ def assert_same_step(
     rename: str = "",
     **inputs: Any,
 ) -> None:
-    """Loss and every parameter's gradient; in 16 bits over several batches."""
-    runs = []
-    for model in (patched, build(model_type, torch.float64), build(model_type, dtype)):
-        if dtype == torch.float32:
-            outputs, grads = step(model, **(inputs or batch()))
-            grads = {name.removeprefix(rename): grad for name, grad in grads.items()}
-            runs.append({"loss": outputs.loss.detach(), **grads})
-        else:
-            runs.append(steps(model, **inputs))
-    assert_all_no_worse(*runs)
+    """Loss and every parameter's gradient; in 16 bits over several batches from the start."""
+    models = patched, build(model_type, dtype).double(), build(model_type, dtype)
+    count = 1 if dtype == torch.float32 else BATCHES
+    batches = [{**batch(seed=seed), **inputs} for seed in range(count)]
+    assert_same_steps(models, batches, rename)
+
+
+def assert_same_steps(
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    inputs: list[dict[str, Any]],
+    rename: str = "",
+) -> None:
+    """Loss and every parameter's gradient of the patched model, the truth in float64, and stock.
+
+    More draws are the same batches with weights that are moved by a rounding error. Other batches are no substitute: a
+    rare one magnifies every rounding error, and then the largest error of many draws is that of one.
+    """
+    originals = [p.detach().clone() for p in models[-1].parameters()]
+
+    def draw(seed: int) -> Any:
+        move(models, originals, seed // len(inputs))
+        return [named_step(model, inputs[seed % len(inputs)], rename) for model in models]
+
+    assert_draws_no_worse(draw, first=len(inputs), last=256)
+    move(models, originals, 0)
 
 
 def assert_all_no_worse(ours: Any, high: Any, low: Any) -> None:

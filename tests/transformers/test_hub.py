@@ -144,7 +144,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_use_kernels(
     model_type: str, dtype: torch.dtype, registered: None, calls: collections.Counter[str]
 ) -> None:
-    high, low = steps(build(model_type, torch.float64)), steps(build(model_type, dtype))
+    high, low = (
+        steps(build(model_type, dtype).double(), dtype),
+        steps(build(model_type, dtype), dtype),
+    )
     assert not calls
     model = build(model_type, dtype).train()
     model.set_use_kernels(True)
@@ -154,7 +157,7 @@ def test_use_kernels(
         calls.clear()
         model(**batch())
         assert calls == {"rms_norm": count, "rope": model.config.num_hidden_layers}
-    assert_all_no_worse(steps(model), high, low)
+    assert_all_no_worse(steps(model, dtype), high, low)
 
 
 @needs_kernels

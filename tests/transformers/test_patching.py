@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 import liger_kernel
-from liger_kernel.testing import assert_no_worse
+from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from tests.transformers.steps import (
     assert_identical,
     assert_same_step,
+    assert_same_steps,
+    named_step,
     snapshot,
     step,
 )
@@ -51,21 +53,24 @@ def test_loss_and_every_gradient(
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_micro_batches_equal_one_batch(model_type: str) -> None:
     """With `num_items_in_batch`, the gradients of uneven micro-batches add up to those of the whole batch."""
-    whole = batch(rows=4)
-    items = (whole["labels"][:, 1:] != -100).sum()
-    model = build(model_type)
+    model, high, low = build(model_type), build(model_type, torch.float64), build(model_type)
     liger_kernel.patch(model)
     model.train()
-    losses = []
-    for rows in (slice(0, 1), slice(1, 4)):
-        loss = model(**{k: v[rows] for k, v in whole.items()}, num_items_in_batch=items).loss
-        loss.backward()
-        losses.append(loss.detach())
-    high, high_grads = step(build(model_type, torch.float64), **whole)
-    low, low_grads = step(build(model_type), **whole)
-    assert_no_worse("loss", sum(losses), high.loss, low.loss)
-    for name, p in model.named_parameters():
-        assert_no_worse(name, p.grad, high_grads[name], low_grads[name])
+
+    def draw(seed: int) -> Any:
+        whole = batch(rows=4, seed=seed)
+        items = (whole["labels"][:, 1:] != -100).sum()
+        model.zero_grad()
+        losses = []
+        for rows in (slice(0, 1), slice(1, 4)):
+            loss = model(**{k: v[rows] for k, v in whole.items()}, num_items_in_batch=items).loss
+            loss.backward()
+            losses.append(loss.detach())
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        ours = {"loss": torch.stack(losses).sum(), **grads}
+        return ours, named_step(high, whole), named_step(low, whole)
+
+    assert_draws_no_worse(draw)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -214,13 +219,9 @@ def test_a_scaled_head_is_fused_with_its_scale() -> None:
 
 
 def assert_same_step_of(model_type: str, patched: nn.Module, **overrides: Any) -> None:
-    high, high_grads = step(build(model_type, torch.float64, **overrides), **batch())
-    low, low_grads = step(build(model_type, **overrides), **batch())
-    ours, our_grads = step(patched, **batch())
-    assert isinstance(ours.logits, DeferredLogits)
-    assert_no_worse("loss", ours.loss, high.loss, low.loss)
-    for name, grad in our_grads.items():
-        assert_no_worse(name, grad, high_grads[name], low_grads[name])
+    assert isinstance(step(patched, **batch())[0].logits, DeferredLogits)
+    high, low = (build(model_type, dtype, **overrides) for dtype in (torch.float64, torch.float32))
+    assert_same_steps((patched, high, low), [batch()])
 
 
 @pytest.mark.parametrize("rebuildable", [True, False])
@@ -280,15 +281,10 @@ def test_a_slice_of_the_classes_is_fused(index: Any, calls: collections.Counter[
 
     model = sliced(torch.float32)
     liger_kernel.patch(model)
-    ours, our_grads = step(model, **batch())
+    ours, _ = step(model, **batch())
     assert calls["cross_entropy"]  # the steps of the fused loop
     assert not ours.logits.is_real
-    (high, high_grads), (low, low_grads) = (
-        step(sliced(dtype), **batch()) for dtype in (torch.float64, torch.float32)
-    )
-    assert_no_worse("loss", ours.loss, high.loss, low.loss)
-    for name, grad in our_grads.items():
-        assert_no_worse(name, grad, high_grads[name], low_grads[name])
+    assert_same_steps((model, sliced(torch.float64), sliced(torch.float32)), [batch()])
 
 
 def test_no_logits_are_ever_made() -> None:
@@ -366,10 +362,4 @@ class TestPeft:
         model = self.lora(model, **options)
         if not patch_first:
             liger_kernel.patch(model)
-        high, high_grads = step(copy.deepcopy(reference).double(), **batch())
-        low, low_grads = step(reference, **batch())
-        ours, our_grads = step(model, **batch())
-        assert_no_worse("loss", ours.loss, high.loss, low.loss)
-        assert our_grads.keys() == low_grads.keys()
-        for name, grad in our_grads.items():
-            assert_no_worse(name, grad, high_grads[name], low_grads[name])
+        assert_same_steps((model, copy.deepcopy(reference).double(), reference), [batch()])

@@ -72,24 +72,25 @@ def assert_draws_no_worse(
 ) -> None:
     """`assert_no_worse` on several draws together; `draw(seed)` returns `ours`, `high` and `low` by name.
 
-    It starts with `first` draws and takes four times as many while an error is CLOSE to what is allowed, up to `last`.
-    That converges: an error that is larger than allowed stays so, one that was bad luck does not.
+    It starts with `first` draws; a comparison that is CLOSE to what is allowed is judged on four times as many, up to
+    `last`. That converges: an error that is larger than allowed stays so, one that was bad luck does not.
     """
     draws: list[tuple[Results, Results, Results]] = []
-    while True:
+    undecided: list[str] = []
+    while undecided or not draws:
         draws += [draw(seed) for seed in range(len(draws), min(last, max(first, 4 * len(draws))))]
         names = draws[0][0].keys()
-        for runs in draws:
-            assert all(run.keys() == names for run in runs), (
-                f"{names} != {[run.keys() for run in runs]}"
-            )
-        pooled = {n: [torch.stack([runs[i][n] for runs in draws]) for i in range(3)] for n in names}
-        if len(draws) >= last or all(
-            excess(*three, elementwise=n in elementwise) <= CLOSE for n, three in pooled.items()
-        ):
-            break
-    for name, (ours, high, low) in pooled.items():
-        assert_no_worse(name, ours, high, low, elementwise=name in elementwise)
+        for run in (run for runs in draws for run in runs):
+            assert run.keys() == names, f"{[*names]} != {[*run]}"
+        close = []
+        for name in undecided or names:
+            ours, high, low = (torch.stack([runs[i][name] for runs in draws]) for i in range(3))
+            by_element = name in elementwise
+            if len(draws) < last and excess(ours, high, low, elementwise=by_element) > CLOSE:
+                close.append(name)
+            else:
+                assert_no_worse(name, ours, high, low, elementwise=by_element)
+        undecided = close
 
 
 def _record(name: str, ratio: float) -> None:

@@ -21,6 +21,7 @@ from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from liger_kernel.transformers.patching.report import PatchReport
 from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.steps import float_means_double
 from tests.transformers.zoo.build import Entry, build
 
 LOSS_OPS = ("fused_linear_cross_entropy", "cross_entropy")
@@ -205,8 +206,8 @@ def _truth(
     noisy = _moved(fresh, inputs, seed=0)
     double = {k: v.double() if _floats(v) else v for k, v in inputs.items()}
     for widened in (
-        _float_means_double("float", "to"),
-        _float_means_double("float"),
+        float_means_double("float", "to"),
+        float_means_double("float"),
         contextlib.nullcontext(),
     ):
         try:
@@ -230,27 +231,6 @@ def _truth(
         result.notes.append(f"float64 takes another path ({apart:.1g})")
         return *low, [noisy]
     return *high, [low, noisy]
-
-
-@contextmanager
-def _float_means_double(*methods: str) -> Iterator[None]:
-    """HF rounds logits (and norms, and angles) to float32, which would leave a float32 loss as the truth."""
-    originals = {name: getattr(Tensor, name) for name in methods}
-
-    def wide(value: Any) -> Any:
-        return torch.float64 if value is torch.float32 else value
-
-    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        named = {name: wide(value) for name, value in kwargs.items()}
-        return originals["to"](self, *map(wide, args), **named)
-
-    for name in methods:
-        setattr(Tensor, name, {"float": Tensor.double, "to": to}[name])
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(Tensor, name, original)
 
 
 def _moved(fresh: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, Gradients]:
