@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LossModule(torch.nn.Module):
-    """The options that all cross entropy modules have in common; ValueError for one outside of its range."""
+    """The options that all cross entropy modules have in common; ValueError for a value outside its range."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class LossModule(torch.nn.Module):
 
 
 class LigerCrossEntropyLoss(LossModule):
-    """`liger_kernel.ops.cross_entropy` with its options; `weight` (V,) is an attribute, no buffer.
+    """`liger_kernel.ops.cross_entropy` with its options; `weight` (V,) is an attribute, not a buffer.
 
     `in_place=True` saves the memory of the gradient by overwriting the logits.
     """
@@ -100,5 +100,5 @@ class LigerCrossEntropyLoss(LossModule):
         return {**super().options(), "in_place": self.in_place}
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        """_input (N, V), target (N,). Returns the loss, or a `CrossEntropyOutput` if more is asked for."""
+        """_input (N, V), target (N,). Returns the loss, or a `CrossEntropyOutput` if a `return_*` flag is set."""
         return self.output(_ops.cross_entropy(_input, target, self.weight, **self.options()))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LigerFusedLinearCrossEntropyLoss(LossModule):
-    """`liger_kernel.ops.fused_linear_cross_entropy` with its options; `ce_weight` (V,) is an attribute, no buffer."""
+    """`liger_kernel.ops.fused_linear_cross_entropy` with its options; `ce_weight` (V,) is no buffer."""
 
     def __init__(
         self,
