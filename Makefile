@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | test-zoo | test-matrix | check | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-zoo test-matrix check format bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -25,6 +25,10 @@ demo: $(READY)
 # one torch thread per worker: more workers than that fight over the cores
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) tests
+
+# the same, and the lines of src/liger_kernel that no test runs
+coverage:
+	@$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
 
 test-gpu: $(READY)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
@@ -48,6 +52,9 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest tests/test_layout.py
+
+layout: $(READY)
+	@$(RUN) -m pytest tests/test_layout.py
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -26,6 +26,7 @@ API_MODULES = tuple(
         "",
         ".ops",
         ".chunked_loss",
+        ".functional",
         ".transformers",
         ".transformers.functional",
         ".transformers.monkey_patch",

@@ -18,7 +18,7 @@ class LigerGEGLUMLP(GatedMLP):
 
 
 class LigerGEGLUMLPForGemma4(LigerGEGLUMLP):
-    """`LigerGEGLUMLP`, twice as wide in the layers that share their keys and values if the config asks for it."""
+    """`LigerGEGLUMLP`, twice as wide in layers that share keys and values if the config says so."""
 
     def __init__(self, config: Any, layer_idx: int | None = None):
         double = (

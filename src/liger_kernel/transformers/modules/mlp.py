@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward blocks that are one op with their projections, and so keep a third less for backward."""
+"""SwiGLU feed-forward blocks as one op, projections included, which keeps a third less memory for backward."""
 
 from __future__ import annotations
 

@@ -1,0 +1,28 @@
+"""pytest plugin: coverage of every fifth case of a parametrised test, and of all other tests.
+
+Before Python 3.12 Python calls coverage at every line that it runs, those of Triton's interpreter among them, and the
+suite needs half as much time again. The cases of one test run mostly the same lines: a sample of them finds nearly all.
+From 3.12 on a line that was seen costs nothing any more, and every case counts.
+
+    pytest --cov -p tests.sampled_coverage tests
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+
+import pytest
+
+EVERY = 5
+
+
+def is_sampled(node_id: str) -> bool:
+    """The same cases in every run and on every worker."""
+    return sys.version_info >= (3, 12) or zlib.crc32(node_id.encode()) % EVERY == 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if hasattr(item, "callspec") and not is_sampled(item.nodeid):
+            item.add_marker("no_cover")
