@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class ChildError(RuntimeError):
 
 def rows(
     function: Callable[..., None], *arguments: Any, seconds: float | None = None, log: Path | None = None
-) -> Iterator[Any]:  # fmt: skip
+) -> Generator[Any, None, None]:  # fmt: skip
     """What `function(report, *arguments)` reports; everything is pickled. Each row may take `seconds`.
 
     The child has the parent's environment and `sys.path`. What it prints goes to stderr, or both to the file `log`.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
+from benchmark.shapes import DEMO, MODELS
 from examples.demo import __main__ as demo
 from examples.demo import report, text
-from examples.demo.shapes import SHAPES
 from examples.demo.train import Blocks, PeakMemory, Run
 
 
@@ -38,6 +41,7 @@ def results(stock: list[float], patched: list[float]) -> report.Results:
             "losses": losses,
             "tokens_per_second": speed,
             "seconds_per_step": 100 / speed,
+            "turns": [90 / speed, 100 / speed, 120 / speed],
             "memory_at_rest": 1e9,
             "memory_peak": peak,
             "parameters": 11_000_000,
@@ -120,9 +124,47 @@ def test_the_tables() -> None:
     assert "| tokens/s | 100 | 150 | 1.50x |" in table
     assert "| peak memory above the model at rest | 4.00 GB | 1.00 GB | 0.25x |" in table
     assert "max. rel. difference 1.0e-06" in table
+    both["patched"]["turns"] = [0.5, 0.8, 0.6]  # beside 0.9, 1.0 and 1.2
+    spread = "| speed, min / median / max of 3 turns | | | 1.25x / 1.80x / 2.00x |"
+    assert spread in report.markdown("a shape", both)
+    assert not report.undecided(both)
+    both["patched"]["turns"][0] = 0.91
+    assert report.undecided(both)
     alone = {"stock": both["stock"]}
     assert "| tokens/s | 100 |" in report.markdown("a shape", alone)
     assert "rel. difference" not in report.loss_table(alone)
+    assert "turns" not in report.markdown("a shape", alone)
+
+
+def test_what_of_a_turn_is_timed() -> None:
+    def turns(*arguments: str, device: str = "cpu") -> list[tuple[int, int]]:
+        run = demo.plan(demo.parse(["--device", "cpu", *arguments]))
+        return dataclasses.replace(run, device=device).turns()
+
+    assert turns("--steps", "3") == [(1, 1), (1, 2), (2, 3)]
+    assert turns("--steps", "5", "--turn", "2", "--warmup", "0") == [(0, 2), (2, 4), (4, 5)]
+    on_gpu = turns("--steps", "12", "--turn", "5", "--warmup", "3", device="cuda")
+    assert on_gpu == [(3, 5), (6, 10), (11, 12)]
+
+
+def test_the_runs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def rows(_: Any, run: Run, log: Path) -> Iterator[dict[str, Any]]:
+        for message in ({"stage": "first"}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}):
+            seen.append((run.mode, *list(message)[:1]))
+            yield message
+        yield {"result": {"of": run.mode}}
+
+    monkeypatch.setattr(demo.children, "rows", rows)
+    run = demo.plan(demo.parse(["--device", "cpu"]))
+    runs = [run, dataclasses.replace(run, mode="patched")]
+    bar = tqdm(total=4, file=io.StringIO())
+    found = demo.train_in_turns(runs, bar, dict.fromkeys(("stock", "patched"), tmp_path / "log"))
+    assert found == {"stock": {"of": "stock"}, "patched": {"of": "patched"}}
+    turn = [("stock", "step"), ("patched", "step")]
+    assert seen == [("stock", "stage"), turn[0], ("patched", "stage"), turn[1], *turn]
+    assert bar.n == 4
 
 
 def test_losses_that_differ_are_an_error() -> None:
@@ -186,27 +228,23 @@ def test_a_text_shorter_than_a_sequence(
 
 
 def test_a_failing_run_shows_its_log(tmp_path: Path) -> None:
-    from tqdm import tqdm
-
     run = dataclasses.replace(demo.plan(demo.parse(["--device", "cpu"])), shape="gone")
-    with pytest.raises(
-        RuntimeError, match=r"(?s)stock run failed \(exit code 1\).*KeyError: 'gone'"
-    ):
-        demo.start(run, tqdm(disable=True), tmp_path / "log")
+    message = r"(?s)stock run failed: its process ended with code 1.*KeyError: 'gone'"
+    with pytest.raises(RuntimeError, match=message):
+        demo.train_in_turns([run], tqdm(disable=True), {"stock": tmp_path / "log"})
 
 
 # --- shapes, and all of it -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", DEMO)
 def test_shapes_are_models(name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = SHAPES[name]
-    config = AutoConfig.for_model(shape.model_type, **shape.config)
+    config = AutoConfig.for_model(**MODELS[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert {name: getattr(config, name) for name in shape.config} == shape.config
+    assert {key: getattr(config, key) for key in MODELS[name]} == MODELS[name]
     assert sum(p.numel() for p in model.parameters()) > 10e6
 
 
@@ -221,6 +259,8 @@ def test_end_to_end(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert Run(**data["run"]).steps == 3
     stock, patched = (data["results"][mode] for mode in ("stock", "patched"))
     assert len(stock["losses"]) == len(patched["losses"]) == 3
+    assert len(stock["turns"]) == len(patched["turns"]) == 2
+    assert "| speed, min / median / max of 2 turns |" in shown
     assert stock["losses"][0] == pytest.approx(math.log(32_000), rel=0.05)
     assert patched["patch_report"]
     assert (tmp_path / "tiny-cpu.png").exists()

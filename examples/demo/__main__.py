@@ -1,4 +1,4 @@
-"""Trains a model twice, without and with this library, each in a process of its own, and compares.
+"""Trains a model without and with this library, in two processes that take turns step by step, and compares.
 
     python -m examples.demo                                                     (CPU or GPU, a few minutes)
     python -m examples.demo --device cuda --shape llama-3.2-1b --seq 2048 --batch 8
@@ -13,26 +13,33 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
+from benchmark import children
+from benchmark.shapes import DEMO, MODELS
 from examples.demo import report, text
-from examples.demo.shapes import SHAPES
 from examples.demo.text import DemoError
-from examples.demo.train import MODES, Run
+from examples.demo.train import MODES, Run, train
 
 VOCABULARY = 32_000
 LOG_LINES_SHOWN = 20
+CHILD_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "CUDA_VISIBLE_DEVICES": "0",  # Trainer would spread over all of them
+    # glibc then gives freed tensors back at once: the resident set is what is in use, in both runs
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    shapes = "\n".join(f"  {name:<20} {shape.why}" for name, shape in SHAPES.items())
+    shapes = "\n".join(f"  {name:<20} {shape.why}" for name, shape in DEMO.items())
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
         description=(__doc__ or "").split("\n\n")[0],
@@ -40,13 +47,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shape", default="tiny", help=f"one of {', '.join(SHAPES)} (default: tiny)")
+    add("--shape", default="tiny", help=f"one of {', '.join(DEMO)} (default: tiny)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if torch sees one")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the shape's")
     add("--seq", type=int, help="tokens per sequence (default: the shape's)")
     add("--batch", type=int, help="sequences per step (default: the shape's)")
     add("--steps", type=int, help="optimizer steps (default: the shape's)")
     add("--warmup", type=int, help="first steps left out of the timing (default: 1, on a GPU 3)")
+    add("--turn", type=int, help="steps before the other run goes on (default: 1, on a GPU 5)")
     add("--learning-rate", type=float, help="default: the shape's")
     add("--seed", type=int, default=0)
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
@@ -62,16 +70,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> Run:
     """The stock run that `args` ask for, its tokens not made yet; raises DemoError for what cannot be."""
-    if args.shape not in SHAPES:
-        raise DemoError(f"Unknown shape {args.shape!r}; known: {', '.join(SHAPES)}.")
-    shape = SHAPES[args.shape]
+    if args.shape not in DEMO:
+        raise DemoError(f"Unknown shape {args.shape!r}; known: {', '.join(DEMO)}.")
+    shape = DEMO[args.shape]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise DemoError(f"--device cuda: torch {torch.__version__} sees no GPU.")
     steps = shape.steps if args.steps is None else args.steps
-    warmup = args.warmup
-    if warmup is None:
-        warmup = 3 if device == "cuda" else 1
+    warmup, turn = (3, 5) if device == "cuda" else (1, 1)
+    warmup = warmup if args.warmup is None else args.warmup
+    turn = turn if args.turn is None else args.turn
     run = Run(
         mode="stock",
         shape=args.shape,
@@ -86,15 +94,20 @@ def plan(args: argparse.Namespace) -> Run:
         tokens_file="",
         via_trainer=args.via_trainer,
         checkpointing=args.checkpointing,
+        turn=turn,
     )
     if run.batch < 1 or run.seq < 2:
         raise DemoError(f"--batch {run.batch} --seq {run.seq}: at least 1 and 2 are needed.")
-    if not 0 <= warmup < steps:
-        raise DemoError(f"--steps {steps} leaves nothing to time after --warmup {warmup}.")
-    if not 0 < args.vocabulary <= shape.config["vocab_size"]:
+    if warmup < 0 or turn < 1:
+        raise DemoError(f"--warmup {warmup} --turn {turn}: at least 0 and 1 are needed.")
+    if steps < 1 or not any(untimed < end for untimed, end in run.turns()):
         raise DemoError(
-            f"--vocabulary {args.vocabulary} does not fit {args.shape}, "
-            f"which has {shape.config['vocab_size']} tokens."
+            f"--steps {steps} leaves nothing to time after --warmup {warmup}, with --turn {turn}."
+        )
+    known = MODELS[args.shape]["vocab_size"]
+    if not 0 < args.vocabulary <= known:
+        raise DemoError(
+            f"--vocabulary {args.vocabulary} does not fit {args.shape}, which has {known} tokens."
         )
     return run
 
@@ -103,43 +116,36 @@ def advance(bar: tqdm[Any], run: Run, message: dict[str, Any]) -> None:
     if "stage" in message:
         bar.set_description(f"{run.mode}: {message['stage']}", refresh=sys.stderr.isatty())
     elif "step" in message:
-        loss = "" if message["loss"] is None else f", loss {message['loss']:.4f}"
-        bar.set_description(f"{run.mode}: step {message['step']}/{run.steps}{loss}", refresh=False)
-        bar.update()
+        loss = f"loss {message['loss']:.4f}"
+        bar.set_description(
+            f"{run.mode}: step {message['step']}/{run.steps}, {loss}", refresh=False
+        )
+        bar.update(message["step"] - (message["step"] - 1) // run.turn * run.turn)
 
 
-def start(run: Run, bar: tqdm[Any], log_file: Path) -> dict[str, Any]:
-    """Train in a child process, moving `bar` by one per step; what it prints goes to `log_file`."""
-    environment = dict(os.environ, PYTHONUNBUFFERED="1", TRANSFORMERS_VERBOSITY="error")
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread over all of them
-    # glibc then gives freed tensors back at once: the resident set is what is in use, in both runs
-    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 * 2**20))
-    command = [sys.executable, "-m", "examples.demo.train", run.to_json()]
-    result: dict[str, Any] = {}
-    with log_file.open("w") as log:
-        child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        assert child.stdout is not None
-        try:
-            for line in child.stdout:
-                if not line.startswith("{"):
-                    log.write(line)
-                    continue
-                message = json.loads(line)
-                result = message.get("result", result)
-                advance(bar, run, message)
-        finally:
-            if child.poll() is None and not result:
-                child.terminate()
-            child.wait()
-    if child.returncode or not result:
-        tail = log_file.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        raise RuntimeError(
-            "\n".join([f"The {run.mode} run failed (exit code {child.returncode}):", *tail])
-            + f"\nAll of it: {log_file}"
-        )
-    return result
+def train_in_turns(runs: list[Run], bar: tqdm[Any], logs: dict[str, Path]) -> report.Results:
+    """Train every run in a process of its own, one turn of each after the other; what they print goes to `logs`."""
+    processes = {run.mode: children.rows(train, run, log=logs[run.mode]) for run in runs}
+    results: report.Results = {}
+    try:
+        while len(results) < len(runs):
+            for run in runs:
+                try:
+                    for message in processes[run.mode]:
+                        advance(bar, run, message)
+                        if "result" in message:
+                            results[run.mode] = message["result"]
+                        if "stage" not in message:
+                            break
+                except children.ChildError as error:
+                    log = logs[run.mode]
+                    tail = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+                    first = f"The {run.mode} run failed: {error}."
+                    raise RuntimeError("\n".join([first, *tail, f"All of it: {log}"])) from error
+    finally:
+        for process in processes.values():
+            process.close()
+    return results
 
 
 def show(run: Run, results: report.Results, command: str, files: dict[str, Path]) -> None:
@@ -163,8 +169,11 @@ def show(run: Run, results: report.Results, command: str, files: dict[str, Path]
     print(report.loss_table(results))
     print(f"\n`{command}`\n\n{table}\n")
     print(
-        f"The first {run.warmup} step(s) are not timed. Plot: {files['png']}  Data: {files['json']}"
+        f"Turns of {run.turn} step(s), times are medians over turns, the first {run.warmup} step(s) not timed. "
+        f"Plot: {files['png']}  Data: {files['json']}"
     )
+    if report.undecided(results):
+        print("The turns disagree on which run is faster: something else uses this machine.")
 
 
 def demo(args: argparse.Namespace, command: str) -> int:
@@ -187,11 +196,9 @@ def demo(args: argparse.Namespace, command: str) -> int:
         if available < run.seq:
             raise DemoError(f"--seq {run.seq}: the text has {available} tokens only.")
         run = dataclasses.replace(run, tokens_file=str(tokens_file))
-        results = {
-            mode: start(dataclasses.replace(run, mode=mode), bar, files[mode])
-            for mode in MODES
-            if mode in args.modes
-        }
+        runs = [dataclasses.replace(run, mode=mode) for mode in MODES if mode in args.modes]
+        with mock.patch.dict(os.environ, {**CHILD_ENVIRONMENT, **os.environ}):
+            results = train_in_turns(runs, bar, files)
     show(run, results, command, files)
     print(f"Total time: {time.perf_counter() - began:.0f} s")
     if not report.losses_agree(results, run.dtype):

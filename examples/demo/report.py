@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ def relative_differences(results: Results) -> list[float]:
         return []
     stock, patched = results["stock"]["losses"], results["patched"]["losses"]
     return [abs(b - a) / abs(a) for a, b in zip(stock, patched, strict=True)]
+
+
+def speedups(results: Results) -> list[float]:
+    """How much faster `patched` was than `stock` in each turn; empty unless both ran."""
+    if len(results) < 2:
+        return []
+    stock, patched = results["stock"]["turns"], results["patched"]["turns"]
+    return [a / b for a, b in zip(stock, patched, strict=True)]
+
+
+def undecided(results: Results) -> bool:
+    found = speedups(results)
+    return bool(found) and min(found) < 1 < max(found)
 
 
 def losses_agree(results: Results, dtype: str) -> bool:
@@ -72,6 +86,11 @@ def markdown(title: str, results: Results) -> str:
             worst = max(relative_differences(results))
             cells[-1] = f"max. rel. difference {worst:.1e}"
         lines.append("| " + " | ".join(cells) + " |")
+    if both:
+        found = speedups(results)
+        spread = " / ".join(f"{f(found):.2f}x" for f in (min, statistics.median, max))
+        label = f"speed, min / median / max of {len(found)} turns"
+        lines.insert(4, f"| {label} | | | {spread} |")
     return "\n".join(lines)
 
 

@@ -1,14 +1,17 @@
-"""One training run in a process of its own: progress as JSON lines on stdout, the last one holds the result."""
+"""One training run in a process of its own, which takes turns with the other one.
+
+`train` reports {"stage": ...} where something takes long, {"step", "loss"} at the end of each of its turns, and last
+{"result": ...}. It goes on when the parent asks for the next report.
+"""
 
 from __future__ import annotations
 
 import gc
-import json
 import platform
-import sys
+import statistics
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.demo.shapes import SHAPES
+from benchmark.children import Report
+from benchmark.shapes import MODELS
 
 MODES = ("stock", "patched")
 SAMPLE_SECONDS = 0.02
@@ -39,9 +43,20 @@ class Run:
     tokens_file: str
     via_trainer: bool = False
     checkpointing: bool = False
+    turn: int = 1
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def turns(self) -> list[tuple[int, int]]:
+        """Of every turn: the step after which the clock starts, and the last step; if they are one, it is not timed.
+
+        On a GPU the first step of a turn fetches the memory that the other process had, and is not timed either.
+        """
+        ends = [*range(self.turn, self.steps, self.turn), self.steps]
+        starts = [0, *ends[:-1]]
+        fetching = 1 if self.device == "cuda" else 0
+        return [
+            (min(max(self.warmup, start + fetching), end), end)
+            for start, end in zip(starts, ends, strict=True)
+        ]
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -98,16 +113,11 @@ class PeakMemory:
             self._sampler.join()
 
 
-def emit(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def build_model(run: Run) -> Any:
     """The shape's model with random weights; the same ones in every process."""
-    shape = SHAPES[run.shape]
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    config = AutoConfig.for_model(shape.model_type, **shape.config, use_cache=False)
+    config = AutoConfig.for_model(**MODELS[run.shape], use_cache=False)
     config.max_position_embeddings = max(run.seq, config.max_position_embeddings)
     set_seed(run.seed)
     with torch.device(run.device):
@@ -154,61 +164,72 @@ def build_trainer(run: Run, model: Any, losses: list[Tensor]) -> Any:
     return trainer
 
 
-def build_clock(run: Run, losses: list[Tensor]) -> Any:
-    """A callback that times the steps after the warm-up and reports progress."""
+def build_clock(run: Run, losses: list[Tensor], report: Report) -> Any:
+    """A callback that times the turns, and waits between them for the other process."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        started = seconds = 0.0
+        def __init__(self) -> None:
+            self.turns = iter(run.turns())
+            self.seconds: list[float] = []  # per step, of each turn that is timed
 
         def now(self) -> float:
             if run.device == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter()
 
+        def begin_turn(self, step: int) -> None:
+            self.untimed, self.end = next(self.turns, (-1, -1))
+            if step == self.untimed:
+                self.started = self.now()
+
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.started = self.now()
+            self.begin_turn(0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             step = state.global_step
-            if step == run.warmup:
+            if step == self.end:
+                if step > self.untimed:
+                    self.seconds.append((self.now() - self.started) / (step - self.untimed))
+                if run.device == "cuda":
+                    torch.cuda.empty_cache()  # the other process needs it
+                report({"step": step, "loss": float(losses[-1])})
+                self.begin_turn(step)
+            elif step == self.untimed:
                 self.started = self.now()
-            if step == run.steps:
-                self.seconds = self.now() - self.started
-            # the loss of the step before: to read the latest one would make the GPU wait for Python
-            emit(step=step, loss=float(losses[-2]) if step > 1 else None)
 
     return Clock()
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Run it; losses of all steps, seconds of the steps after the warm-up, memory in bytes."""
-    emit(stage="building the model")
+def train(report: Report, run: Run) -> None:
+    """The result: losses of all steps, seconds per step of every turn, memory in bytes."""
+    report({"stage": "building the model"})
     model = build_model(run)
-    report = None
+    patch_report = None
     if run.mode == "patched" and not run.via_trainer:
         import liger_kernel
 
-        report = str(liger_kernel.patch(model))
-        print(report, file=sys.stderr)
+        patch_report = str(liger_kernel.patch(model))
     losses: list[Tensor] = []
     trainer = build_trainer(run, model, losses)
-    clock = build_clock(run, losses)
+    clock = build_clock(run, losses, report)
     trainer.add_callback(clock)
-    emit(stage="first step")
+    report({"stage": "first step"})
     with PeakMemory(run.device) as memory:
         trainer.train()
-    measured = run.steps - run.warmup
-    return {
+    seconds = statistics.median(clock.seconds)
+    result = {
         "losses": [float(loss) for loss in losses],
-        "tokens_per_second": measured * run.batch * run.seq / clock.seconds,
-        "seconds_per_step": clock.seconds / measured,
+        "tokens_per_second": run.batch * run.seq / seconds,
+        "seconds_per_step": seconds,
+        "turns": clock.seconds,
         "memory_at_rest": memory.at_rest,
         "memory_peak": memory.peak,
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(run.device),
-        "patch_report": report,
+        "patch_report": patch_report,
     }
+    report({"result": result})
 
 
 def machine(device: str) -> str:
@@ -221,7 +242,3 @@ def machine(device: str) -> str:
         f"{name}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-
-
-if __name__ == "__main__":
-    emit(result=train(Run(**json.loads(sys.argv[1]))))
