@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
@@ -53,7 +54,9 @@ class TestForwardContract:
             model(**batch()).loss.backward()
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            held = [tuple(t.shape) for t in gc.garbage if isinstance(t, torch.Tensor)]
+            tensors = [t for t in gc.garbage if isinstance(t, torch.Tensor)]
+            # torch.compile drops what it traced in other tests whenever it likes
+            held = [tuple(t.shape) for t in tensors if not isinstance(t, FakeTensor)]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()

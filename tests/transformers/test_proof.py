@@ -184,14 +184,14 @@ def test_the_rule() -> None:
     eps = torch.finfo(torch.float32).eps
     high = torch.tensor([1.0, -4.0], dtype=torch.float64)
     low = high * (1 + eps)
-    assert excess(high, high, low, eps) < 0
-    assert excess(high * (1 + 3.9 * eps), high, low, eps) < 0
-    assert excess(high * (1 + 4.1 * eps), high, low, eps) > 0
-    assert excess(high * (1 + 2.1 * eps), high, low, eps, factor=1) > 0
-    assert excess(high + torch.tensor([0, 15.9 * eps]), high, low, eps) < 0  # the largest error
-    assert excess(high + 15.9 * eps, high, low, eps) > 0  # the root mean square
-    assert not excess(high * torch.nan, high, low, eps) <= 0
-    assert excess(high[:0], high[:0], low[:0], eps) <= 0
+    assert excess(high, high, low, eps=eps) < 1
+    assert excess(high * (1 + 3.9 * eps), high, low, eps=eps) < 1
+    assert excess(high * (1 + 4.1 * eps), high, low, eps=eps) > 1
+    assert excess(high * (1 + 2.1 * eps), high, low, eps=eps, factor=1) > 1
+    assert excess(high + torch.tensor([0, 15.9 * eps]), high, low, eps=eps) < 1  # the largest error
+    assert excess(high + 15.9 * eps, high, low, eps=eps) > 1  # the root mean square
+    assert not excess(high * torch.nan, high, low, eps=eps) <= 1
+    assert excess(high[:0], high[:0], low[:0], eps=eps) <= 1
 
 
 class InFloat32(BrokenMLP):

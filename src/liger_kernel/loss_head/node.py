@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def linear_loss(
     teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
     chunks: ChunkOptions = ChunkOptions(),  # noqa: B008 - frozen
     groups: RowGroups | None = None,
+    helpers: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> tuple[Any, ...]:
     """`loss` of `hidden @ weight.T + bias`, one chunk of logits at a time.
 
@@ -46,6 +48,8 @@ def linear_loss(
         class_weight: (V,), where the loss has class weights.
         teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants.
         groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
+        helpers: the functions that eager calls go through, where frameworks wrap them by name: see
+            `fused_linear_cross_entropy_forward` and `..._backward`.
 
     Returns: what `loss.reduced` says; the first is the loss. Under autocast the matrix products run in its dtype; the
     gradients have the dtypes of their parameters. With reductions "mean" and "sum", and with groups, gradients are made
@@ -71,7 +75,7 @@ def linear_loss(
         if type(loss).name in ROW_LOSSES:
             return library.call(loss, student, target, class_weight, chunks, other)
         return _outside_the_graph(loss, student, target, class_weight, chunks, other)
-    return _run(loss, student, target, class_weight, chunks, other, groups)
+    return _run(loss, student, target, class_weight, chunks, other, groups, helpers)
 
 
 def _run(
@@ -82,13 +86,14 @@ def _run(
     chunks: ChunkOptions,
     teacher: HeadInputs | None,
     groups: RowGroups | None = None,
+    helpers: Any = None,
 ) -> tuple[Any, ...]:
     check_labels(target, student.weight.shape[0], loss.ignore_index)
     hidden, weight, bias, dtype = student
     if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    rest = (dtype, target, class_weight, teacher, loss, chunks, groups)
+    rest = (dtype, target, class_weight, teacher, loss, chunks, groups, helpers)
     found: tuple[Any, ...] = _LinearLoss.apply(hidden, weight, bias, rest)
     return found
 
@@ -101,25 +106,27 @@ def _outside_the_graph(*arguments: Any) -> tuple[Any, ...]:
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Any) -> Any:
-        dtype, target, class_weight, teacher, loss, chunks, groups = rest
+        dtype, target, class_weight, teacher, loss, chunks, groups, helpers = rest
         needs = ctx.needs_input_grad[:3]
         ctx.recomputes = groups is None and loss.recomputes
-        out, outputs, grads = loop.run(
-            loss,
-            HeadInputs(hidden, weight, bias, dtype),
-            target,
-            class_weight,
-            chunks,
-            (False,) * 3 if ctx.recomputes else needs,
-            groups,
-            teacher,
-        )
+        now = (False,) * 3 if ctx.recomputes else needs
+        if helpers is not None:
+            settings = (loss, chunks)
+            *outputs, dx, dw, db = helpers[0](
+                hidden, weight, target, class_weight, bias, settings=settings, needs=now
+            )
+            grads = (dx, dw, db)
+        else:
+            head = HeadInputs(hidden, weight, bias, dtype)
+            out, outputs, grads = loop.run(
+                loss, head, target, class_weight, chunks, now, groups, teacher
+            )
         if groups is not None:
             value, reported = groups.loss_of(out.loss)
             outputs = (value, *reported)
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
-            ctx.recompute = rest if ctx.recomputes else None
+            ctx.rest = rest
             # a loss by groups, or of a distillation module, has no reduction to choose
             ctx.way_out = NONE_RECOMPUTES if groups is None and teacher is None else ""
             ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
@@ -130,17 +137,31 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 4
+        dtype, target, class_weight, teacher, loss, chunks, groups, helpers = ctx.rest
         if not ctx.recomputes:
-            refuse_second_backward(ctx, "this loss", ctx.way_out)
+            has_reduction = groups is None and teacher is None
+            refuse_second_backward(ctx, "this loss", NONE_RECOMPUTES if has_reduction else "")
             found = ctx.saved_tensors
+            if helpers is not None:
+                return *helpers[1](grads[0], *found), None
             scale_gradients(found, grads[0])
             return *found, None
-        dtype, target, class_weight, teacher, loss, chunks, _ = ctx.recompute
         hidden, weight, bias = ctx.saved_tensors
-        student, needs = HeadInputs(hidden, weight, bias, dtype), ctx.needs_input_grad[:3]
-        _, _, found = loop.run(
-            loss, student, target, class_weight, chunks, needs, grads[0], teacher
-        )
+        needs = ctx.needs_input_grad[:3]
+        if helpers is not None:
+            found = helpers[0](
+                hidden,
+                weight,
+                target,
+                class_weight,
+                bias,
+                settings=(loss, chunks),
+                needs=needs,
+                token_grad_output=grads[0],
+            )[-3:]
+            return *found, None
+        head = HeadInputs(hidden, weight, bias, dtype)
+        found = loop.run(loss, head, target, class_weight, chunks, needs, grads[0], teacher)[2]
         return *found, None
 
 

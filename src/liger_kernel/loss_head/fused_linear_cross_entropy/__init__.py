@@ -76,7 +76,14 @@ def fused_linear_cross_entropy(
     )
     chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
     found: Any = linear_loss(
-        loss, hidden, weight, target, bias, class_weight=class_weight, chunks=chunks
+        loss,
+        hidden,
+        weight,
+        target,
+        bias,
+        class_weight=class_weight,
+        chunks=chunks,
+        helpers=(fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward),
     )
     outputs: Outputs = found
     return outputs
@@ -105,29 +112,33 @@ def fused_linear_cross_entropy_forward(
     weight_requires_grad: bool | None = None,
     chunk_mem_const: int = 1,
     *,
-    settings: CrossEntropyLoss | None = None,
+    settings: tuple[CrossEntropyLoss, ChunkOptions] | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The four outputs and the gradients of `_input`, `weight` and `bias`, without autograd.
+    """The four outputs and the gradients of `_input`, `weight` and `bias`; every eager call goes through here.
 
     The gradients are for an upstream gradient of 1, or of `token_grad_output` (N,) per row, and for the tensors with
     `requires_grad=True`, or what `compute_gradients` and `weight_requires_grad` say, or `needs` for the three tensors.
-    `settings` takes the place of the options of the loss.
+    `settings` takes the place of the options before.
     """
-    _check_legacy(ce_impl, ce_mode)
-    loss = settings or CrossEntropyLoss(
-        ignore_index,
-        lse_square_scale,
-        label_smoothing,
-        reduction,
-        softcap,
-        return_z_loss,
-        return_token_accuracy,
-        return_predicted_tokens,
-        use_token_scaling,
-    )
-    budget = _legacy_budget(_input, weight, chunk_mem_const)
-    chunks = ChunkOptions(accum_dtype, memory_budget=budget)
+    if settings is None:
+        _check_legacy(ce_impl, ce_mode)
+        budget = _legacy_budget(_input, weight, chunk_mem_const)
+        settings = (
+            CrossEntropyLoss(
+                ignore_index,
+                lse_square_scale,
+                label_smoothing,
+                reduction,
+                softcap,
+                return_z_loss,
+                return_token_accuracy,
+                return_predicted_tokens,
+                use_token_scaling,
+            ),
+            ChunkOptions(accum_dtype, memory_budget=budget),
+        )
+    loss, chunks = settings
     if needs is None:
         any_needs = compute_gradients is not False
         needs = (
