@@ -1,8 +1,8 @@
 """pytest plugin: coverage of every fifth case of a parametrised test, and of all other tests.
 
 Before Python 3.12 Python calls coverage at every line that it runs, those of Triton's interpreter among them, and the
-suite needs half as much time again. The cases of one test run mostly the same lines: a sample of them finds nearly all.
-From 3.12 on a line that was seen costs nothing any more, and every case counts.
+suite needs half as much time again. A sample shows fewer lines than all cases would: `make coverage` gives the exact
+number. From 3.12 on a line that was seen costs nothing any more, and every case counts.
 
     pytest --cov -p tests.sampled_coverage tests
 """
