@@ -44,6 +44,7 @@ _OPS = {
 #: what every reason of its kind says
 _USUAL = (
     " computes something else| is not run by transformers' experts registry|: its rotary function"
+    "| cannot be run alone: .*"  # in the words of torch, which change from release to release
 )
 
 
