@@ -43,7 +43,8 @@ _OPS = {
 }
 #: what every reason of its kind says
 _USUAL = (
-    " computes something else| is not run by transformers' experts registry|: its rotary function"
+    " computes something else| cannot be run alone: .*"
+    "| is not run by transformers' experts registry|: its rotary function"
 )
 
 
