@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,16 +23,13 @@ from tests.transformers.tiny import build
 SIZE = 48
 
 
-@pytest.fixture(autouse=True)
-def nothing_proven() -> Iterator[None]:
+@pytest.fixture
+def nothing_proven() -> None:
     """Verdicts are kept for the process."""
-    caches = [s.find_plan.cache_clear for s in (experts, mlps, norms, relu_squared)]
-    caches += [rope.prove.cache_clear, rope.replacement.cache_clear, rope._rebound.cache_clear]
-    for clear in caches:
-        clear()
-    yield
-    for clear in caches:
-        clear()
+    for site in (experts, mlps, norms, relu_squared):
+        site.find_plan.cache_clear()
+    for function in (rope.prove, rope.replacement, rope._rebound):
+        function.cache_clear()
 
 
 def rows(model: nn.Module, **options: Any) -> dict[str, str]:
@@ -78,7 +74,12 @@ class Experts(nn.Module):
 )
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError])
 def test_an_error_of_ours_is_raised(
-    op: Any, name: str, build_one: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    op: Any,
+    name: str,
+    build_one: Any,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_proven: None,
 ) -> None:
     model = build_one()
     before = snapshot(model)

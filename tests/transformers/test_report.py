@@ -18,7 +18,7 @@ from benchmark import savings as benchmark
 from liger_kernel.backends import use_implementation
 from liger_kernel.transformers.patching import PatchOptions, PatchReport
 from liger_kernel.transformers.patching.savings import LossSite
-from tests.transformers.tiny import VOCAB, build
+from tests.transformers.tiny import VOCAB, batch, build
 
 MIB = 2**20
 ON_CPU = [case.tiny() for case in benchmark.SAVINGS if not case.autocast]
@@ -122,6 +122,16 @@ def test_copies_ask_their_own_model() -> None:
 def test_nothing_fused_saves_nothing() -> None:
     assert liger_kernel.patch(build("llama"), fused_linear_cross_entropy=False).savings(2, 8) == 0
     assert liger_kernel.patch(nn.Linear(2, 2)).savings(2, 8) == 0
+
+
+def test_a_loss_that_turns_out_not_to_be_fused_saves_nothing() -> None:
+    model = build("llama").train()
+    model.loss_function = lambda logits, **others: logits.exp().mean()
+    report = liger_kernel.patch(model, chunk_size=8)
+    assert report.savings(4, 16) > 0
+    model(**batch())
+    assert [row.kind for row in report.skipped] == ["loss"]
+    assert report.savings(4, 16) == 0
 
 
 def test_what_cannot_be_asked() -> None:

@@ -238,6 +238,7 @@ def _after_forward(model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any
     state = state_of(model)
     if state is not None and not call.fused and any(logits.is_real for logits in deferred):
         state.report.retract("loss", "its forward needs real logits before the loss")
+        state.report.forecast = None
     as_tuple = isinstance(output, tuple)
     entries = list(enumerate(output)) if as_tuple else list(output.items())
     for key, value in entries:
