@@ -221,17 +221,15 @@ def test_without_a_head(name: str) -> None:
     made._experts_implementation = "eager"
     model = getattr(transformers, auto).from_config(made, attn_implementation="eager")
     fresh = Scored(build.randomize(model))
-    low = check.step(copy.deepcopy(fresh), batch)[:2]
-    *high, lows = check._truth(fresh, batch, low, check.Result(name, auto))
-    _apply_liger_kernel_to_instance(fresh.model)
-    report = state_of(fresh.model).report
-    loss, grads, _ = check.step(fresh, batch)
-    liger_kernel.unpatch(fresh.model)
-    check._compare(loss, grads, tuple(high), lows)
+    ours = copy.deepcopy(fresh)
+    _apply_liger_kernel_to_instance(ours.model)
+    report = state_of(ours.model).report
+    check.compare(ours, fresh, batch, check.Result(name, auto))
+    assert check.step(ours, batch)[1]
+    liger_kernel.unpatch(ours.model)
     kinds = {row.kind for row in report.replaced}
     assert "norm" in kinds
     assert "loss" not in kinds
-    assert grads
 
 
 # -- ways to call the forward ------------------------------------------------------------------------------------------
@@ -367,14 +365,12 @@ def test_a_saved_copy_of_a_layer_norm() -> None:
     saved = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
     model = peft.get_peft_model(model, saved)
     batch = inputs.text()
-    low = check.step(model, batch)
+    fresh = copy.deepcopy(model)
     report = liger_kernel.patch(model)
     assert sum("model.norm." in row.path for row in report.replaced) == 2
     assert repr(model).count("LigerLayerNorm[LayerNorm]") > 2
-    loss, grads, _ = check.step(model, batch)
+    check.compare(model, fresh, batch, check.Result("stablelm", type(model).__name__))
     liger_kernel.unpatch(model)
-    high = check.step(model.double(), batch)
-    check._compare(loss, grads, high[:2], [low[:2]])
 
 
 FLAGS = {
