@@ -52,7 +52,7 @@ def assert_no_worse(
     device = ours.device if ours.is_cuda else torch.device("cpu")
     ours, high, *lows = (t.detach().to(device) for t in (ours, high, *lows))
     ratio = excess(ours, high, lows, elementwise=elementwise)
-    _record(name, ratio)
+    _record(name, ratio, ours.numel())
     if not ratio <= 1:
         error, allowed = ((t.double() - high.double()).abs() for t in (ours, lows[0]))
         worst = int((error / (1 + high.double().abs()) if elementwise else error).argmax())
@@ -96,9 +96,9 @@ def assert_draws_no_worse(
         draws = [[{name: run[name] for name in names} for run in runs] for runs in draws]
 
 
-def _record(name: str, ratio: float) -> None:
+def _record(name: str, ratio: float, numbers: int) -> None:
     """One line in a file of this process: the workers of a run do not share one."""
     if path := os.environ.get("LIGER_KERNEL_RATIOS"):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
         with Path(f"{path}.{os.getpid()}").open("a") as file:
-            file.write(json.dumps([ratio, test, name]) + "\n")
+            file.write(json.dumps([ratio, test, name, numbers]) + "\n")
