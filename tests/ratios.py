@@ -11,14 +11,14 @@ import json
 from pathlib import Path
 
 
-def largest(files: list[Path]) -> list[tuple[float, str, str]]:
-    """(ratio, test, name), every pair of test and name once, the largest ratio first."""
-    found: dict[tuple[str, str], float] = {}
+def largest(files: list[Path]) -> list[tuple[float, int, str, str]]:
+    """(ratio, numbers compared, test, name), every pair of test and name once, the largest ratio first."""
+    found: dict[tuple[str, str], tuple[float, int]] = {}
     for path in files:
         for line in path.read_text().splitlines():
-            ratio, test, name = json.loads(line)
-            found[test, name] = max(ratio, found.get((test, name), 0.0))
-    return sorted(((ratio, *key) for key, ratio in found.items()), reverse=True)
+            ratio, test, name, numbers = json.loads(line)
+            found[test, name] = max((ratio, numbers), found.get((test, name), (0.0, 0)))
+    return sorted(((*judged, *key) for key, judged in found.items()), reverse=True)
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
     given = parser.parse_args()
     rows = largest(given.files)
     print(f"{len(rows)} comparisons, {sum(ratio > 0.8 for ratio, *_ in rows)} above 0.8")
-    for ratio, test, name in rows[: given.n]:
-        print(f"{ratio:6.3f}  {test}  {name}")
+    for ratio, numbers, test, name in rows[: given.n]:
+        print(f"{ratio:6.3f} {numbers:9}  {test}  {name}")
 
 
 if __name__ == "__main__":

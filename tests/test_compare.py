@@ -193,6 +193,6 @@ def test_ratios_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         judge([3.0], [INF], [INF])
     (file,) = tmp_path.iterdir()
     assert len([*map(json.loads, file.read_text().splitlines())]) == 3
-    ((ratio, test, name),) = largest([file])
-    assert (ratio, name) == (INF, "x")
+    ((ratio, numbers, test, name),) = largest([file])
+    assert (ratio, numbers, name) == (INF, 1, "x")
     assert test == "tests/test_compare.py::test_ratios_are_written_down"

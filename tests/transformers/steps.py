@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.transformers.tiny import batch, build
 
+T = TypeVar("T")
 #: in 16 bits one batch may be near the truth, or far from it, by luck, and all gradients with it
 BATCHES = 8
 
@@ -37,6 +38,14 @@ def float_means_double(*methods: str) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(Tensor, name, original)
+
+
+def in_float64(run: Callable[[], T]) -> T:
+    """What `run` gives with as few roundings to float32 as the model's code stands: some of it mixes dtypes then."""
+    for methods in (("float", "to"), ("float",)):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError), float_means_double(*methods):
+            return run()
+    return run()
 
 
 def unrounded(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import liger_kernel
-from liger_kernel.testing import assert_no_worse
+from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.steps import assert_all_no_worse
+from tests.transformers.steps import move, unrounded
 from tests.transformers.tiny import VOCAB, batch, build
 
 ROWS, LENGTH, STEPS = 24, 13, 4
@@ -37,13 +37,18 @@ class Tokens(torch.utils.data.Dataset):
 def trainer(tmp_path: Path) -> Iterator[Make]:
     """Makes trainers. SGD, because Adam's first steps turn the rounding of a gradient near zero into a whole step.
 
-    `use_liger_kernel` changes the modeling file too, so a stock model has to run before the patched one.
+    `use_liger_kernel` changes the modeling file too, so a stock model has to run before the patched one. With a `draw`,
+    weights are moved by one rounding error, alike in every dtype.
     """
     made: list[Trainer] = []
 
-    def make(liger: bool, dtype: torch.dtype = torch.float32, **options: Any) -> Trainer:
+    def make(
+        liger: bool, dtype: torch.dtype = torch.float32, draw: int = 0, **options: Any
+    ) -> Trainer:
         own = {name: options.pop(name) for name in OF_TRAINER if name in options}
-        own = own if "model_init" in own else {**own, "model": build("llama", dtype)}
+        if "model_init" not in own:
+            model = own["model"] = build("llama", dtype)
+            move([model], [p.detach().float().clone() for p in model.parameters()], draw)
         defaults: dict[str, Any] = {
             "max_steps": STEPS, "learning_rate": 0.1, "optim": "sgd", "logging_steps": 1, "save_strategy": "no",
             "per_device_train_batch_size": 2, "prediction_loss_only": True, "report_to": [], "disable_tqdm": True,
@@ -66,11 +71,19 @@ def evaluation(run: Trainer) -> Tensor:
     """The losses of several evaluations: one alone may be near the truth by luck."""
     data = Tokens()
     parts = [torch.utils.data.Subset(data, range(i, ROWS, 4)) for i in range(4)]
-    return torch.tensor([run.evaluate(part)["eval_loss"] for part in parts])
+    with unrounded(run.model):
+        losses = [run.evaluate(part)["eval_loss"] for part in parts]
+    return torch.tensor(losses, dtype=losses_in(run))
+
+
+def losses_in(run: Trainer) -> torch.dtype:
+    """float64 where the model is in it, or the truth would be rounded."""
+    return torch.promote_types(next(run.model.parameters()).dtype, torch.float32)
 
 
 def trained(run: Trainer) -> Trainer:
-    run.train()
+    with unrounded(run.model):
+        run.train()
     return run
 
 
@@ -78,8 +91,9 @@ def outcome(run: Trainer) -> dict[str, Tensor]:
     """The losses of the steps, those of evaluations afterwards, and the weights."""
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
-    weights = {name: p.detach() for name, p in run.model.named_parameters()}
-    return {"losses": torch.tensor(losses), "evaluation": evaluation(run), **weights}
+    weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    losses = torch.tensor(losses, dtype=losses_in(run))
+    return {"losses": losses, "evaluation": evaluation(run), **weights}
 
 
 def fused_losses(calls: collections.Counter[str]) -> int:
@@ -119,18 +133,24 @@ def test_training(setup: str, trainer: Make, calls: collections.Counter[str]) ->
     compiled = setup == "compiled"  # modules are left to the compiler there
     plain = {} if compiled else options
     exact = {name: value for name, value in plain.items() if name != "bf16"}
-    calls.clear()
-    high = outcome(trained(trainer(False, torch.float64, **exact)))
-    low = outcome(trained(trainer(False, **plain)))
-    assert not calls
-    ours = trained(trainer(True, **options))
-    batches = STEPS * ours.args.gradient_accumulation_steps
-    assert fused_losses(calls) >= batches if setup in FUSED else not fused_losses(calls)
-    assert not calls["rms_norm"] if compiled else calls["rms_norm"] >= batches
-    assert_all_no_worse(outcome(ours), high, low)
-    before = state_of(ours.model)
-    ours.train()  # the Trainer patches again at every train()
-    assert state_of(ours.model) is before
+
+    def draw(seed: int) -> Any:
+        calls.clear()
+        high = outcome(trained(trainer(False, torch.float64, seed, **exact)))
+        low = outcome(trained(trainer(False, draw=seed, **plain)))
+        assert not calls
+        ours = trained(trainer(True, draw=seed, **options))
+        batches = STEPS * ours.args.gradient_accumulation_steps
+        assert fused_losses(calls) >= batches if setup in FUSED else not fused_losses(calls)
+        assert not calls["rms_norm"] if compiled else calls["rms_norm"] >= batches
+        found = outcome(ours)
+        before = state_of(ours.model)
+        ours.train()  # the Trainer patches again at every train()
+        assert state_of(ours.model) is before
+        liger_kernel.unpatch(ours.model)
+        return found, high, low
+
+    assert_draws_no_worse(draw)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=str)
@@ -146,34 +166,47 @@ def test_evaluation(
 
     smoothed = "label_smoothing_factor" in options
     options = {"prediction_loss_only": False, "compute_metrics": metrics, "max_steps": 1, **options}
-    runs = []
-    for liger, dtype in ((False, torch.float64), (False, torch.float32), (True, torch.float32)):
-        run = trained(trainer(liger, dtype, **options))
-        evaluated, predicted = run.evaluate(), run.predict(Tokens())
-        assert seen[-1].predictions.shape == (ROWS, LENGTH, VOCAB)
-        assert (seen[-1].label_ids == predicted.label_ids).all()
-        values = {"logits": seen[-2].predictions, "predicted": predicted.predictions}
-        values["loss beside logits"] = evaluated["eval_loss"]
-        run.args.prediction_loss_only, run.compute_metrics = True, None
-        calls.clear()
-        values["loss alone"] = run.evaluate()["eval_loss"]
+
+    def run_of(liger: bool, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        run = trained(trainer(liger, dtype, seed, **options))
+        with unrounded(run.model):
+            evaluated, predicted = run.evaluate(), run.predict(Tokens())
+            assert seen[-1].predictions.shape == (ROWS, LENGTH, VOCAB)
+            assert (seen[-1].label_ids == predicted.label_ids).all()
+            values = {"logits": seen[-2].predictions, "predicted": predicted.predictions}
+            values["loss beside logits"] = evaluated["eval_loss"]
+            run.args.prediction_loss_only, run.compute_metrics = True, None
+            calls.clear()
+            values["loss alone"] = run.evaluate()["eval_loss"]
         assert bool(fused_losses(calls)) == (liger and not smoothed)
-        runs.append({name: torch.as_tensor(value) for name, value in values.items()})
-    high, low, ours = runs
-    assert_all_no_worse(ours, high, low)
+        liger_kernel.unpatch(run.model)
+        return {name: torch.as_tensor(value, dtype=dtype) for name, value in values.items()}
+
+    def draw(seed: int) -> Any:
+        high, low = (run_of(False, dtype, seed) for dtype in (torch.float64, torch.float32))
+        return run_of(True, torch.float32, seed), high, low
+
+    assert_draws_no_worse(draw)
 
 
 def test_evaluation_in_bfloat16(trainer: Make) -> None:
     """`bf16_full_eval` casts the patched model."""
     options = {"max_steps": 1, "learning_rate": 0.0}
-    runs = [
-        trainer(False, torch.float64, **options),
-        trainer(False, bf16_full_eval=True, **options),
-        trainer(True, bf16_full_eval=True, **options),
-    ]
-    high, low, ours = (evaluation(trained(run)) for run in runs)
-    assert runs[2].model.dtype == torch.bfloat16
-    assert_no_worse("evaluation", ours, high.double(), low)
+
+    def draw(seed: int) -> Any:
+        runs = [
+            trainer(False, torch.float64, **options),
+            trainer(False, bf16_full_eval=True, **options),
+            trainer(True, bf16_full_eval=True, **options),
+        ]
+        for run in runs:
+            move([run.model], [p.detach().bfloat16() for p in run.model.parameters()], seed)
+        high, low, ours = ({"evaluation": evaluation(trained(run))} for run in runs)
+        assert runs[2].model.dtype == torch.bfloat16
+        liger_kernel.unpatch(runs[2].model)
+        return ours, high, low
+
+    assert_draws_no_worse(draw)
 
 
 def test_resuming_from_a_checkpoint(trainer: Make) -> None:

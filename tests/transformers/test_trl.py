@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import liger_kernel
+from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.steps import assert_all_no_worse
+from tests.transformers.steps import move
 from tests.transformers.tiny import VOCAB, build, randomize
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated")
 
-STEPS, ROWS = 4, 16
+STEPS, ROWS, PARTS = 4, 16, 4
 Make = Callable[..., Any]
 
 
@@ -106,16 +107,22 @@ OF_TRAINER = ("peft_config", "ref_model", "reward_funcs", "model")
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Make]:
-    """Makes trainers, as `test_trainer.trainer`: a stock model has to run before a patched one."""
+    """Makes trainers, as `test_trainer.trainer`: a stock model has to run before a patched one.
+
+    Weights are moved by one rounding error with a `draw`, and are the same in every dtype.
+    """
     made: list[Any] = []
 
-    def make(name: str, liger: bool, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    def make(
+        name: str, liger: bool, dtype: torch.dtype = torch.float32, draw: int = 0, **more: Any
+    ) -> Any:
         kind, columns, options, _ = TRAINERS[name]
         options = {**options, **more}
         own: dict[str, Any] = {n: options.pop(n) for n in OF_TRAINER if n in options}
         own = {"model": causal_lm, **own}
         for role in {"model", "ref_model"} & own.keys():
-            own[role] = own[role](dtype)
+            model = own[role] = own[role](dtype)
+            move([model], [p.detach().float().clone() for p in model.parameters()], draw)
         defaults: dict[str, Any] = {
             "max_steps": STEPS, "learning_rate": 0.5, "optim": "sgd", "logging_steps": 1, "save_strategy": "no",
             "per_device_train_batch_size": 4, "per_device_eval_batch_size": ROWS, "report_to": [],
@@ -139,33 +146,58 @@ def base_model(run: Any) -> nn.Module:
 
 
 def trained(run: Any, metrics: list[str]) -> dict[str, Tensor]:
-    """What is logged in training, the loss of an evaluation afterwards, and the weights.
+    """What is logged in training, the losses of evaluations afterwards, and the weights.
 
     GRPO's loss on its own samples is zero to rounding; its gradient is not.
     """
     run.train()
     log = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(log) == STEPS
-    found = {name: torch.tensor([entry[name] for entry in log]) for name in metrics}
+    found = {name: [entry[name] for entry in log] for name in metrics}
     if "loss" in metrics:
-        found["evaluation"] = torch.tensor(run.evaluate()["eval_loss"])
-    return {**found, **{name: p.detach() for name, p in run.model.named_parameters()}}
+        parts = [
+            run.eval_dataset.select(range(i, len(run.eval_dataset), PARTS)) for i in range(PARTS)
+        ]
+        found["evaluation"] = [run.evaluate(part)["eval_loss"] for part in parts]
+    dtype = next(run.model.parameters()).dtype  # float32 would round the truth
+    logged = {name: torch.tensor(values, dtype=dtype) for name, values in found.items()}
+    return {**logged, **{name: p.detach().clone() for name, p in run.model.named_parameters()}}
+
+
+def assert_trained_alike(
+    name: str,
+    trainer: Make,
+    calls: collections.Counter[str],
+    check: Callable[[Any], None],
+    **ours: Any,
+) -> None:
+    """The trainer of options `ours` against stock; `check(run)` once ours is trained."""
+    metrics = TRAINERS[name][-1]
+
+    def draw(seed: int) -> Any:
+        calls.clear()
+        high = trained(trainer(name, False, torch.float64, draw=seed), metrics)
+        low = trained(trainer(name, False, draw=seed), metrics)
+        assert not calls
+        run = trainer(name, draw=seed, **ours)
+        found = trained(run, metrics)
+        check(run)
+        liger_kernel.unpatch(run.model)
+        return found, high, low
+
+    assert_draws_no_worse(draw)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_training(name: str, trainer: Make, calls: collections.Counter[str]) -> None:
-    metrics = TRAINERS[name][-1]
-    calls.clear()
-    high = trained(trainer(name, False, torch.float64), metrics)
-    low = trained(trainer(name, False), metrics)
-    assert not calls
-    run = trainer(name, True)
-    ours = trained(run, metrics)
-    report = state_of(base_model(run)).report
-    assert {row.kind for row in report.replaced} == {"norm", "mlp"}  # rope: on the modeling file
-    assert min(calls[op] for op in ("rms_norm", "glu", "rope")) >= STEPS
-    assert not calls["fused_linear_cross_entropy"]
-    assert_all_no_worse(ours, high, low)
+    def check(run: Any) -> None:
+        report = state_of(base_model(run)).report
+        # rope: on the modeling file
+        assert {row.kind for row in report.replaced} == {"norm", "mlp"}
+        assert min(calls[op] for op in ("rms_norm", "glu", "rope")) >= STEPS
+        assert not calls["fused_linear_cross_entropy"]
+
+    assert_trained_alike(name, trainer, calls, check, liger=True)
 
 
 def test_token_accuracy_is_right(trainer: Make) -> None:
@@ -190,11 +222,7 @@ def test_a_model_patched_by_hand(trainer: Make, calls: collections.Counter[str])
         assert "loss" in {row.kind for row in liger_kernel.patch(model).replaced}
         return model
 
-    name = "completion only"
-    metrics = TRAINERS[name][-1]
-    high = trained(trainer(name, False, torch.float64), metrics)
-    low = trained(trainer(name, False), metrics)
-    calls.clear()
-    ours = trained(trainer(name, False, model=patched), metrics)
-    assert calls["rms_norm"] >= STEPS
-    assert_all_no_worse(ours, high, low)
+    def check(run: Any) -> None:
+        assert calls["rms_norm"] >= STEPS
+
+    assert_trained_alike("completion only", trainer, calls, check, liger=False, model=patched)

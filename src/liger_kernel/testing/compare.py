@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ def assert_no_worse(
     device = ours.device if facts_of(ours.device).float64 else torch.device("cpu")
     ours, high, *lows = (t.detach().to(device) for t in (ours, high, *lows))
     ratio = excess(ours, high, lows, elementwise=elementwise)
-    _record(name, ratio)
+    _record(name, ratio, ours.numel())
     if not ratio <= 1:
         error, allowed = ((t.double() - high.double()).abs() for t in (ours, lows[0]))
         worst = int((error / (1 + high.double().abs()) if elementwise else error).argmax())
@@ -65,7 +65,7 @@ def assert_no_worse(
 
 
 def assert_draws_no_worse(
-    draw: Callable[[int], tuple[Results, Results, Results]],
+    draw: Callable[[int], Sequence[Results]],
     first: int = 1,
     last: int = 64,
     elementwise: Sequence[str] = (),
@@ -75,27 +75,31 @@ def assert_draws_no_worse(
     It starts with `first` draws; a comparison that is CLOSE to what is allowed is judged on four times as many, up to
     `last`. That converges: an error that is larger than allowed stays so, one that was bad luck does not.
     """
-    draws: list[tuple[Results, Results, Results]] = []
-    undecided: list[str] = []
-    while undecided or not draws:
-        draws += [draw(seed) for seed in range(len(draws), min(last, max(first, 4 * len(draws))))]
-        names = draws[0][0].keys()
-        for run in (run for runs in draws for run in runs):
-            assert run.keys() == names, f"{[*names]} != {[*run]}"
+    draws: list[list[Results]] = []
+    names: Iterable[str] = []
+    while names or not draws:
+        for seed in range(len(draws), min(last, max(first, 4 * len(draws)))):
+            runs = draw(seed)
+            names = names or runs[0].keys()
+            given = runs[0].keys()
+            for run in runs:
+                assert run.keys() == given, f"only in one run: {sorted(run.keys() ^ given)}"
+            draws.append([{name: run[name] for name in names} for run in runs])
         close = []
-        for name in undecided or names:
+        for name in names:
             ours, high, low = (torch.stack([runs[i][name] for runs in draws]) for i in range(3))
             by_element = name in elementwise
             if len(draws) < last and excess(ours, high, low, elementwise=by_element) > CLOSE:
                 close.append(name)
             else:
                 assert_no_worse(name, ours, high, low, elementwise=by_element)
-        undecided = close
+        names = close
+        draws = [[{name: run[name] for name in names} for run in runs] for runs in draws]
 
 
-def _record(name: str, ratio: float) -> None:
+def _record(name: str, ratio: float, numbers: int) -> None:
     """One line in a file of this process: the workers of a run do not share one."""
     if path := os.environ.get("LIGER_KERNEL_RATIOS"):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
         with Path(f"{path}.{os.getpid()}").open("a") as file:
-            file.write(json.dumps([ratio, test, name]) + "\n")
+            file.write(json.dumps([ratio, test, name, numbers]) + "\n")
