@@ -24,9 +24,9 @@ def excess(
         return 0.0 if torch.equal(ours, high.to(dtype)) else math.inf
     info = torch.finfo(dtype)
     ours, high, *lows = (t.detach().to(torch.float64) for t in (ours, high, *lows))
-    beyond = high.isfinite() & (rounded := high.to(dtype)).isinf()
+    beyond = high.isfinite() & high.to(dtype).isinf()
     if beyond.any():  # infinity and the largest number are both right there
-        ours = torch.where(beyond & (ours == rounded), ours.clamp(-info.max, info.max), ours)
+        ours = torch.where(beyond, ours.clamp(-info.max, info.max), ours)
         high = torch.where(beyond, high.clamp(-info.max, info.max), high)
     judged = high.isfinite()
     if not judged.all():
