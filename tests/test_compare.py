@@ -63,6 +63,7 @@ either_way = pytest.mark.parametrize("elementwise", [False, True])
         pytest.param([2.0, 9.0], [2.0, 1.0], [INF, 1.0], id="wrong beside an overflow of eager"),
         pytest.param([9.0, 1.0, INF], [2.0, 1.0, INF], [INF, 1.0, INF], id="both at once"),
         pytest.param([2.00001, 1.0], [2.0, 1.0], [2.0, 1.0], id="off by many spacings"),
+        pytest.param([2.21, 1.0], [2.0, 1.0], [2.1, 1.0], id="more than twice the error of eager"),
     ],
 )
 def test_rejected(ours: Any, high: Any, low: Any, elementwise: bool) -> None:
@@ -177,6 +178,22 @@ def test_one_draw_where_errors_are_small() -> None:
     assert taken == [0]
     assert_draws_no_worse(draws(lambda noise: (0 * noise[0], noise[1]), taken), first=3)
     assert taken == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.6, 1), (0.8, 64)])
+def test_more_draws_from_seven_tenths_of_what_is_allowed(share: float, count: int) -> None:
+    taken: list[int] = []
+
+    def draw(seed: int) -> Any:
+        taken.append(seed)
+        high = torch.ones((), dtype=torch.float64)
+        return [
+            {"loss": t}
+            for t in ((1 + 2e-3 * share * high).float(), high, (1 + 1e-3 * high).float())
+        ]
+
+    assert_draws_no_worse(draw)
+    assert len(taken) == count
 
 
 def test_draws_give_the_same_names() -> None:

@@ -33,9 +33,9 @@ def excess(
     info = torch.finfo(dtype)
     eps = info.eps if eps is None else eps
     ours, high, *lows = (t.detach().to(torch.float64) for t in (ours, high, *lows))
-    beyond = high.isfinite() & (rounded := high.to(dtype)).isinf()
+    beyond = high.isfinite() & high.to(dtype).isinf()
     if beyond.any():  # infinity and the largest number are both right there
-        ours = torch.where(beyond & (ours == rounded), ours.clamp(-info.max, info.max), ours)
+        ours = torch.where(beyond, ours.clamp(-info.max, info.max), ours)
         high = torch.where(beyond, high.clamp(-info.max, info.max), high)
     judged = high.isfinite()
     if not judged.all():
