@@ -111,7 +111,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.recomputes = groups is None and loss.recomputes
         now = (False,) * 3 if ctx.recomputes else needs
         if helpers is not None:
-            settings = (loss, chunks)
+            settings = (loss, chunks, dtype)
             *outputs, dx, dw, db = helpers[0](
                 hidden, weight, target, class_weight, bias, settings=settings, needs=now
             )
@@ -127,8 +127,6 @@ class _LinearLoss(torch.autograd.Function):
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
             ctx.rest = rest
-            # a loss by groups, or of a distillation module, has no reduction to choose
-            ctx.way_out = NONE_RECOMPUTES if groups is None and teacher is None else ""
             ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
         return tuple(outputs)
 
@@ -149,13 +147,15 @@ class _LinearLoss(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if helpers is not None:
-            found = helpers[0](
+            found = helpers[
+                0
+            ](
                 hidden,
                 weight,
                 target,
                 class_weight,
                 bias,
-                settings=(loss, chunks),
+                settings=(loss, chunks, dtype),  # of the forward: autocast is off by now
                 needs=needs,
                 token_grad_output=grads[0],
             )[-3:]

@@ -112,7 +112,7 @@ def fused_linear_cross_entropy_forward(
     weight_requires_grad: bool | None = None,
     chunk_mem_const: int = 1,
     *,
-    settings: tuple[CrossEntropyLoss, ChunkOptions] | None = None,
+    settings: tuple[CrossEntropyLoss, ChunkOptions, torch.dtype] | None = None,
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The four outputs and the gradients of `_input`, `weight` and `bias`; every eager call goes through here.
@@ -137,8 +137,9 @@ def fused_linear_cross_entropy_forward(
                 use_token_scaling,
             ),
             ChunkOptions(accum_dtype, memory_budget=budget),
+            compute_dtype(_input, weight),
         )
-    loss, chunks = settings
+    loss, chunks, dtype = settings
     if needs is None:
         any_needs = compute_gradients is not False
         needs = (
@@ -148,7 +149,7 @@ def fused_linear_cross_entropy_forward(
             any_needs and bias is not None and (bias.requires_grad or compute_gradients is True),
         )
     check_labels(target, weight.shape[0], loss.ignore_index)
-    head = HeadInputs(_input, weight, bias, compute_dtype(_input, weight))
+    head = HeadInputs(_input, weight, bias, dtype)
     _, outputs, grads = loop.run(loss, head, target, ce_weight, chunks, needs, token_grad_output)
     return (*outputs, *grads)
 
