@@ -1,11 +1,10 @@
-"""The ops. `OPS` is the complete list; every name below is imported on first use."""
+"""The ops: a folder each. `OPS` is the complete list."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from liger_kernel._core.lazy import compat_names
 
-#: op -> the public names that live in `liger_kernel.ops.<op>`
+#: op -> the incumbent's names that `liger_kernel.ops.<op>` serves
 OPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": (
         "LigerCrossEntropyFunction",
@@ -39,24 +38,15 @@ OPS: dict[str, tuple[str, ...]] = {
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "scale_gradients": (),
 }
-#: names of the incumbent's `liger_kernel.ops` -> the module above the ops that has them here
-_ABOVE = dict.fromkeys(
-    (
-        "LigerFusedLinearCrossEntropyFunction",
-        "fused_linear_cross_entropy_backward",
-        "fused_linear_cross_entropy_forward",
-    ),
-    "liger_kernel.loss_head.fused_linear_cross_entropy",
+#: the same for the loss that lives above the ops
+_FUSED_LOSS = (
+    "LigerFusedLinearCrossEntropyFunction",
+    "fused_linear_cross_entropy_backward",
+    "fused_linear_cross_entropy_forward",
 )
-
-_HOME = {name: f"{__name__}.{op}" for op, names in OPS.items() for name in names} | _ABOVE
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_NAMES = {name for names in (*OPS.values(), _FUSED_LOSS) for name in names}
+__getattr__ = compat_names(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_NAMES})

@@ -20,7 +20,7 @@ import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel._core.options import parameters_of, spells_out
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy
@@ -103,51 +103,21 @@ def liger_cross_entropy(
     return _loss_or_output(outputs)
 
 
+@spells_out(parameters_of(_fused_linear_cross_entropy.fused_linear_cross_entropy)[5:])
 def liger_fused_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
     ce_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    lse_square_scale: float = 0.0,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    return_z_loss: bool = False,
-    accum_dtype: torch.dtype | None = None,
-    use_token_scaling: bool = False,
-    return_token_accuracy: bool = False,
-    return_predicted_tokens: bool = False,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    label_count: LabelCount | int | None = None,
+    **options: Any,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
 
     Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
     """
-    outputs = _fused_linear_cross_entropy.fused_linear_cross_entropy(
-        input,
-        weight,
-        target,
-        bias=bias,
-        class_weight=ce_weight,
-        ignore_index=ignore_index,
-        lse_square_scale=lse_square_scale,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        softcap=softcap,
-        return_z_loss=return_z_loss,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-        accum_dtype=accum_dtype,
-        use_token_scaling=use_token_scaling,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        label_count=label_count,
-    )
-    return _loss_or_output(outputs)
+    op = _fused_linear_cross_entropy.fused_linear_cross_entropy
+    return _loss_or_output(op(input, weight, target, bias, ce_weight, **options))
 
 
 def liger_rms_norm(

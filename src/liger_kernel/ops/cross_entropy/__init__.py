@@ -17,10 +17,12 @@ from liger_kernel._core.checks import (
     check_last_dim,
     check_same_device,
 )
+from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.rows import gradient_scale
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.dispatch import Dispatch, no_shards
+from liger_kernel.ops import OPS
 from liger_kernel.ops.cross_entropy import reference
 from liger_kernel.ops.cross_entropy.contract import (
     CrossEntropyOptions,
@@ -183,15 +185,10 @@ def _step(
     )
 
 
-def _by_reference(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Outputs:
-    options.pop("token_scaling")
-    return reference.cross_entropy(logits, target, weight, **options)
-
-
 _dispatch = Dispatch(
     "cross_entropy",
     _CrossEntropy,
-    _by_reference,
+    reference.cross_entropy,
     shards=no_shards("cross_entropy", "pass logits.full_tensor(), or the rows of this rank"),
 )
 
@@ -247,24 +244,4 @@ def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
         )
 
 
-class LigerCrossEntropyFunction:
-    """`apply` is `cross_entropy`, whose argument order is that of the incumbent."""
-
-    apply = staticmethod(cross_entropy)
-
-
-def cross_entropy_forward(
-    _input: Tensor, target: Tensor, *args: Any, **options: Any
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The outputs of `cross_entropy` and d sum(loss) / d _input, which is None if `_input` asks for no gradient."""
-    logits = _input.detach().requires_grad_(_input.requires_grad)
-    with torch.enable_grad():
-        loss, *others = cross_entropy(logits, target, *args, **options)
-    grad = torch.autograd.grad(loss.sum(), logits)[0] if logits.requires_grad else None
-    z_loss, accuracy, predicted = others
-    return loss.detach(), z_loss, accuracy, predicted, grad
-
-
-def cross_entropy_backward(grad_tensor: Tensor, grad_output: Tensor) -> Tensor:
-    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
-    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)
+__getattr__ = compat_names(__name__, OPS["cross_entropy"])

@@ -14,8 +14,10 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op, refuse_double_backward
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import host_bound, kernels_of
+from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -120,7 +122,7 @@ class _Down(torch.autograd.Function):
         dy = as_rows(grads[0])
         dproduct = torch.mm(dy, down_weight)  # (T, F)
         needs = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
-        into = (gate, up) if node.held_by_us_alone and not _graph_is_kept() else None
+        into = (gate, up) if node.held_by_us_alone and not graph_is_kept() else None
         found, product = impl.backward_with_output(
             dproduct, (gate, up), options=options, needs=needs, into=into
         )
@@ -147,27 +149,10 @@ def _saved_tensors_are_ours() -> bool:
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether another backward through the same graph may follow this one (`retain_graph=True`)."""
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return known is None or bool(known())
-
-
-class LigerMLPFunction:
-    """`apply` in the argument order of the incumbent: SwiGLU, any device, strides and number of backwards."""
-
-    @staticmethod
-    def apply(
-        input: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        gate_multiplier: float = 1.0,
-        down_multiplier: float = 1.0,
-    ) -> Tensor:
-        weights = (gate_weight, up_weight, down_weight)
-        y = gated_mlp(input, *weights, "silu", gate_multiplier)
-        return y if down_multiplier == 1 else y * down_multiplier
 
 
 def _check_tensors(
@@ -194,3 +179,6 @@ def _check_tensors(
             f"convert them with .to(), or use torch.autocast."
         )
     check_same_device(x=x, **named)
+
+
+__getattr__ = compat_names(__name__, OPS["gated_mlp"])

@@ -1,0 +1,238 @@
+"""The autograd Functions and helpers of the incumbent's ops: its names, signatures and return values.
+
+They are served where it has them, `liger_kernel.ops` and the module of each op, and computed by our ops: on any device,
+with any strides, without writing to an input. What cannot matter here (`in_place`, `row_mode`, `position_ids`, launch
+configurations) is accepted and changes nothing. A `..._forward` runs without autograd and returns what `..._backward`
+takes, which gives gradients in fresh memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_loss
+import liger_kernel.ops.cross_entropy as _ce
+import liger_kernel.ops.fused_add_rms_norm as _add_rms
+import liger_kernel.ops.gated_mlp as _mlp
+import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.layer_norm as _layer
+import liger_kernel.ops.relu_squared as _relu
+import liger_kernel.ops.rms_norm as _rms
+import liger_kernel.ops.rope as _rope
+from liger_kernel._core.checks import check_choice, check_last_dim
+from liger_kernel._core.options import parameters_of, spells_out
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import facts_of, kernels_of, use_implementation
+from liger_kernel.compat.function import autograd_function
+from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
+from liger_kernel.ops.glu.contract import GLUOptions
+from liger_kernel.ops.layer_norm.contract import LayerNormOptions
+from liger_kernel.ops.norms import CASTING_MODES
+from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
+from liger_kernel.ops.rms_norm.contract import RMSNormOptions
+
+fused_linear_cross_entropy_forward = _fused_loss.fused_linear_cross_entropy_forward
+fused_linear_cross_entropy_backward = _fused_loss.fused_linear_cross_entropy_backward
+
+# --- autograd Functions ---------------------------------------------------------------------------
+
+
+@spells_out(_fused_loss.SHARED_OPTIONS, before="ce_impl")
+def _fused_linear_cross_entropy(
+    _input, weight, target, bias=None, ce_weight=None, ce_impl=None, ce_mode=None, chunk_mem_const=1, **options
+):  # fmt: skip
+    """A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `_input`."""
+    _fused_loss.check_implementation(ce_impl, ce_mode)
+    options["memory_budget"] = _fused_loss.memory_budget(_input, weight, chunk_mem_const)
+    op = _fused_loss.fused_linear_cross_entropy
+    return op(_input, weight, target, bias, ce_weight, **options)
+
+
+def _gated_mlp(
+    input, gate_weight, up_weight, down_weight, gate_multiplier=1.0, down_multiplier=1.0
+):
+    y = _mlp.gated_mlp(input, gate_weight, up_weight, down_weight, "silu", gate_multiplier)
+    return y if down_multiplier == 1 else y * down_multiplier
+
+
+#: name -> what its `apply` computes, and by it `forward` and `backward`
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "LigerCrossEntropyFunction": spells_out(parameters_of(_ce.cross_entropy))(
+        lambda **options: _ce.cross_entropy(**options)
+    ),
+    "LigerFusedLinearCrossEntropyFunction": _fused_linear_cross_entropy,
+    "LigerRMSNormFunction": lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None: (
+        _rms.rms_norm(X, W, eps, offset, casting_mode)
+    ),
+    "LigerFusedAddRMSNormFunction": lambda X, R, W, eps, offset=0.0, casting_mode="llama", in_place=False: (
+        _add_rms.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
+    ),
+    "LigerLayerNormFunction": lambda X, W, B, eps: _layer.layer_norm(X, W, B, eps),
+    "LigerMLPFunction": _gated_mlp,
+    "LigerSiLUMulFunction": lambda a, b, gate_multiplier=1.0, down_multiplier=1.0: _glu.glu(
+        a, b, "silu", gate_multiplier, down_multiplier
+    ),
+    "LigerGELUMulFunction": lambda a, b: _glu.glu(a, b, "gelu_tanh"),
+    "LigerFusedGateUpSiLUMulFunction": lambda y, in_place=False: _glu.glu_packed(y, "silu"),
+    "LigerReLUSquaredFunction": lambda X: _relu.relu_squared(X),
+    "LigerRopeFunction": lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None: (
+        _rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
+    ),
+}
+globals().update({name: autograd_function(name, call) for name, call in FUNCTIONS.items()})
+
+# --- helpers --------------------------------------------------------------------------------------
+
+
+def cross_entropy_forward(_input, target, *args, **options):
+    """The outputs of `cross_entropy` and d sum(loss) / d _input, which is None if `_input` requires no gradient."""
+    logits = _input.detach().requires_grad_(_input.requires_grad)
+    with torch.enable_grad():
+        loss, *others = _ce.cross_entropy(logits, target, *args, **options)
+    grad = torch.autograd.grad(loss.sum(), logits)[0] if logits.requires_grad else None
+    return loss.detach(), *others, grad
+
+
+def cross_entropy_backward(grad_tensor, grad_output):
+    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
+    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)
+
+
+def rms_norm_forward(X, W, eps, offset, casting_mode, row_mode=None):
+    """(Y, X as rows, rstd, block size, warps, mode code) by the Triton kernel.
+
+    Raises, as the other norms here: ValueError for what does not fit, RuntimeError where Triton cannot run.
+    """
+    kernels, mode = _triton("rms_norm", X, W=W), _mode_name(casting_mode)
+    options, needs = RMSNormOptions(eps, offset, mode), (True, True)
+    y, (rows, _, rstd) = kernels.forward(X, W, options=options, needs=needs)
+    return y, rows, rstd, *_launch_configuration(X), CASTING_MODES[mode]
+
+
+def rms_norm_backward(
+    dY, X, W, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, in_place, row_mode=None, needs_dw=None
+):  # fmt: skip
+    """(dX, dW or None)."""
+    options = RMSNormOptions(0.0, offset, _mode_name(casting_mode))
+    needs, saved = (True, W is not None and needs_dw is not False), (as_rows(X), W, RSTD)
+    return _triton("rms_norm", X).backward((dY,), saved, options=options, needs=needs)
+
+
+def fused_add_rms_norm_forward(X, R, W, eps, offset, casting_mode):
+    """(Y, S, rstd, block size, warps, stages, mode code) by the Triton kernel."""
+    kernels, mode = _triton("fused_add_rms_norm", X, W=W), _mode_name(casting_mode)
+    options, needs = FusedAddRMSNormOptions(eps, offset, mode), (True, True, True)
+    (y, s), (_, _, rstd) = kernels.forward(X, R, W, options=options, needs=needs)
+    return y, s, rstd, *_launch_configuration(X), 2, CASTING_MODES[mode]
+
+
+def fused_add_rms_norm_backward(
+    dY, dS_out, S, W, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, num_stages, in_place, needs_dw=None
+):  # fmt: skip
+    """(dX, the same dX as gradient of R, dW or None)."""
+    options = FusedAddRMSNormOptions(0.0, offset, _mode_name(casting_mode))
+    grads, saved = (dY, dS_out), (S, W, RSTD)
+    needs = (True, True, W is not None and needs_dw is not False)
+    return _triton("fused_add_rms_norm", S).backward(grads, saved, options=options, needs=needs)
+
+
+def layer_norm_forward(X, W, B, eps):
+    """(Y, X as rows, mean, rstd, block size, warps) by the Triton kernel; both statistics fp32."""
+    kernels, options = _triton("layer_norm", X, W=W, B=B), LayerNormOptions(eps)
+    y, (rows, _, _, mean, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    return y, rows, mean, rstd, *_launch_configuration(X, centered=True)
+
+
+def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
+    """(dX, dW or None, dB or None); dX in the shape of dY."""
+    options, saved = LayerNormOptions(0.0), (as_rows(X), W, B, Mean, RSTD)
+    needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
+    return _triton("layer_norm", X).backward((dY,), saved, options=options, needs=needs)
+
+
+def _triton(op, X, **parameters):
+    for name, parameter in parameters.items():
+        check_last_dim(name, parameter, X.shape[-1], "X")
+    with use_implementation("triton"):
+        return kernels_of(op, X)
+
+
+def _mode_name(casting_mode):
+    """The name of a casting mode given by name or code."""
+    check_choice("casting_mode", casting_mode, (*CASTING_MODES, *CASTING_MODES.values()))
+    return next(name for name, code in CASTING_MODES.items() if casting_mode in (name, code))
+
+
+def _launch_configuration(X, centered=False):
+    """(block size, warps) of the forward kernel."""
+    from liger_kernel.ops.norms.kernels import Config
+
+    config = Config.of(X.shape[-1], facts_of(X.device), centered)
+    return config.block, config.warps
+
+
+def swiglu_forward(a, b, gate_multiplier=1.0):
+    """(a and b as (R, F), silu(a * gate_multiplier) * b like a)."""
+    return _glu_forward(a, b, "silu", gate_multiplier)
+
+
+def swiglu_backward(a, b, dc, gate_multiplier=1.0):
+    return _glu_backward(a, b, dc, "silu", gate_multiplier)
+
+
+def geglu_forward(a, b):
+    """(a and b as (R, F), gelu_tanh(a) * b like a)."""
+    return _glu_forward(a, b, "gelu_tanh")
+
+
+def geglu_backward(a, b, dc):
+    return _glu_backward(a, b, dc, "gelu_tanh")
+
+
+@torch.no_grad()
+def _glu_forward(a, b, activation, gate_multiplier=1.0):
+    return as_rows(a), as_rows(b), _glu.glu(a, b, activation, gate_multiplier)
+
+
+def _glu_backward(a, b, dc, activation, gate_multiplier=1.0):
+    """The gradients of a and b, shaped like dc."""
+    options, needs = GLUOptions(activation, gate_multiplier), (True, True)
+    grads = kernels_of("glu", a).backward((as_rows(dc),), (a, b), options=options, needs=needs)
+    return tuple(grad.view(dc.shape) for grad in grads)
+
+
+@torch.no_grad()
+def swiglu_fused_gate_up_forward(y):
+    """(y as (R, 2F), SwiGLU of its halves (..., F))."""
+    return as_rows(y), _glu.glu_packed(y)
+
+
+def swiglu_fused_gate_up_backward(y, dc, in_place=False):
+    """The gradient (R, 2F) of the packed rows."""
+    options, needs = GLUOptions(), (True, False)
+    return kernels_of("glu", y).backward((as_rows(dc),), (y, None), options=options, needs=needs)[0]
+
+
+@torch.no_grad()
+def relu_squared_forward(X):
+    return _relu.relu_squared(X)
+
+
+def relu_squared_backward(X, dY):
+    options, saved = ReLUSquaredOptions(), (X.contiguous(),)
+    return kernels_of("relu_squared", X).backward((dY,), saved, options=options, needs=(True,))[0]
+
+
+@torch.no_grad()
+def rope_forward(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """(q', k', cos, sin)."""
+    return *_rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim), cos, sin
+
+
+@torch.no_grad()
+def rope_backward(dq, dk, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """(dq', dk'), the inverse rotation of the gradients."""
+    return _rope.rope(dq, dk, cos, -sin, unsqueeze_dim, rotary_dim)
