@@ -39,7 +39,7 @@ def cotangents(
     spec: OpSpec, case: OpCase, outputs: tuple[Any, ...], make: Make
 ) -> dict[int, Tensor]:
     """A random gradient for every output that carries one."""
-    without = (*spec.outputs_without_grad, *case.outputs_without_grad)
+    without = (*spec.outputs_without_grad, *case.unused)
     return {
         i: make.randn(1, *out.shape)[0].to(out.dtype)
         for i, out in enumerate(outputs)
