@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from liger_kernel import backends
 from liger_kernel._core.options import OpOptions
 from liger_kernel.backends import dispatch, kernels_of
+from liger_kernel.backends.records import Backend, DeviceFacts
 from liger_kernel.ops import OPS
 from liger_kernel.ops.glu import glu
 from liger_kernel.ops.rms_norm import rms_norm
@@ -156,9 +158,27 @@ def test_facts_of_a_device_nobody_knows() -> None:
 
 def test_dummy_is_registered_once() -> None:
     assert backends.BACKENDS["dummy"] is dummy_backend.BACKEND
-    assert backends.backend_of("cpu").name == "cpu", (
-        "the first family of a device type gives its facts"
-    )
+    assert backends.backend_of("cpu").name == "cpu", "the dummy computes there on request alone"
+
+
+@pytest.mark.parametrize("first", ["acme", "cpu"])
+def test_two_families_with_the_facts_of_one_device(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is found first: neither takes the place of the other silently."""
+    both = {
+        "acme": Backend("acme", ("npu", "cpu"), lambda device: DeviceFacts(processors=7)),
+        "cpu": backends.BACKENDS["cpu"],
+    }
+    monkeypatch.setattr(backends, "BACKENDS", {first: both.pop(first)})
+    (second,) = both.values()
+    with pytest.raises(ValueError, match=rf"'{first}' and '{second.name}' both .*'cpu' devices"):
+        backends.register(second)
+    backends.register(dataclasses.replace(second, facts=None))
+    backends.register(dataclasses.replace(second, present=lambda: False))
+    assert backends.backend_of("cpu").name == first
+    for cache in (backends.backend_of, backends.facts_of):
+        cache.cache_clear()
 
 
 @pytest.fixture

@@ -43,7 +43,18 @@ _UNKNOWN = Backend("unknown", (), lambda device: DeviceFacts(queues=True))
 
 
 def register(backend: Backend) -> None:
-    """Add a family of devices; one of the same name is replaced."""
+    """Add a family of devices; one of the same name is replaced.
+
+    Raises: ValueError if another family has the facts of a device type that this one claims.
+    """
+    for other in BACKENDS.values():
+        claimed = set(backend.device_types) & set(other.device_types)
+        both = all(b.facts is not None and b.present() for b in (backend, other))
+        if claimed and both and other.name != backend.name:
+            raise ValueError(
+                f"The backends {other.name!r} and {backend.name!r} both have the facts of {claimed.pop()!r} devices. "
+                f"Give one of them facts=None, if it only computes there on request, or a `present` of its own."
+            )
     BACKENDS[backend.name] = backend
     for implementation in (backend.implementation, *backend.on_request):
         if implementation is not None:
@@ -52,16 +63,21 @@ def register(backend: Backend) -> None:
         cache.cache_clear()
 
 
+def _here(device_type: str) -> Iterator[Backend]:
+    return (b for b in BACKENDS.values() if device_type in b.device_types and b.present())
+
+
 @functools.cache
 def backend_of(device_type: str) -> Backend:
     """The family that tensors on `device_type` belong to on this machine."""
-    families = (b for b in BACKENDS.values() if device_type in b.device_types and b.present())
-    return next(families, _UNKNOWN)
+    return next((b for b in _here(device_type) if b.facts is not None), _UNKNOWN)
 
 
 @functools.cache
 def facts_of(device: torch.device) -> DeviceFacts:
-    return backend_of(device.type).facts(device)
+    facts = backend_of(device.type).facts
+    assert facts is not None
+    return facts(device)
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
@@ -135,8 +151,8 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
         return None
     found = IMPLEMENTATIONS[requested]
     reason = found.unavailable(device_type)
-    here = [b for b in BACKENDS.values() if device_type in b.device_types and b.present()]
-    if reason is None and not any(found in (b.implementation, *b.on_request) for b in here):
+    offered = (i for b in _here(device_type) for i in (b.implementation, *b.on_request))
+    if reason is None and found not in offered:
         reason = "no backend of this device offers it"
     if reason is not None:
         raise RuntimeError(
@@ -146,7 +162,8 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
     return found
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even its package
@@ -158,10 +175,10 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
     found = implementation_for(device_type, requested)
     package = f"liger_kernel.ops.{op}"
     contract = importlib.import_module(f"{package}.contract").Kernels
-    if found is not None and _is_there(found.module(op)):
+    if found is not None and is_there(found.module(op)):
         module = found.module(op)
         return check_contract(importlib.import_module(module), contract, module)
-    if _is_there(f"{package}.portable"):
+    if is_there(f"{package}.portable"):
         return check_contract(importlib.import_module(f"{package}.portable"), contract, package)
     reference = importlib.import_module(f"{package}.reference")
     return Recompute(getattr(reference, op))

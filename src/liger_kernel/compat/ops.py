@@ -96,9 +96,9 @@ def cross_entropy_forward(_input, target, *args, **options):
     return loss.detach(), *others, grad
 
 
-def cross_entropy_backward(grad_tensor, grad_output):
-    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
-    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)
+def cross_entropy_backward(_input, grad_output):
+    """The gradient that `cross_entropy_forward` returned times that of the loss, 0-d or one per row; out of place."""
+    return _input * (grad_output[:, None] if grad_output.ndim else grad_output)
 
 
 def rms_norm_forward(X, W, eps, offset, casting_mode, row_mode=None):

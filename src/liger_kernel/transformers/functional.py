@@ -20,7 +20,8 @@ import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.options import parameters_of, spells_out
+from liger_kernel._core.options import spells_out
+from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy
@@ -103,21 +104,32 @@ def liger_cross_entropy(
     return _loss_or_output(outputs)
 
 
-@spells_out(parameters_of(_fused_linear_cross_entropy.fused_linear_cross_entropy)[5:])
+@spells_out(_fused_linear_cross_entropy.SHARED_OPTIONS, before="chunk_mem_const")
 def liger_fused_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
     ce_weight: Tensor | None = None,
+    chunk_mem_const: int = 1,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    label_count: LabelCount | int | None = None,
     **options: Any,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
 
+    A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `input`.
+
     Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
     """
-    op = _fused_linear_cross_entropy.fused_linear_cross_entropy
-    return _loss_or_output(op(input, weight, target, bias, ce_weight, **options))
+    op = _fused_linear_cross_entropy
+    if memory_budget is None:
+        memory_budget = op.memory_budget(input, weight, chunk_mem_const)
+    options.update(chunk_size=chunk_size, memory_budget=memory_budget, label_count=label_count)
+    return _loss_or_output(
+        op.fused_linear_cross_entropy(input, weight, target, bias, ce_weight, **options)
+    )
 
 
 def liger_rms_norm(

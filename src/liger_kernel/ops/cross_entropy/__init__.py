@@ -114,11 +114,10 @@ class _CrossEntropy(Op):
     def forward(ctx: Any, impl: Any, options: Any, *tensors: Any) -> Outputs:
         logits, target, weight = tensors
         rows = as_rows(logits)
+        needs, recomputes = ctx.needs_input_grad[2], options.reduction == "none"
         totals = Totals.of(target, weight, options)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        out = CrossEntropyRows.empty(target, wide, options)
         grad = scale = None
-        if ctx.needs_input_grad[2] and options.reduction != "none":
+        if needs and not recomputes:
             if options.in_place and rows.is_contiguous():
                 grad = rows.detach()
                 # whoever saved the logits for a backward learns that they are gone
@@ -126,18 +125,13 @@ class _CrossEntropy(Op):
             else:
                 grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             scale = gradient_scale(logits.dtype, totals.divisor(options), logits.device)
-        _step(impl, rows, target, weight, totals, options, out, grad, scale)
+        out = _step(impl, (rows, target, weight), totals, options, grad, scale, reports=options)
         loss, z_loss, accuracy, predicted = out.reduced(options, totals)
-        outputs = (
-            loss.to(logits.dtype),
-            None if z_loss is None else z_loss.to(logits.dtype),
-            accuracy,
-            predicted,
-        )
+        rounded = None if z_loss is None else z_loss.to(logits.dtype)
+        outputs = (loss.to(logits.dtype), rounded, accuracy, predicted)
         only_loss_has_gradient(ctx, outputs)
-        if ctx.needs_input_grad[2]:
-            none = options.reduction == "none"
-            ctx.save_for_backward(*((rows, target, weight) if none else (grad, scale)))
+        if needs:
+            ctx.save_for_backward(*((rows, target, weight) if recomputes else (grad, scale)))
             ctx.of_forward = impl, options
         return outputs
 
@@ -151,38 +145,30 @@ class _CrossEntropy(Op):
             refuse_second_backward(ctx, "cross_entropy", NONE_RECOMPUTES)
             grad, scale = ctx.saved_tensors
             scale_gradients([grad], grads[0] if scale is None else grads[0] / scale)
-            return None, None, grad, None, None
-        rows, target, weight = ctx.saved_tensors
-        grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        totals = Totals.of(target, weight, options)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        out = CrossEntropyRows.empty(target, wide, CrossEntropyOptions())
-        _step(impl, rows, target, weight, totals, options, out, grad, grads[0])
+        else:
+            rows, target, weight = ctx.saved_tensors
+            grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            totals, nothing = Totals.of(target, weight, options), CrossEntropyOptions()
+            _step(impl, (rows, target, weight), totals, options, grad, grads[0], reports=nothing)
         return None, None, grad, None, None
 
 
 def _step(
     impl: Any,
-    rows: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
     totals: Totals,
     options: CrossEntropyOptions,
-    out: CrossEntropyRows,
     grad: Tensor | None,
     scale: Tensor | None,
-) -> None:
-    impl.step(
-        rows,
-        target,
-        weight,
-        totals=totals,
-        options=options,
-        out=out,
-        grad=grad,
-        row_scale=None if scale is None else scale.expand(rows.shape[0]).contiguous(),
-        padded=False,
-    )
+    reports: CrossEntropyOptions,
+) -> CrossEntropyRows:
+    """The step for all rows; `scale` of their gradient is 0-d or one per row, `reports` says what is written down."""
+    rows, target, _ = tensors
+    out = CrossEntropyRows.empty(target, torch.promote_types(rows.dtype, torch.float32), reports)
+    row_scale = None if scale is None else scale.expand(rows.shape[0]).contiguous()
+    how = {"totals": totals, "options": options, "out": out, "grad": grad, "row_scale": row_scale}
+    impl.step(*tensors, **how, padded=False)
+    return out
 
 
 _dispatch = Dispatch(

@@ -9,14 +9,12 @@ from typing import Protocol
 from torch import Tensor
 
 from liger_kernel._core.contract import Backward, Saved
-from liger_kernel._core.options import OpOptions
+from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 
 @dataclass(frozen=True)
-class FusedAddRMSNormOptions(OpOptions):
-    eps: float = 1e-6
-    offset: float = 0.0
-    casting_mode: str = "llama"
+class FusedAddRMSNormOptions(RMSNormOptions):
+    """Those of the norm."""
 
 
 class Kernels(Backward, Protocol):

@@ -94,10 +94,8 @@ class BackwardConfig:
         if n_cols <= 24576 and 0 < n_sums * n_cols <= 40960:
             warps = facts.most_warps if n_sums * n_cols <= 16384 else 16
             return BackwardConfig(1, block, warps, processors, 1, reload=True)
-        rows, columns = (
-            4,
-            2048,
-        )  # of the sums: a row has a dozen blocks of columns, each with programs of its own
+        # of the sums: a row has a dozen blocks of columns, each with programs of its own
+        rows, columns = 4, 2048
         stages = facts.stages(3, rows * columns * bytes_per_column)
         return BackwardConfig(
             rows,
