@@ -79,8 +79,8 @@ def test_as_exact_as_pytorch(spec: OpSpec, case: OpCase, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(("spec", "case"), PAIRS)
-def test_gradients_for_exactly_what_asks(spec: OpSpec, case: OpCase) -> None:
-    """Two runs are bit-equal, and every subset of inputs that ask for a gradient gets what asking for all gives."""
+def test_gradients_for_exactly_what_requires_them(spec: OpSpec, case: OpCase) -> None:
+    """Two runs are bit-equal, and any subset of inputs with `requires_grad=True` gets the gradients that all get."""
     inputs, grads = drawn(spec, case, Make(torch.float32, DEVICE))
     wanted = [i for i in spec.differentiable if inputs[i] is not None]
     outputs, everything = call(spec.function, case.options, leaves(inputs, set(wanted)), grads)
@@ -107,7 +107,7 @@ def test_gradients_for_exactly_what_asks(spec: OpSpec, case: OpCase) -> None:
                 assert not any(isinstance(o, Tensor) and o.requires_grad for o in outputs)
             for i in subset:
                 for run, found in zip(runs, (some, high, low), strict=True):
-                    run[f"gradient {i} with only {subset} asked"] = found[i]
+                    run[f"gradient {i} with only {subset} required"] = found[i]
         return runs
 
     assert_draws_no_worse(draw)

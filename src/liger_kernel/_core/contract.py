@@ -16,12 +16,7 @@ class Backward(Protocol):
     """The half of a contract that is the same for every op with an autograd node."""
 
     def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: Any,
-        needs: Sequence[bool],
+        self, grads: Sequence[Tensor | None], saved: Saved, *, options: Any, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """One gradient (or None) per tensor of `forward`, of which `needs` says who requires one."""
 

@@ -91,7 +91,7 @@ def is_capturing(device: torch.device) -> bool:
     return streams is not None and streams.is_current_stream_capturing()
 
 
-# --- what was asked for ---------------------------------------------------------------------------
+# --- explicit requests ----------------------------------------------------------------------------
 
 
 def _checked(name: str | None) -> str | None:
@@ -124,7 +124,7 @@ def use_implementation(name: str | None) -> Iterator[None]:
 
 
 def kernels_requested() -> bool:
-    """Whether somebody asked for an implementation by name, and not for the reference."""
+    """Whether an implementation other than the reference was requested by name."""
     return _requested is not None and _requested != REFERENCE
 
 
@@ -133,7 +133,7 @@ def host_bound(x: Tensor, limit: int) -> bool:
 
     On a GPU the kernels take a few microseconds there, and Python most of the time: on the H200 machine a no-op
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
-    was asked for by name.
+    was requested by name.
     """
     return _requested is None and x.numel() <= limit and facts_of(x.device).queues
 
@@ -187,7 +187,7 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
 def kernels_of(op: str, x: Tensor) -> Any:
     """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
-    Kernels compute in fp32, so float64 is left to the reference; asking a kernel for it raises RuntimeError.
+    Kernels compute in fp32, so float64 is left to the reference; requesting a kernel for it raises RuntimeError.
     """
     requested = _requested
     if x.dtype == torch.float64:

@@ -29,7 +29,7 @@ def run(
     row_scale: Tensor | RowGroups | None = None,
     teacher: HeadInputs | None = None,
 ) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
-    """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) that `needs` asks for.
+    """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
 
     target: (N,). row_scale: (N,), or the groups that make it from the losses. The gradients are those of the student's
     hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.

@@ -29,11 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_forward",
     ),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
-    "relu_squared": (
-        "LigerReLUSquaredFunction",
-        "relu_squared_backward",
-        "relu_squared_forward",
-    ),
+    "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "scale_gradients": (),

@@ -72,7 +72,7 @@ class OpCase:
     `inputs(make)` returns the positional tensors (or None); `options` are the keyword arguments after them. `why` says
     what the case is there to catch. `flops` are the least that forward and backward together must do (0: not
     meaningful). `large` cases are for the GPU: too slow for the CPU suite; of these, `sweep` cases map a whole plane of
-    shapes, and are measured only when asked for. `unused`: positions of outputs that nobody uses in this case.
+    shapes, and are measured only on request. `unused`: positions of outputs that nobody uses in this case.
     `frozen`: positions of differentiable inputs that require no gradient in it.
     """
 

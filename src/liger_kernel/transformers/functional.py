@@ -29,7 +29,7 @@ _torch_cross_entropy = torch.nn.functional.cross_entropy
 
 @dataclass
 class CrossEntropyOutput:
-    """What a cross entropy returns when it is asked for more than the loss; None for what was not asked."""
+    """What a cross entropy returns with a `return_*` flag; a field without its flag is None."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -38,7 +38,7 @@ class CrossEntropyOutput:
 
 
 def _loss_or_output(outputs: _cross_entropy.Outputs) -> Tensor | CrossEntropyOutput:
-    """The loss alone, unless more was asked for."""
+    """The loss alone, unless there is more."""
     if all(output is None for output in outputs[1:]):
         return outputs[0]
     return CrossEntropyOutput(*outputs)

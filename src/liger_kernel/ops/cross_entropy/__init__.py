@@ -60,7 +60,7 @@ def cross_entropy(
         in_place: the gradient may take the memory of the logits, whose values are lost: nothing may read them
             afterwards, and autograd raises if a backward would. Saves N * V elements.
 
-    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`. What was not asked for is None.
+    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`; the last three are None without their `return_*` flag.
         loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
         token_accuracy: fp32, mean over the labels that are not ignored, or (N,). predicted_tokens: (N,) int64, the
         first maximum, -1 where the label is ignored. Only the loss carries a gradient.

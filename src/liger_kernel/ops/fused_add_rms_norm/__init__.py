@@ -7,11 +7,7 @@ import functools
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import (
-    check_choice,
-    check_parameters,
-    check_same_device,
-)
+from liger_kernel._core.checks import check_choice, check_parameters, check_same_device
 from liger_kernel._core.dtensor import on_row_shards
 from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch

@@ -20,10 +20,7 @@ def forward(
     options: FusedAddRMSNormOptions,
     needs: Sequence[bool],
 ) -> tuple[tuple[Tensor, Tensor | None], Saved]:
-    o, rounded = options, options.casting_mode == "llama"
-    y, s, _, _, rstd = norm_forward(
-        x, residual, weight, None, o.eps, o.offset, centered=False, rounded=rounded
-    )
+    y, s, _, _, rstd = norm_forward(x, options, weight, residual=residual)
     # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
     return (y, s), (s, weight, rstd)
 
@@ -37,20 +34,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     s, weight, rstd = saved
     dy, ds = grads
-    needs_dx = needs[0] or needs[1]
-    if dy is None:
-        dx, dw = ds, None
-    else:
-        dx, dw, _ = norm_backward(
-            dy,
-            ds,
-            as_rows(s),
-            weight,
-            None,
-            None,
-            rstd,
-            options.offset,
-            (needs_dx, needs[2], False),
-            rounded=options.casting_mode == "llama",
-        )
+    dx, dw = ds, None
+    if dy is not None:
+        wanted = (needs[0] or needs[1], needs[2])
+        dx, dw, _ = norm_backward(dy, as_rows(s), options, wanted, weight, rstd, grad_sum=ds)
     return dx if needs[0] else None, dx if needs[1] else None, dw

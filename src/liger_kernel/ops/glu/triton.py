@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -155,26 +156,30 @@ def forward(
         saved = (gate_rows, up_rows if needs[0] else None)
     n_rows, n_cols = gate_rows.shape
     y = gate.new_empty(*gate.shape[:-1], n_cols)
+    strides = (gate_rows.stride(0), up_rows.stride(0))
+    _launch(_glu_fwd, (gate_rows, up_rows, y, *strides), n_rows, n_cols, options)
+    return y, saved
+
+
+def _launch(
+    kernel: Any, args: tuple[Any, ...], n_rows: int, n_cols: int, options: GLUOptions, **flags: bool
+) -> None:
     config = Config.of(n_cols)
     if n_rows:
         launch(
-            _glu_fwd,
+            kernel,
             (config.programs(n_rows, n_cols),),
-            gate_rows,
-            up_rows,
-            y,
-            gate_rows.stride(0),
-            up_rows.stride(0),
+            *args,
             n_rows,
             n_cols,
             options.gate_multiplier,
             options.down_multiplier,
+            **flags,
             ACTIVATION=options.activation,
             ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,
         )
-    return y, saved
 
 
 def backward(
@@ -225,27 +230,8 @@ def _backward(
         dgate, dup = _halves(found[0])
     else:
         dgate, dup = (None if t is None else as_rows(t) for t in found)
-    config = Config.of(n_cols)
-    if n_rows:
-        launch(
-            _glu_bwd,
-            (config.programs(n_rows, n_cols),),
-            dy,
-            gate,
-            up,
-            dgate,
-            dup,
-            *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
-            n_rows,
-            n_cols,
-            options.gate_multiplier,
-            options.down_multiplier,
-            NEEDS_DGATE=needs_dgate,
-            NEEDS_DUP=needs_dup,
-            WRITE_Y=write_y,
-            ACTIVATION=options.activation,
-            ROWS=config.rows,
-            COLS=config.cols,
-            num_warps=config.warps,
-        )
+    tensors = (dy, gate, up, dgate, dup)
+    strides = (0 if t is None else t.stride(0) for t in tensors)
+    flags = {"NEEDS_DGATE": needs_dgate, "NEEDS_DUP": needs_dup, "WRITE_Y": write_y}
+    _launch(_glu_bwd, (*tensors, *strides), n_rows, n_cols, options, **flags)
     return found

@@ -15,6 +15,9 @@ from liger_kernel._core.options import OpOptions
 @dataclass(frozen=True)
 class LayerNormOptions(OpOptions):
     eps: float = 1e-5
+    # no fields: what the kernels shared with RMSNorm read; nothing is added to the weight, y is rounded once
+    offset = 0.0
+    casting_mode = "gemma"
 
 
 class Kernels(Backward, Protocol):

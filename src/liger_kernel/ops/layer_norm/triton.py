@@ -19,9 +19,7 @@ def forward(
     options: LayerNormOptions,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Saved]:
-    y, _, rows, mean, rstd = norm_forward(
-        x, None, weight, bias, options.eps, 0.0, centered=True, rounded=False
-    )
+    y, _, rows, mean, rstd = norm_forward(x, options, weight, bias, centered=True)
     return y, (rows, weight, bias, mean, rstd)
 
 
@@ -33,5 +31,4 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows, weight, bias, mean, rstd = saved
-    wanted = (needs[0], needs[1], needs[2])
-    return norm_backward(grads[0], None, rows, weight, bias, mean, rstd, 0.0, wanted, rounded=False)
+    return norm_backward(grads[0], rows, options, needs, weight, rstd, bias, mean)

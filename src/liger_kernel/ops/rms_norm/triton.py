@@ -14,10 +14,7 @@ from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 def forward(
     x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Sequence[bool]
 ) -> tuple[Tensor, Saved]:
-    o, rounded = options, options.casting_mode == "llama"
-    y, _, rows, _, rstd = norm_forward(
-        x, None, weight, None, o.eps, o.offset, centered=False, rounded=rounded
-    )
+    y, _, rows, _, rstd = norm_forward(x, options, weight)
     return y, (rows, weight, rstd)
 
 
@@ -29,8 +26,5 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, weight, rstd = saved
-    wanted, rounded = (needs[0], needs[1], False), options.casting_mode == "llama"
-    dx, dw, _ = norm_backward(
-        grads[0], None, rows, weight, None, None, rstd, options.offset, wanted, rounded=rounded
-    )
+    dx, dw, _ = norm_backward(grads[0], rows, options, needs, weight, rstd)
     return dx, dw

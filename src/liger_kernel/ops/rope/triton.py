@@ -18,7 +18,7 @@ from liger_kernel.ops.rope.contract import RopeOptions
 
 @dataclass(frozen=True)
 class Config:
-    """A program owns all heads of `tokens` tokens and walks them `heads` at a time."""
+    """A program owns all heads of `tokens` tokens and loops over them, `heads` at a time."""
 
     tokens: int
     heads: tuple[int, ...]
@@ -208,11 +208,7 @@ def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, ...]:
 
 
 def _rotated(
-    tensors: Sequence[Tensor | None],
-    cos: Tensor,
-    sin: Tensor,
-    sign: float,
-    options: RopeOptions,
+    tensors: Sequence[Tensor | None], cos: Tensor, sin: Tensor, sign: float, options: RopeOptions
 ) -> list[Tensor | None]:
     """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
     unsqueeze_dim, rotary_dim = options.unsqueeze_dim, options.rotary_dim
