@@ -38,10 +38,12 @@ def autograd_function(name: str, call: Callable[..., Any]) -> Any:
             found = call(**inputs)
         outputs = found if isinstance(found, tuple) else (found,)
         ctx.of_forward = inputs, outputs
-        alone = tuple(None if output is None else output.detach() for output in outputs)
-        if hasattr(ctx, "mark_non_differentiable"):
-            constant = (a for a, o in zip(alone, outputs, strict=True) if not _requires_grad(o))
-            ctx.mark_non_differentiable(*(a for a in constant if a is not None))
+        alone: Any = tuple(None if output is None else output.detach() for output in outputs)
+        if isinstance(ctx, FunctionCtx):
+            pairs = zip(alone, outputs, strict=True)
+            ctx.mark_non_differentiable(
+                *(a for a, o in pairs if a is not None and not _requires_grad(o))
+            )
             ctx.set_materialize_grads(False)
         return alone if isinstance(found, tuple) else alone[0]
 

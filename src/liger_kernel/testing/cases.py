@@ -87,19 +87,10 @@ class OpCase:
     frozen: tuple[int, ...] = ()
 
 
-def case(
-    id: str,
-    why: str,
-    inputs: Inputs,
-    *,
-    flops: int = 0,
-    large: bool = False,
-    sweep: bool = False,
-    unused: tuple[int, ...] = (),
-    frozen: tuple[int, ...] = (),
-    **options: Any,
-) -> OpCase:
-    return OpCase(id, why, inputs, options, flops, large, sweep, unused, frozen)
+def case(id: str, why: str, inputs: Inputs, **more: Any) -> OpCase:
+    """`more`: fields of the case, and options of the op."""
+    fields = {name: more.pop(name) for name in OpCase.__match_args__ if name in more}
+    return OpCase(id, why, inputs, more, **fields)
 
 
 @dataclass(frozen=True)

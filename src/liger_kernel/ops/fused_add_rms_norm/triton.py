@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
@@ -18,20 +16,14 @@ def forward(
     weight: Tensor | None,
     *,
     options: FusedAddRMSNormOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[tuple[Tensor, Tensor | None], Saved]:
     y, s, _, _, rstd = norm_forward(x, options, weight, residual=residual)
     # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
     return (y, s), (s, weight, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    *,
-    options: FusedAddRMSNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: FusedAddRMSNormOptions, needs: Needs) -> Grads:
     s, weight, rstd = saved
     dy, ds = grads
     dx, dw = ds, None

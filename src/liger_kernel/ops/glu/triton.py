@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -145,11 +144,11 @@ def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
+    gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Needs
 ) -> tuple[Tensor, Saved]:
     if up is None:
         rows = as_rows(gate)
-        saved: tuple[Tensor | None, ...] = (rows, None)
+        saved: Saved = (rows, None)
         gate_rows, up_rows = _halves(rows)
     else:
         gate_rows, up_rows = as_rows(gate), as_rows(up)  # (R, F)
@@ -182,24 +181,13 @@ def _launch(
         )
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor | None],
-    *,
-    options: GLUOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: GLUOptions, needs: Needs) -> Grads:
     return _backward(as_rows(grads[0]), grads[0].shape, saved, options, needs, write_y=False)
 
 
 def backward_with_output(
-    dy: Tensor,
-    saved: Sequence[Tensor | None],
-    *,
-    options: GLUOptions,
-    needs: Sequence[bool],
-    into: Sequence[Tensor | None] | None = None,
-) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    dy: Tensor, saved: Saved, *, options: GLUOptions, needs: Needs, into: Grads | None = None
+) -> tuple[Grads, Tensor]:
     """The gradients, and the output of the forward in the memory of dy (R, F), whose rows have unit stride.
 
     The gradients take the memory of `into`, which may be `saved`: every element is read before it is written.
@@ -210,12 +198,12 @@ def backward_with_output(
 def _backward(
     dy: Tensor,
     shape: torch.Size,
-    saved: Sequence[Tensor | None],
+    saved: Saved,
     options: GLUOptions,
-    needs: Sequence[bool],
+    needs: Needs,
     write_y: bool,
-    into: Sequence[Tensor | None] | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    into: Grads | None = None,
+) -> Grads:
     gate, up = saved
     needs_dgate, needs_dup = needs
     n_rows, n_cols = dy.shape

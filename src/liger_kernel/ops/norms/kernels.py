@@ -7,7 +7,6 @@ What an op does not have, a constexpr takes out: the residual, the weight, the b
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
@@ -484,13 +484,13 @@ def norm_backward(
     grad: Tensor,
     rows: Tensor,
     options: Any,
-    needs: Sequence[bool],
+    needs: Needs,
     weight: Tensor | None,
     rstd: Tensor,
     bias: Tensor | None = None,
     mean: Tensor | None = None,
     grad_sum: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Grads:
     """(dx, dw, db) of y as computed by `norm_forward`; `grad_sum` is the gradient of x + residual."""
     needs_dx, needs_dw, needs_db = (*needs, False)[:3]
     weight = None if weight is None else weight.contiguous()
