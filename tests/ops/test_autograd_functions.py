@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernel import ops
+from liger_kernel.compat import ops as compat_ops
 from liger_kernel.compat.ops import FUNCTIONS
 from liger_kernel.testing import Make
 
@@ -139,6 +143,25 @@ class TestEveryFunction:
         outputs, grads = run(compiled, given)
         assert [o is None for o in outputs] == [o is None for o in run(function.apply, given)[0]]
         assert all(grad is not None for grad in grads[:1])
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_the_package_of_an_op_serves_its_names(op: str) -> None:
+    package = importlib.import_module(f"liger_kernel.ops.{op}")
+    for name in ops.OPS[op]:
+        assert getattr(package, name) is getattr(ops, name) is getattr(compat_ops, name)
+        assert name in dir(ops)
+    others = {name for names in ops.OPS.values() for name in names} - {*ops.OPS[op]}
+    assert not [name for name in others if hasattr(package, name)]
+
+
+def test_names_are_imported_when_they_are_used() -> None:
+    program = (
+        "import sys, liger_kernel.ops.rms_norm as op, liger_kernel.functional\n"
+        "assert 'liger_kernel.compat.ops' not in sys.modules\n"
+        "assert op.LigerRMSNormFunction.__module__ == 'liger_kernel.compat.ops'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 NAME = "LigerRMSNormFunction"

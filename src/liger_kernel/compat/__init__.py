@@ -1,6 +1,7 @@
-"""What other projects import under paths that do not fit this house: a row here, or a shim in this folder.
+"""What other projects import under paths and names that do not fit this house: a row here, or a shim in this folder.
 
-Nothing else in the library imports this package, except `liger_kernel` itself, which installs the paths.
+Nothing else in the library imports this package, except `liger_kernel` itself, which installs the paths, and the ops,
+which serve the names in `ops.py` when they are used.
 """
 
 from __future__ import annotations

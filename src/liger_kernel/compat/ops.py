@@ -27,12 +27,7 @@ from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of, kernels_of, use_implementation
 from liger_kernel.compat.function import autograd_function
-from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
-from liger_kernel.ops.glu.contract import GLUOptions
-from liger_kernel.ops.layer_norm.contract import LayerNormOptions
 from liger_kernel.ops.norms import CASTING_MODES
-from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
-from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 fused_linear_cross_entropy_forward = _fused_loss.fused_linear_cross_entropy_forward
 fused_linear_cross_entropy_backward = _fused_loss.fused_linear_cross_entropy_backward
@@ -106,56 +101,63 @@ def rms_norm_forward(X, W, eps, offset, casting_mode, row_mode=None):
 
     Raises, as the other norms here: ValueError for what does not fit, RuntimeError where Triton cannot run.
     """
-    kernels, mode = _triton("rms_norm", X, W=W), _mode_name(casting_mode)
-    options, needs = RMSNormOptions(eps, offset, mode), (True, True)
-    y, (rows, _, rstd) = kernels.forward(X, W, options=options, needs=needs)
-    return y, rows, rstd, *_launch_configuration(X), CASTING_MODES[mode]
+    options = _rms.RMSNormOptions(eps, offset, _mode_name(casting_mode))
+    y, (rows, _, rstd) = _norm("rms_norm", options, X, W=W)
+    return y, rows, rstd, *_launch_configuration(X), CASTING_MODES[options.casting_mode]
 
 
 def rms_norm_backward(
     dY, X, W, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, in_place, row_mode=None, needs_dw=None
 ):  # fmt: skip
     """(dX, dW or None)."""
-    options = RMSNormOptions(0.0, offset, _mode_name(casting_mode))
-    needs, saved = (True, W is not None and needs_dw is not False), (as_rows(X), W, RSTD)
+    options = _rms.RMSNormOptions(0.0, offset, _mode_name(casting_mode))
+    needs, saved = (True, _wanted(W, needs_dw)), (as_rows(X), W, RSTD)
     return _triton("rms_norm", X).backward((dY,), saved, options=options, needs=needs)
 
 
 def fused_add_rms_norm_forward(X, R, W, eps, offset, casting_mode):
     """(Y, S, rstd, block size, warps, stages, mode code) by the Triton kernel."""
-    kernels, mode = _triton("fused_add_rms_norm", X, W=W), _mode_name(casting_mode)
-    options, needs = FusedAddRMSNormOptions(eps, offset, mode), (True, True, True)
-    (y, s), (_, _, rstd) = kernels.forward(X, R, W, options=options, needs=needs)
-    return y, s, rstd, *_launch_configuration(X), 2, CASTING_MODES[mode]
+    options = _add_rms.FusedAddRMSNormOptions(eps, offset, _mode_name(casting_mode))
+    (y, s), (_, _, rstd) = _norm("fused_add_rms_norm", options, X, R, W=W)
+    return y, s, rstd, *_launch_configuration(X), 2, CASTING_MODES[options.casting_mode]
 
 
 def fused_add_rms_norm_backward(
     dY, dS_out, S, W, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, num_stages, in_place, needs_dw=None
 ):  # fmt: skip
     """(dX, the same dX as gradient of R, dW or None)."""
-    options = FusedAddRMSNormOptions(0.0, offset, _mode_name(casting_mode))
-    grads, saved = (dY, dS_out), (S, W, RSTD)
-    needs = (True, True, W is not None and needs_dw is not False)
+    options = _add_rms.FusedAddRMSNormOptions(0.0, offset, _mode_name(casting_mode))
+    grads, saved, needs = (dY, dS_out), (S, W, RSTD), (True, True, _wanted(W, needs_dw))
     return _triton("fused_add_rms_norm", S).backward(grads, saved, options=options, needs=needs)
 
 
 def layer_norm_forward(X, W, B, eps):
     """(Y, X as rows, mean, rstd, block size, warps) by the Triton kernel; both statistics fp32."""
-    kernels, options = _triton("layer_norm", X, W=W, B=B), LayerNormOptions(eps)
-    y, (rows, _, _, mean, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    options = _layer.LayerNormOptions(eps)
+    y, (rows, _, _, mean, rstd) = _norm("layer_norm", options, X, W=W, B=B)
     return y, rows, mean, rstd, *_launch_configuration(X, centered=True)
 
 
 def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     """(dX, dW or None, dB or None); dX in the shape of dY."""
-    options, saved = LayerNormOptions(0.0), (as_rows(X), W, B, Mean, RSTD)
-    needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
+    options, saved = _layer.LayerNormOptions(0.0), (as_rows(X), W, B, Mean, RSTD)
+    needs = (True, _wanted(W, needs_dw), _wanted(B, needs_db))
     return _triton("layer_norm", X).backward((dY,), saved, options=options, needs=needs)
 
 
-def _triton(op, X, **parameters):
+def _wanted(parameter, needs):
+    return parameter is not None and needs is not False
+
+
+def _norm(op, options, *rows, **parameters):
+    """The forward of a norm, and what its backward needs."""
     for name, parameter in parameters.items():
-        check_last_dim(name, parameter, X.shape[-1], "X")
+        check_last_dim(name, parameter, rows[0].shape[-1], "X")
+    tensors = (*rows, *parameters.values())
+    return _triton(op, rows[0]).forward(*tensors, options=options, needs=(True,) * len(tensors))
+
+
+def _triton(op, X):
     with use_implementation("triton"):
         return kernels_of(op, X)
 
@@ -199,7 +201,7 @@ def _glu_forward(a, b, activation, gate_multiplier=1.0):
 
 def _glu_backward(a, b, dc, activation, gate_multiplier=1.0):
     """The gradients of a and b, shaped like dc."""
-    options, needs = GLUOptions(activation, gate_multiplier), (True, True)
+    options, needs = _glu.GLUOptions(activation, gate_multiplier), (True, True)
     grads = kernels_of("glu", a).backward((as_rows(dc),), (a, b), options=options, needs=needs)
     return tuple(grad.view(dc.shape) for grad in grads)
 
@@ -212,7 +214,7 @@ def swiglu_fused_gate_up_forward(y):
 
 def swiglu_fused_gate_up_backward(y, dc, in_place=False):
     """The gradient (R, 2F) of the packed rows."""
-    options, needs = GLUOptions(), (True, False)
+    options, needs = _glu.GLUOptions(), (True, False)
     return kernels_of("glu", y).backward((as_rows(dc),), (y, None), options=options, needs=needs)[0]
 
 
@@ -222,7 +224,7 @@ def relu_squared_forward(X):
 
 
 def relu_squared_backward(X, dY):
-    options, saved = ReLUSquaredOptions(), (X.contiguous(),)
+    options, saved = _relu.ReLUSquaredOptions(), (X.contiguous(),)
     return kernels_of("relu_squared", X).backward((dY,), saved, options=options, needs=(True,))[0]
 
 
