@@ -119,14 +119,19 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     label_count: LabelCount | int | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
 
+    A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `input`.
+
     Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
     """
+    if memory_budget is None:
+        memory_budget = _fused_linear_cross_entropy._legacy_budget(input, weight, chunk_mem_const)
     outputs = _fused_linear_cross_entropy.fused_linear_cross_entropy(
         input,
         weight,

@@ -265,6 +265,6 @@ def cross_entropy_forward(
     return loss.detach(), z_loss, accuracy, predicted, grad
 
 
-def cross_entropy_backward(grad_tensor: Tensor, grad_output: Tensor) -> Tensor:
-    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
-    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)
+def cross_entropy_backward(_input: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient that `cross_entropy_forward` returned times that of the loss, 0-d or one per row; out of place."""
+    return _input * (grad_output[:, None] if grad_output.ndim else grad_output)
