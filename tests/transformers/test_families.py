@@ -12,6 +12,7 @@ from torch import nn
 import liger_kernel
 from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.patching import PatchReport
+from liger_kernel.transformers.patching.classes import GlobalPatch
 from liger_kernel.transformers.patching.families import FAMILIES, Family
 from liger_kernel.transformers.patching.state import state_of
 from tests.transformers.zoo import build, check, inputs
@@ -70,13 +71,43 @@ def test_classes_reach_what_a_model_reaches(family: Family) -> None:
     apply(family, model=model)
     expected = Counter((row.kind, row.path, row.by) for row in state_of(model).report.replaced)
     liger_kernel.unpatch(model)
+    found = []
     apply(family)
     try:
-        built = build.build(entry)
+        for one in (model, build.build(entry)):  # it lives already, it comes later
+            replaced = state_of(one).report.replaced
+            found.append(Counter((row.kind, row.path, row.by) for row in replaced))
     finally:
         getattr(monkey_patch, f"revert_liger_kernel_to_{family.name}")()
-    found = Counter((row.kind, row.path, row.by) for row in state_of(built).report.replaced)
-    assert found == expected
-    assert found
-    liger_kernel.unpatch(built)
-    assert state_of(build.build(entry)) is None
+    assert found == [expected, expected]
+    assert expected
+    assert state_of(model) is state_of(build.build(entry)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("glm4", "rope"), ("glm4v", "rope"), ("glm4v_moe", "rope"), ("qwen3_5", "rope"), ("qwen3_5_moe", "rope"),
+        ("gemma4", "rope"), ("gemma4_text", "rope"), ("deepseek_v3", "rope"),
+        ("granite", "fused_linear_cross_entropy"),
+    ],
+)  # fmt: skip
+def test_flags_that_the_incumbent_refuses(name: str, flag: str) -> None:
+    family = next(f for f in FAMILIES if f.name == name)
+    model = build.build(ENTRIES[name])
+    apply(family, model=model, **{"cross_entropy": False, flag: True})
+    state = state_of(model)
+    found = {row.kind for row in state.report.replaced}
+    if any(isinstance(handle, GlobalPatch) for handle in state.handles):
+        found.add("rope")
+    liger_kernel.unpatch(model)
+    assert {"rope": "rope"}.get(flag, "loss") in found
+
+
+def test_a_model_of_another_family() -> None:
+    model = build.build(ENTRIES["qwen2"])
+    llama = next(f for f in FAMILIES if f.name == "llama")
+    apply(llama, model=model)
+    kinds = {row.kind for row in state_of(model).report.replaced}
+    liger_kernel.unpatch(model)
+    assert {"loss", "norm", "mlp"} <= kinds

@@ -96,10 +96,11 @@ def _column_sum(
         at = (first_row + rows)[:, None] * n_cols + cols[None, :]
         total += tl.load(partial_ptr + at, mask=mask, other=0.0)
     out = tl.sum(total, 0)
-    mask = (cols < n_cols) & (tl.program_id(1) == 0)
+    # a bound, since triton 3.9 refuses `vector & scalar`
+    mask = cols < tl.where(tl.program_id(1) == 0, n_cols, 0)
     tl.store(first_ptr + cols, out.to(first_ptr.dtype.element_ty), mask=mask)
     if PAIR:
-        mask = (cols < n_cols) & (tl.program_id(1) == 1)
+        mask = cols < tl.where(tl.program_id(1) == 1, n_cols, 0)
         tl.store(second_ptr + cols, out.to(second_ptr.dtype.element_ty), mask=mask)
 
 
