@@ -31,6 +31,8 @@ def has_options(op: str) -> bool:
 
 
 WITH_OPTIONS = [op for op in OPS if has_options(op)]
+#: where the kernels run: on the CPU there is their interpreter, unless this machine has a GPU
+KERNELS_ON = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Recorder:
@@ -64,7 +66,8 @@ def test_every_option_reaches_every_backend(
         if case.large or not case.options:
             continue
         seen.clear()
-        inputs, grads = drawn(spec, case, Make(torch.float32))
+        device = KERNELS_ON if implementation == "triton" else "cpu"
+        inputs, grads = drawn(spec, case, Make(torch.float32, device))
         with backends.use_implementation(implementation):
             call(
                 spec.function,
@@ -89,7 +92,7 @@ def test_every_option_reaches_every_backend(
 
 def test_an_explicit_request_is_honoured_under_compile() -> None:
     """Inductor would fuse the reference; who asks for the kernels gets them, outside of the graph."""
-    x, weight = torch.randn(4, 8), torch.randn(8)
+    x, weight = torch.randn(4, 8, device=KERNELS_ON), torch.randn(8, device=KERNELS_ON)
     ran: list[str] = []
     found = kernels_of
 
