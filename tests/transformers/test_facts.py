@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 import liger_kernel
 from liger_kernel.testing import Make
-from liger_kernel.transformers.patching.sites import mlps, norms
+from liger_kernel.transformers.patching.sites import mlps, norms, relu_squared
 from tests.transformers.steps import assert_all_no_worse
 from tests.transformers.test_structure import Calls, drawn, run
 from tests.transformers.tiny import build
@@ -387,8 +387,8 @@ def test_partials() -> None:
 
 
 def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for find in (mlps, norms):
-        find.find_plan.cache_clear()
+    for site in (mlps, norms, relu_squared):
+        site.find_plan.cache_clear()
     proven = []
     original = mlps.proof._proven
 
@@ -399,4 +399,4 @@ def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlps.proof, "_proven", spied)
     made = [MLP(functools.partial(F.gelu, approximate="tanh")) for _ in range(20)]
     liger_kernel.patch(nn.Sequential(build("llama", num_hidden_layers=20), *made))
-    assert sorted(proven) == ["LlamaMLP", "LlamaRMSNorm", "MLP"]
+    assert sorted(proven) == ["LlamaMLP", "LlamaRMSNorm", "MLP", "SiLUActivation"]
