@@ -1,0 +1,261 @@
+"""The facts that a proof holds for: what a module's function depends on besides its parameters.
+
+They are read off the code before a module is proven: the attributes that its forward names, the methods and globals
+behind it, and the same of the children that a replacement does not call. Modules with the same facts share a verdict.
+A replaced module compares them at every call, and runs its own code where one of them has changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NoneType,
+)
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernel.transformers.patching.linears import is_inert, is_watched
+
+#: what every module has: torch's business, and the same for all
+_COMMON = frozenset([*dir(nn.Module), *vars(nn.Module())])
+#: code that uses one of these may read any attribute
+_ANY_NAME = frozenset(["getattr", "vars", "__dict__", "attrgetter"])
+#: compared by identity or value; nobody changes them in place
+# fmt: off
+_PLAIN = (
+    NoneType, bool, int, float, complex, str, bytes, Enum, type, FunctionType, BuiltinFunctionType,
+    torch.dtype, torch.device,
+)
+_WRAPPERS = (
+    FunctionType, MethodType, staticmethod, classmethod, property, functools.partial,
+    functools.partialmethod, type(functools.lru_cache(len)),
+)
+# fmt: on
+_NOWHERE = object()
+
+Globals = dict[tuple[FunctionType, str], Any]
+
+
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
+    """What code calls by name; strings, too: `getattr(self, "eps")`."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    strings = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset().union(code.co_names, strings, *inner)
+
+
+class Reading:
+    """What a function may read: `names`, those of them that are `members` of a class, and `globals` of its file.
+
+    With what decorators wrapped, the methods of the class, and the functions that it calls by a global name; torch's
+    are taken as they are.
+    """
+
+    def __init__(self, start: Any, cls: type = object):
+        self.names: set[str] = set()
+        self.members: dict[str, Any] = {}
+        self.globals: Globals = {}
+        waiting, seen = [start], dict[int, Any]()
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen or not isinstance(value, _WRAPPERS):
+                continue
+            seen[id(value)] = value
+            waiting += [
+                getattr(value, n, None) for n in ("__wrapped__", "__func__", "fget", "func")
+            ]
+            if isinstance(value, FunctionType):
+                waiting += self._enter(value, cls)
+        self.known = any(isinstance(value, FunctionType) for value in seen.values())
+
+    def _enter(self, function: FunctionType, cls: type) -> Iterator[Any]:
+        """Note what one function names, and what is to be read next."""
+        for cell in function.__closure__ or ():
+            yield getattr(cell, "cell_contents", None)
+        names = _names(function.__code__)
+        for name in names & function.__globals__.keys():
+            value = function.__globals__[name]
+            if not isinstance(value, ModuleType):
+                self.globals[function, name] = value
+                if not getattr(value, "__module__", None) or not is_of_torch(value):
+                    yield value
+        for name in names - self.names - _COMMON:
+            member = inspect.getattr_static(cls, name, _NOWHERE)
+            if member is not _NOWHERE:
+                self.members[name] = getattr(cls, name)
+                yield member
+        self.names |= names
+
+
+def is_of_torch(value: Any) -> bool:
+    return str(value.__module__).partition(".")[0] == "torch"
+
+
+def unchanged(found: Globals) -> bool:
+    """Whether the globals of a `Reading` are what they were."""
+    return all(f.__globals__.get(name) is value for (f, name), value in found.items())
+
+
+def kept(make: Callable[[Any], Any]) -> Any:
+    """A cache of `make(function)`, good for as long as the globals that the function may read stay what they are."""
+    made: dict[Any, tuple[Globals, Any]] = {}
+
+    @functools.wraps(make)
+    def get(function: Any) -> Any:
+        found = made.get(function)
+        if found is None or not unchanged(found[0]):
+            found = made[function] = Reading(function).globals, make(function)
+        return found[1]
+
+    get.cache_clear = made.clear  # type: ignore[attr-defined]
+    return get
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _pinned(value: Any, names: frozenset[str]) -> Any:
+    """A value as it is now, for a comparison later: what can change in place is copied, of objects what is named."""
+    if isinstance(value, functools.partial):
+        return (
+            functools.partial,
+            *(_pinned(v, names) for v in (value.func, value.args, value.keywords)),
+        )
+    if isinstance(value, dict):
+        return (type(value), *((key, _pinned(v, names)) for key, v in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return (type(value), *(_pinned(v, names) for v in value))
+    if _is_plain(value) or isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return value
+    return value, {name: v for name, v in vars(value).items() if name in names}
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # tensors in a list, and whatever else cannot be compared
+        return False
+
+
+@dataclass(frozen=True)
+class Part:
+    """The facts of the module itself (`path` is empty), or of a child that its replacement does not call."""
+
+    path: tuple[str, ...]
+    names: frozenset[str]
+    plain: tuple[tuple[str, Any], ...]  # attributes of the instance
+    pinned: tuple[tuple[str, Any], ...]  # those that can change in place
+    members: tuple[tuple[str, Any], ...]  # of the class
+    overridable: frozenset[str]  # members that an attribute of the instance would hide
+    absent: tuple[str, ...]  # parameters that are None
+    globals: tuple[tuple[tuple[FunctionType, str], Any], ...]
+    tensors: tuple[str, ...] = field(compare=False)  # buffers and other tensors that the code names
+
+    @classmethod
+    def of(cls, module: nn.Module, slot: str, path: tuple[str, ...]) -> Part:
+        kind, attributes = type(module), module.__dict__
+        own = inspect.getattr_static(kind, slot, None)
+        reading = Reading(own, kind)
+        whole = not reading.known or not _ANY_NAME.isdisjoint(reading.names)
+        wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
+        read = {n: attributes[n] for n in wanted if n != slot and (whole or n in reading.names)}
+        buffers = {n: b for n, b in module._buffers.items() if b is not None}
+        names = frozenset(reading.names)
+        return cls(
+            path,
+            names,
+            tuple((n, v) for n, v in read.items() if _is_plain(v)),
+            tuple((n, _pinned(v, names)) for n, v in read.items() if not _is_plain(v)),
+            ((slot, getattr(kind, slot, None)), *reading.members.items()),
+            frozenset(reading.members) - read.keys(),
+            tuple(n for n, p in module._parameters.items() if p is None and n in names),
+            tuple(reading.globals.items()),
+            tuple(n for n, t in (read | buffers).items() if isinstance(t, Tensor) and n in names),
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        return replace(
+            self, plain=copy.deepcopy(self.plain, memo), pinned=copy.deepcopy(self.pinned, memo)
+        )
+
+    def hold(self, module: nn.Module) -> bool:
+        attributes, kind = module.__dict__, type(module)
+        if self.path and ("forward" in attributes or is_watched(attributes)):
+            return False
+        for name, value in self.plain:
+            now = attributes.get(name, _NOWHERE)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        for name, value in self.members:
+            now = getattr(kind, name, _NOWHERE)
+            if now is not value and now != value:
+                return False
+        if self.overridable and not self.overridable.isdisjoint(attributes):
+            return False
+        for name in self.absent:
+            if attributes["_parameters"].get(name) is not None or name in attributes:
+                return False
+        for (function, name), value in self.globals:
+            if function.__globals__.get(name) is not value:
+                return False
+        return all(
+            is_equal(_pinned(attributes.get(name), self.names), value)
+            for name, value in self.pinned
+        )
+
+
+def parts_of(module: nn.Module, slot: str, path: tuple[str, ...] = ()) -> Iterator[Part]:
+    yield Part.of(module, slot, path)
+    for name, child in module._modules.items():
+        if child is not None and is_inert(child):
+            yield from parts_of(child, "forward", (*path, name))
+
+
+def numbers(module: nn.Module, kind: type, slot: str = "forward") -> dict[str, Any]:
+    """The module's own numbers of a type that its method names."""
+    return {n: v for n, v in Part.of(module, slot, ()).plain if type(v) is kind}
+
+
+class Facts:
+    """All parts of a module, and `find`, which proves: a pickle keeps only that, and is proven again when it runs."""
+
+    def __init__(self, find: Callable[[nn.Module], Any], parts: tuple[Part, ...] | None = None):
+        self.find, self.parts = find, parts
+
+    def __reduce__(self) -> Any:
+        return Facts, (self.find,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
+        return Facts(self.find, copy.deepcopy(self.parts, memo))
+
+    def hold(self, plan: Any, module: nn.Module) -> bool:
+        """Whether `plan`, found when these were the facts, is still what `module` computes."""
+        if self.parts is None:
+            found = self.find(module)
+            if found != plan:
+                return False
+            self.parts = found.facts.parts
+        for part in self.parts or ():
+            at: Any = module
+            for name in part.path:
+                at = at.__dict__["_modules"].get(name)
+                if at is None:
+                    return False
+            if not part.hold(at):
+                return False
+        return True
