@@ -45,6 +45,10 @@ class Modes(NamedTuple):
         dtype = torch.get_autocast_dtype(device) if on else None
         return cls(torch.is_grad_enabled(), device, dtype)
 
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """Of a product with `x`."""
+        return x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
+
     def with_grad_of_now(self) -> Modes:
         return self._replace(grad=self.grad and torch.is_grad_enabled())
 
@@ -102,9 +106,7 @@ class Origin:
     classes: int = 0  # of the head
     logits: Tensor | None = None
     called: bool = False  # the loss, or logits, were made
-    stamps: list[Any] | None = (
-        None  # of the tensors that logits come from, at the end of the forward
-    )
+    stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
 
     def materialize(self) -> Tensor:
         if self.logits is not None:
@@ -120,8 +122,8 @@ class Origin:
         return value
 
     def _check(self) -> None:
-        if self.stamps is not None:
-            changed = self.stamps != heads.stamps(self.around, self.hidden)
+        if self.stamp is not None:
+            changed = self.stamp != heads.Stamp(self.around, self.hidden)
         else:
             changed = not heads.is_alive(self.hidden)
         if changed or not heads.is_whole(self.around):
@@ -182,7 +184,8 @@ class DeferredLogits:
     @classmethod
     def of(cls, origin: Origin) -> DeferredLogits:
         hidden = origin.hidden
-        return cls(origin, (), Fused(hidden), hidden.dtype, hidden.device)
+        dtype = origin.modes.dtype_of(hidden)
+        return cls(origin, (), Fused(hidden), dtype, hidden.device)
 
     @property
     def is_real(self) -> bool:
@@ -205,8 +208,8 @@ class DeferredLogits:
         """The forward is over: from now on this only stands for its value."""
         self._shape = self.shape
         self._fused, origin = None, self._origin
-        if origin.stamps is None and not torch.compiler.is_compiling():
-            origin.stamps = heads.stamps(origin.around, origin.hidden)
+        if origin.stamp is None and not torch.compiler.is_compiling():
+            origin.stamp = heads.Stamp(origin.around, origin.hidden)
 
     def _then(
         self,
@@ -390,7 +393,9 @@ class DeferredLogits:
                     if name in _ELEMENTWISE:
                         result = _ELEMENTWISE[name](result, *args, **kwargs)
                 return F.cross_entropy(result[:, : fused.classes], target, *plain)
-        return result.to(self.device, self.dtype)
+        # as the loss of real logits: autocast computes it in float32
+        wide = self.dtype.itemsize < 4 and Modes.now(self.device.type).autocast is not None
+        return result.to(self.device, torch.float32 if wide else self.dtype)
 
     @classmethod
     def __torch_function__(

@@ -147,15 +147,43 @@ def requires_grad(around: nn.Module, hidden: Tensor) -> bool:
     return hidden.requires_grad or any(p.requires_grad for p in around.parameters())
 
 
-def stamps(around: nn.Module, hidden: Tensor) -> list[Any]:
-    """What changes when the tensors that logits come from are written to, cast, moved or replaced."""
-    weights = (t for leaf in leaves(around) for t in (_weight(leaf), leaf.bias))
-    return [_stamp(t) for t in (hidden, *weights) if t is not None]
+class Stamp:
+    """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
+
+    Fused optimizers and DeepSpeed write past the version counter of autograd, so some elements of each row of a weight
+    that may be trained are kept as well.
+    """
+
+    def __init__(self, around: nn.Module, hidden: Tensor):
+        weights = [
+            t for leaf in leaves(around) for t in (_weight(leaf), leaf.bias) if t is not None
+        ]
+        self._facts = [_facts(t) for t in (hidden, *weights)]
+        self._samples = [_sample(_shard(t)) for t in weights if t.requires_grad]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stamp) or self._facts != other._facts:
+            return False
+        return all(map(torch.equal, self._samples, other._samples))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-def _stamp(t: Any) -> Any:
-    t = getattr(t, "ds_tensor", t)  # ZeRO-3 keeps the shard there
-    shard = getattr(t, "_local_tensor", t)
+def _sample(shard: Tensor) -> Tensor:
+    if not (is_plain(shard) and shard.is_contiguous()) or shard.device.type == "meta":
+        return torch.empty(0)
+    step = max(shard.numel() >> 18, 1)
+    return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
+
+
+def _shard(t: Any) -> Any:
+    """The part that is here, of a DTensor and of ZeRO-3."""
+    t = getattr(t, "ds_tensor", t)
+    return getattr(t, "_local_tensor", t)
+
+
+def _facts(t: Any) -> Any:
+    shard = _shard(t)
     versions = tuple(None if x.is_inference() else x._version for x in (t, shard))
     return versions, t.dtype, t.device, shard.data_ptr() if is_plain(shard) else 0
 

@@ -43,6 +43,11 @@ class _Output:
     def get(self, key: str, default: Any = None) -> Any:
         return default if key not in self else self[key]  # type: ignore[operator] # noqa: SIM401
 
+    def copy(self) -> Any:
+        return type(self)(**dict(self.items()))  # type: ignore[attr-defined]
+
+    __copy__ = copy
+
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in self.items())  # type: ignore[attr-defined]
         return f"{self.stock.__name__}({fields})"
