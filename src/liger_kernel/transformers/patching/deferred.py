@@ -50,7 +50,7 @@ class Modes(NamedTuple):
         return x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
 
     def with_grad_of_now(self) -> Modes:
-        return self._replace(grad=self.grad and torch.is_grad_enabled())
+        return Modes(self.grad and torch.is_grad_enabled(), self.device, self.autocast)
 
     def on(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
         """These modes for a product with `x`."""

@@ -72,6 +72,17 @@ class _Lazy(_Output):
 class _Traced(_Output):
     """As `_Lazy`; torch.compile makes no objects of classes that have `__getattribute__`, but knows properties."""
 
+    def __post_init__(self) -> None:
+        """HF's, but for reads of fields: torch 2.6 makes the output before the deferred object in it is complete."""
+        attributes = self.__dict__
+        names = [name for name in self.stock.__dataclass_fields__ if attributes[name] is not None]
+        given = {name: attributes[name] for name in names}
+        if len(names) == 1 and isinstance(given[names[0]], dict):  # as accelerate rebuilds it
+            attributes[names[0]] = None
+            given = dict(given[names[0]].items())
+        for name, value in given.items():
+            self[name] = value  # type: ignore[index]
+
 
 def _property(name: str) -> property:
     def read(self: Any) -> Any:
