@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
+from liger_kernel.transformers.patching.deferred import DeferredLogits
 from tests.transformers.tiny import batch, build
 
 T = TypeVar("T")
@@ -99,6 +100,11 @@ def steps(
                 found[name].append(value)
     move([model], originals, 0)
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+def fused(outputs: Any) -> bool:
+    """Whether the loss was made without logits, which still wait for somebody to read them."""
+    return any(isinstance(value, DeferredLogits) for value in outputs.values())
 
 
 def assert_same_step(

@@ -22,21 +22,51 @@ KEY = "_liger_state"
 
 @dataclass
 class Change:
-    """`owner.name` was `before` (MISSING: it was not there)."""
+    """`owner.name` was `before` and became `value` (MISSING: it is not there)."""
 
     owner: Any
     name: str
     before: Any
+    value: Any
+
+    def is_in_place(self) -> bool:
+        """A class stays ours beneath those that FSDP2 and parametrisations make of it."""
+        return self.name == "__class__" or _same(
+            self.owner.__dict__.get(self.name, MISSING), self.value
+        )
 
     def revert(self) -> None:
+        """Put back what was there, unless somebody else has changed it since: that stays."""
+        attributes = self.owner.__dict__
         if self.name == "__class__":
             if not is_replaced(self.owner):  # what a hook left is of the class that goes
-                self.owner.__dict__.pop("forward", None)
-            self.owner.__class__ = self.before
-        elif self.before is MISSING or self.before == MISSING:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self.owner.__dict__[self.name] = self.before
+                attributes.pop("forward", None)
+            set_class(self.owner, _without(type(self.owner), self.value, self.before))
+        elif _same(attributes.get(self.name, MISSING), self.value):
+            if _same(self.before, MISSING):
+                attributes.pop(self.name, None)
+            else:
+                attributes[self.name] = self.before
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str) and isinstance(other, str) and one == other)
+
+
+def _without(cls: Any, ours: type, theirs: type) -> Any:
+    """`cls` on top of `theirs` where it was made on top of `ours`, as FSDP2 and parametrisations make their classes."""
+    if cls is ours:
+        return theirs
+    bases = tuple(_without(base, ours, theirs) for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace(ours.__name__, theirs.__name__), bases, body)
+
+
+def set_class(owner: Any, cls: type) -> None:
+    """Past `__setattr__`, which a compiled module has for the module that it wraps."""
+    object.__setattr__(owner, "__class__", cls)
 
 
 @dataclass
@@ -54,15 +84,23 @@ class State:
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
         """Set an instance attribute, past `nn.Module.__setattr__`."""
-        self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING)))
+        self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING), value))
         owner.__dict__[name] = value
 
     def set_class(self, owner: nn.Module, cls: type) -> None:
         """Another class for a module whose `forward` is that of its class."""
-        if "forward" in owner.__dict__:  # left by a hook
-            self.changes.append(Change(owner, "forward", owner.__dict__.pop("forward")))
-        self.changes.append(Change(owner, "__class__", type(owner)))
-        owner.__class__ = cls
+        if not is_replaced(owner) and "forward" in owner.__dict__:  # left by a hook
+            left = owner.__dict__.pop("forward")
+            self.changes.append(Change(owner, "forward", left, MISSING))
+        self.changes.append(Change(owner, "__class__", type(owner), cls))
+        set_class(owner, cls)
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has put anything else in the place of ours."""
+        standing = (getattr(handle, "is_in_place", None) for handle in self.handles)
+        return all(check() for check in standing if check) and all(
+            change.is_in_place() for change in self.changes
+        )
 
     def revert(self) -> None:
         for handle in self.handles:
