@@ -114,7 +114,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def trained(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Losses of training and evaluation, the shard's gradients, and losses of steps with a stock optimiser."""
+    """Losses of training and evaluation, the shard's gradients, and logits after steps of a stock optimiser."""
     where = next(model.parameters()).device if ranks.device() == "cpu" else ranks.device()
     inputs = [
         {name: t.to(where) for name, t in batch(seed=seed + 10 * i).items()} for i in range(BATCHES)
@@ -141,10 +141,13 @@ def trained(model: nn.Module, seed: int) -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
         for given in inputs[:STEPS]:
             optimizer.zero_grad()
-            loss = model(**given, use_cache=False).loss
-            loss.backward()
+            model(**given, use_cache=False).loss.backward()
             optimizer.step()
-            found["loss of steps"].append(loss.detach())
+        model.eval()
+        for given in inputs:
+            with torch.no_grad():
+                outputs = model(**given, use_cache=False)
+            found["logits after steps"].append(local(outputs.logits))
     return {name: torch.stack(values) for name, values in found.items()}
 
 
