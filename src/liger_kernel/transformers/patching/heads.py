@@ -170,7 +170,8 @@ class Stamp:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    if not (is_plain(shard) and shard.is_contiguous()) or shard.device.type == "meta":
+    held = is_plain(shard) and shard.is_contiguous() and shard.device.type != "meta"
+    if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
         return torch.empty(0)
     step = max(shard.numel() >> 18, 1)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
