@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import liger_kernel
 from liger_kernel.transformers.patching.sites import experts, mlps, norms, relu_squared, rope
 from tests.transformers.steps import assert_all_no_worse, step
-from tests.transformers.test_facts import SIZE, assert_same, patched, rows
+from tests.transformers.test_facts import SIZE, X, assert_same, patched, rows
 from tests.transformers.test_structure import Calls, drawn
 from tests.transformers.tiny import batch, build
 
@@ -61,6 +61,16 @@ def test_dropout_stays_on(model_type: str, training: bool, calls: Calls) -> None
         if hasattr(module, "residual_dropout"):
             module.residual_dropout = 0.7
     assert_same(ours, theirs)
+
+
+def test_who_watches_a_dropout_sees_its_calls(calls: Calls) -> None:
+    ours = patched(dropping("t5")).eval()
+    calls.clear()
+    seen = []
+    ours.dropout.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    ours(X)
+    assert seen == [(*X.shape[:-1], 48)]
+    assert calls["glu"] == 1
 
 
 class Rare(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama
 
@@ -184,6 +185,16 @@ def _hooked_everywhere(module: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(hooks, -1, hook)
 
 
+class Inheriting(MLP):
+    """Its code is that of its base."""
+
+    def activated(self, x: Tensor) -> Tensor:
+        return super().activated(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 MLP_CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
     "another activation": (MLP, _set("act", nn.GELU())),
     "no activation": (MLP, _deleted),
@@ -203,6 +214,12 @@ MLP_CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
         MLP,
         _set_class(MLP, "forward", lambda self, x: self.down(self.gate(x) * self.up(x))),
     ),
+    "inherited method": (Inheriting, _set_class(MLP, "activated", times_two)),
+    "inherited forward": (
+        Inheriting,
+        _set_class(MLP, "forward", lambda self, x: self.down(self.gate(x) * self.up(x))),
+    ),
+    "inherited constant": (Inheriting, _set_class(MLP, "scale", 3.0)),
     "method of the class": (MLP, _set_class(MLP, "activated", times_two)),
     "constant of the class": (MLP, _set_class(MLP, "scale", 3.0)),
     "hidden constant of the class": (MLP, _set("scale", 3.0)),
@@ -251,6 +268,50 @@ def test_a_verdict_is_of_one_state(change: str, monkeypatch: pytest.MonkeyPatch)
     model = nn.Sequential(copy.deepcopy(second))
     liger_kernel.patch(model)
     assert_same(model[0], second)
+
+
+def test_hooks_of_zero_3_have_no_use_for_activations(calls: Calls) -> None:
+    """It hooks every module, and those without parameters for nothing."""
+    ours = patched(MLP())
+
+    def hook(module: nn.Module, args: Any) -> None: ...
+
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for module in ours.modules():
+        module.register_forward_pre_hook(hook)
+    calls.clear()
+    ours(X)
+    assert calls["glu"] == 1
+
+
+class OfClass(nn.Module):
+    """Numbers of the class, not of the instance."""
+
+    eps, scale = 1e-5, 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Scaled(MLP):
+    out = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.out
+
+
+def test_numbers_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows(OfClass(), Scaled()) == ["LigerRMSNorm(llama)", "LigerSwiGLU"]
+    for cls, name in ((OfClass, "eps"), (Scaled, "out")):
+        theirs = cls()
+        ours = patched(theirs)
+        assert_same(ours, theirs)
+        monkeypatch.setattr(cls, name, 0.25)
+        assert torch.equal(ours(X), theirs(X))
 
 
 NORM_CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
@@ -366,6 +427,17 @@ def test_what_keeps_something_of_a_call_is_left_alone(how: str) -> None:
     assert (module.count, module.seen, module.calls) == (0, [], 0)
     module(X)
     assert module.count + len(module.seen) + module.calls == 1
+
+
+def test_among_fake_tensors() -> None:
+    """As memory estimators use them."""
+    mlps.find_plan.cache_clear()
+    norms.find_plan.cache_clear()
+    with FakeTensorMode():
+        assert rows(MLP(), modeling_llama.LlamaRMSNorm(SIZE)) == [
+            "LigerSwiGLU",
+            "LigerRMSNorm(llama)",
+        ]
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -63,11 +62,12 @@ class Reading:
     are taken as they are.
     """
 
-    def __init__(self, start: Any, cls: type = object):
+    def __init__(self, start: Any = None, cls: type = object, slot: str = ""):
         self.names: set[str] = set()
         self.members: dict[str, Any] = {}
+        self.inherited: list[tuple[type, str, Any]] = []  # what `super()` may reach
         self.globals: Globals = {}
-        waiting, seen = [start], dict[int, Any]()
+        waiting, seen = [start, *self._defined(cls, slot)], dict[int, Any]()
         while waiting:
             value = waiting.pop()
             if id(value) in seen or not isinstance(value, _WRAPPERS):
@@ -91,12 +91,17 @@ class Reading:
                 self.globals[function, name] = value
                 if not getattr(value, "__module__", None) or not is_of_torch(value):
                     yield value
-        for name in names - self.names - _COMMON:
-            member = inspect.getattr_static(cls, name, _NOWHERE)
-            if member is not _NOWHERE:
-                self.members[name] = getattr(cls, name)
-                yield member
+        for name in names - self.names - self.members.keys():
+            yield from self._defined(cls, name)
         self.names |= names
+
+    def _defined(self, cls: type, name: str) -> list[Any]:
+        """A member of the class, and those of the same name that it inherits."""
+        owners = [c for c in cls.__mro__ if name in vars(c) and c not in (nn.Module, object)]
+        if owners:
+            self.members[name] = getattr(cls, name)
+            self.inherited += ((c, name, vars(c)[name]) for c in owners[1:])
+        return [vars(c)[name] for c in owners]
 
 
 def is_of_torch(value: Any) -> bool:
@@ -161,6 +166,7 @@ class Part:
     plain: tuple[tuple[str, Any], ...]  # attributes of the instance
     pinned: tuple[tuple[str, Any], ...]  # those that can change in place
     members: tuple[tuple[str, Any], ...]  # of the class
+    inherited: tuple[tuple[type, str, Any], ...]
     overridable: frozenset[str]  # members that an attribute of the instance would hide
     absent: tuple[str, ...]  # parameters that are None
     globals: tuple[tuple[tuple[FunctionType, str], Any], ...]
@@ -169,8 +175,7 @@ class Part:
     @classmethod
     def of(cls, module: nn.Module, slot: str, path: tuple[str, ...]) -> Part:
         kind, attributes = type(module), module.__dict__
-        own = inspect.getattr_static(kind, slot, None)
-        reading = Reading(own, kind)
+        reading = Reading(None, kind, slot)
         whole = not reading.known or not _ANY_NAME.isdisjoint(reading.names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
         read = {n: attributes[n] for n in wanted if n != slot and (whole or n in reading.names)}
@@ -181,8 +186,9 @@ class Part:
             names,
             tuple((n, v) for n, v in read.items() if _is_plain(v)),
             tuple((n, _pinned(v, names)) for n, v in read.items() if not _is_plain(v)),
-            ((slot, getattr(kind, slot, None)), *reading.members.items()),
-            frozenset(reading.members) - read.keys(),
+            tuple(reading.members.items()),
+            tuple(reading.inherited),
+            frozenset(reading.members) - read.keys() - {slot},
             tuple(n for n, p in module._parameters.items() if p is None and n in names),
             tuple(reading.globals.items()),
             tuple(n for n, t in (read | buffers).items() if isinstance(t, Tensor) and n in names),
@@ -205,6 +211,9 @@ class Part:
             now = getattr(kind, name, _NOWHERE)
             if now is not value and now != value:
                 return False
+        for owner, name, value in self.inherited:
+            if vars(owner).get(name) is not value:
+                return False
         if self.overridable and not self.overridable.isdisjoint(attributes):
             return False
         for name in self.absent:
@@ -213,7 +222,7 @@ class Part:
         for (function, name), value in self.globals:
             if function.__globals__.get(name) is not value:
                 return False
-        return all(
+        return not self.pinned or all(
             is_equal(_pinned(attributes.get(name), self.names), value)
             for name, value in self.pinned
         )
@@ -226,9 +235,10 @@ def parts_of(module: nn.Module, slot: str, path: tuple[str, ...] = ()) -> Iterat
             yield from parts_of(child, "forward", (*path, name))
 
 
-def numbers(module: nn.Module, kind: type, slot: str = "forward") -> dict[str, Any]:
-    """The module's own numbers of a type that its method names."""
-    return {n: v for n, v in Part.of(module, slot, ()).plain if type(v) is kind}
+def numbers(module: nn.Module, kind: type) -> dict[str, Any]:
+    """The numbers of a type that the forward of a module names, and that the module or its class holds."""
+    part = Part.of(module, "forward", ())
+    return {n: v for n, v in (*part.members, *part.plain) if type(v) is kind}
 
 
 class Facts:

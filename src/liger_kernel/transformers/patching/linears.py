@@ -13,6 +13,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
 
+def _is_hooked(attributes: dict[str, Any]) -> bool:
+    return any(map(attributes.get, _HOOKS)) or any(_GLOBAL_HOOKS)
+
+
 def _is_plain(module: nn.Module, cls: Any) -> bool:
     """Whether its call is torch's forward and nothing else. That is not so for hooks (ZeRO-3, offloading, yours)."""
     attributes = module.__dict__
@@ -20,8 +24,7 @@ def _is_plain(module: nn.Module, cls: Any) -> bool:
         type(module) is cls
         and cls.forward is _FORWARDS[cls]
         and "forward" not in attributes
-        and not any(map(attributes.get, _HOOKS))
-        and not any(_GLOBAL_HOOKS)
+        and not _is_hooked(attributes)
     )
 
 
@@ -59,7 +62,7 @@ def is_inert(child: nn.Module) -> bool:
 
 def is_watched(attributes: dict[str, Any]) -> bool:
     """Whether somebody has to see the call of an inert child; ZeRO-3 hooks every module, and has no use for these."""
-    if any(_GLOBAL_HOOKS):
-        return True
-    hooks = (h for name in _HOOKS if attributes[name] for h in attributes[name].values())
+    if not _is_hooked(attributes):
+        return False
+    hooks = (h for table in (*map(attributes.get, _HOOKS), *_GLOBAL_HOOKS) for h in table.values())
     return any(not str(getattr(h, "__module__", "")).startswith("deepspeed.") for h in hooks)

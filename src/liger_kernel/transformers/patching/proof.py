@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from liger_kernel._core.tolerance import excess
 from liger_kernel.backends import use_implementation
@@ -97,7 +97,7 @@ class _Run:
         backward: bool,
     ):
         for m in twin.modules():
-            m.training = training
+            m.__dict__["training"] = training
         attributes, states = _attributes(twin), _random_states()
         torch.default_generator.manual_seed(2)  # the CPU's; `torch.manual_seed` is every device's
         try:
@@ -241,6 +241,7 @@ def sandbox() -> Iterator[None]:
     torch.default_generator.manual_seed(0)
     try:
         with (
+            _disable_current_modes(),  # fake tensors, say
             use_implementation("reference"),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -269,7 +270,7 @@ def verdict(
     def found(module: nn.Module) -> _P | str:
         parts, shapes = tuple(parts_of(module, slot)), _shapes(module)
         of_class = kept[type(module)]
-        for key, known in of_class:
+        for key, known in list(of_class):
             if is_equal(key, (shapes, parts)):
                 return known
         plan = _proven(find, module, parts)
