@@ -90,6 +90,11 @@ def _torch_cross_entropy(o: Options) -> Function | None:
     return lambda x, target, weight=None: _loss_tuple(F.cross_entropy(x, target, weight, **options))
 
 
+def _torch_kl_div(o: Options) -> Function:
+    options = _only(o, "reduction", "log_target")
+    return lambda y_pred, y_true: F.kl_div(y_pred, y_true, **options)
+
+
 def _torch_linear_cross_entropy(o: Options) -> Function | None:
     if not _plain(o, *LOSS_OPTIONS):
         return None
@@ -120,6 +125,7 @@ TORCH: Table = {
     "rms_norm": _torch_rms_norm,
     "layer_norm": _torch_layer_norm,
     "cross_entropy": _torch_cross_entropy,
+    "kl_div": _torch_kl_div,
     "fused_linear_cross_entropy": _torch_linear_cross_entropy,
 }
 
@@ -170,6 +176,14 @@ def _liger_loss(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
+def _liger_divergence(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
+        function = _liger(name)
+        return lambda *tensors: function(*tensors, **o)
+
+    return adapter
+
+
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
@@ -178,6 +192,9 @@ LIGER: Table = {
     "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
     "cross_entropy": _liger_loss("liger_cross_entropy"),
+    "jsd": _liger_divergence("liger_jsd"),
+    "kl_div": _liger_divergence("liger_kl_div"),
+    "tvd": _liger_divergence("liger_tvd"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
 }
 

@@ -12,10 +12,13 @@ from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
+from liger_kernel.ops.jsd import jsd
+from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import rope
+from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
@@ -25,8 +28,11 @@ __all__ = [
     "gated_mlp",
     "glu",
     "glu_packed",
+    "jsd",
+    "kl_div",
     "layer_norm",
     "relu_squared",
     "rms_norm",
     "rope",
+    "tvd",
 ]

@@ -99,6 +99,23 @@ def linear_cross_entropy(rows: int, hidden: int, classes: int) -> Huge:
     )
 
 
+def divergence(op: str, rows: int, classes: int, *logs: bool, **options: Any) -> Huge:
+    """Term by term, or where a sum has labels, with all but the last rows ignored."""
+
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        made = [make.randn(rows, classes) for _ in logs]
+        for t, is_log in zip(made, logs, strict=True):
+            t.sub_(4) if is_log else t.abs_()
+        if options.get("reduction") == "none":
+            return tuple(made)
+        labels = make.labels(rows, classes)
+        labels[:-TAIL] = -100
+        return *made, labels
+
+    axes = (0, 0) if options.get("reduction") == "none" else (0, 0, 0)
+    return Huge(op, f"{rows}x{classes}", inputs, axes, options)
+
+
 def gated_mlp(rows: int, hidden: int, features: int) -> Huge:
     def inputs(make: Make) -> tuple[Tensor, ...]:
         inner = (make.randn(features, hidden, scale=hidden**-0.5) for _ in range(2))
@@ -137,6 +154,10 @@ HUGE = (
     cross_entropy(16_650_001, 129),
     linear_cross_entropy(524_291, 4_100, 64),
     linear_cross_entropy(64, 8_200, 262_145),
+    divergence("kl_div", *WIDE, True, False, reduction="none"),
+    divergence("jsd", *WIDE, True, True),
+    divergence("jsd", *TALL, True, True),
+    divergence("tvd", *TALL, False, False, reduction="none"),
     gradients(*WIDE),
 )
 MANY = (
@@ -145,6 +166,8 @@ MANY = (
     rope("70001-heads", 1, 70_001, 3, 8, axis=1),
     cross_entropy(3, 70_001 * 16),
     cross_entropy(70_001, 16),
+    divergence("jsd", 3, 70_001 * 4096, True, True),
+    divergence("tvd", 70_001, 16, False, False, reduction="none"),
     linear_cross_entropy(70_001, 16, 24),
     linear_cross_entropy(8, 16, 70_001),
     rows_of("rms_norm", (3, 65_536 * 16 + 1), 1, **NORM),

@@ -34,12 +34,16 @@ def arguments(name: str) -> Arguments:
 
     labels = make.labels(5, 12, 0.3)
     of_glu = (leaf(5, 12), leaf(5, 12))
+    fixed = make.randn(5, 12).softmax(-1)
     return {
         "LigerCrossEntropyFunction": (
             *(leaf(5, 12), labels, None, -100, 1e-3, 0.1, "mean", 5.0),
             *(True, True, True),
         ),
         "LigerFusedLinearCrossEntropyFunction": (leaf(5, 8), leaf(12, 8), labels, leaf(12)),
+        "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
+        "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),
+        "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),
         "LigerRMSNormFunction": (leaf(5, 12), leaf(12), 1e-6),
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),

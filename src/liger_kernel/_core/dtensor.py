@@ -26,9 +26,10 @@ def on_shards(
 
     All tensors are brought to the mesh and the placements of the first DTensor among them, except that a partial sum,
     or a shard of one of `whole_dims`, is made whole first. A plain tensor counts as replicated. Differentiable.
-    `shapes`: of the outputs, one for all or a list; default: that of the first tensor.
+    `shapes`: of the outputs, one for all or a list; default: that of the first tensor. A 0-d output is a sum over
+    what each rank has.
     """
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     like = next(t for t in tensors if is_dtensor(t))
     mesh = like.device_mesh
@@ -50,6 +51,9 @@ def on_shards(
     def whole(local: Tensor | None, shape: torch.Size) -> Any:
         if local is None:
             return None
+        if local.ndim == 0 and like.ndim:
+            summed = [Partial() if p.is_shard() else p for p in placements]
+            return DTensor.from_local(local, mesh, summed, run_check=False)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=stride

@@ -25,6 +25,10 @@ ALIASES = {
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
+        for module in ("jsd", "kl_div", "tvd")
+    },
+    **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",

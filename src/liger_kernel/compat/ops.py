@@ -18,10 +18,13 @@ import liger_kernel.ops.cross_entropy as _ce
 import liger_kernel.ops.fused_add_rms_norm as _add_rms
 import liger_kernel.ops.gated_mlp as _mlp
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.jsd as _jsd
+import liger_kernel.ops.kl_div as _kl
 import liger_kernel.ops.layer_norm as _layer
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.checks import check_choice, check_last_dim
 from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel._core.shapes import as_rows
@@ -53,12 +56,30 @@ def _gated_mlp(
     return y if down_multiplier == 1 else y * down_multiplier
 
 
+def _jsd_function(
+    _input, target, shift_labels=None, beta=0.5, ignore_index=-100, jsd_impl=None, jsd_mode=None
+):
+    if jsd_impl is not None or jsd_mode is not None:
+        raise ValueError(
+            f"jsd_impl={jsd_impl!r} and jsd_mode={jsd_mode!r} name implementations of another package; "
+            f"pass None and choose with LIGER_KERNEL_IMPL."
+        )
+    return _jsd.jsd(_input, target, shift_labels, beta, ignore_index)
+
+
 #: name -> what its `apply` computes, and by it `forward` and `backward`
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "LigerCrossEntropyFunction": spells_out(parameters_of(_ce.cross_entropy))(
         lambda **options: _ce.cross_entropy(**options)
     ),
     "LigerFusedLinearCrossEntropyFunction": _fused_linear_cross_entropy,
+    "LigerJSDFunction": _jsd_function,
+    "LigerKLDivLossFunction": spells_out(parameters_of(_kl.kl_div))(
+        lambda **options: _kl.kl_div(**options)
+    ),
+    "LigerTVDLossFunction": spells_out(parameters_of(_tvd.tvd))(
+        lambda **options: _tvd.tvd(**options)
+    ),
     "LigerRMSNormFunction": lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None: (
         _rms.rms_norm(X, W, eps, offset, casting_mode)
     ),
@@ -94,6 +115,45 @@ def cross_entropy_forward(_input, target, *args, **options):
 def cross_entropy_backward(_input, grad_output):
     """The gradient that `cross_entropy_forward` returned times that of the loss, 0-d or one per row; out of place."""
     return _input * (grad_output[:, None] if grad_output.ndim else grad_output)
+
+
+def jsd_forward(
+    _input, target, shift_labels, beta, ignore_index, has_label, jsd_impl=None, jsd_mode=None
+):
+    """The loss and its gradient."""
+    options = (shift_labels if has_label else None, beta, ignore_index, jsd_impl, jsd_mode)
+    return _with_gradient(lambda x: _jsd_function(x, target, *options), _input)
+
+
+def jsd_backward(dX, grad_output):
+    return dX * grad_output
+
+
+@torch.no_grad()
+def kldiv_forward_triton(y_pred, y_true, log_target, reduction, eps):
+    return _kl.kl_div(y_pred, y_true, reduction, log_target, eps)
+
+
+def kldiv_backward_triton(target, grad_output, new_grads, log_target):
+    """`new_grads`, which gets the gradient of the sum times `grad_output`."""
+    return new_grads.copy_(-(target.exp() if log_target else target) * grad_output)
+
+
+def tv_distance_forward_triton(p, q, shift_labels, reduction, ignore_index, has_label):
+    """The loss and its gradient."""
+    labels = shift_labels if has_label else None
+    return _with_gradient(lambda p: _tvd.tvd(p, q, labels, reduction, ignore_index), p)
+
+
+def tvd_backward_triton(grad_output, grads):
+    return grads * grad_output
+
+
+def _with_gradient(loss_of, x):
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = loss_of(x)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
 def rms_norm_forward(X, W, eps, offset, casting_mode, row_mode=None):

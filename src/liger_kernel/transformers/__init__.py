@@ -17,6 +17,8 @@ _EXPORTS = {
     "LigerGEGLUMLP": "modules.geglu",
     "LigerGEGLUMLPForGemma4": "modules.geglu",
     "LigerHunyuanV1SwiGLUMLP": "modules.swiglu",
+    "LigerJSD": "modules.divergences",
+    "LigerKLDIVLoss": "modules.divergences",
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",
     "LigerPhi3SwiGLUMLP": "modules.swiglu",
@@ -24,6 +26,7 @@ _EXPORTS = {
     "LigerRMSNorm": "modules.rms_norm",
     "LigerReLUSquared": "modules.relu_squared",
     "LigerSwiGLUMLP": "modules.swiglu",
+    "LigerTVDLoss": "modules.divergences",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`

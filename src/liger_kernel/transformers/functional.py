@@ -15,10 +15,13 @@ import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.jsd as _jsd
+import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.options import spells_out
 from liger_kernel.loss_head.label_count import LabelCount
@@ -188,3 +191,37 @@ def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
 def liger_relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)^2`."""
     return _relu_squared.relu_squared(x)
+
+
+def liger_kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = True,
+    reduce: bool | None = True,
+    reduction: str = "mean",
+    log_target: bool = False,
+    eps: float = 1e-10,
+) -> Tensor:
+    """`kl_div`; False for `reduce` or `size_average` means "none" or "sum", as in torch."""
+    if reduce is False:
+        reduction = "none"
+    elif size_average is False:
+        reduction = "sum"
+    return _kl_div.kl_div(input, target, reduction, log_target, eps)
+
+
+@spells_out(parameters_of(_jsd.jsd)[2:])
+def liger_jsd(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """`jsd` of log-probabilities."""
+    return _jsd.jsd(input, target, **options)
+
+
+def liger_tvd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """`tvd` of probabilities."""
+    return _tvd.tvd(input, target, shift_labels, reduction, ignore_index)
