@@ -23,7 +23,7 @@ import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.options import spells_out
+from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
