@@ -18,6 +18,8 @@ from tests.transformers.steps import assert_all_no_worse, step
 from tests.transformers.test_facts import SIZE, X, assert_same, patched, rows
 from tests.transformers.test_structure import Calls, drawn
 from tests.transformers.tiny import batch, build
+from tests.transformers.zoo import build as zoo
+from tests.transformers.zoo import check, inputs
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
@@ -192,3 +194,28 @@ def test_masks_after_patching_are_those_of_the_unpatched_run() -> None:
 
     cases = (torch.float32, True), (torch.float64, False), (torch.float32, False)
     assert_all_no_worse(*(masked(*case) for case in cases))
+
+
+WHOLE = {
+    "longt5": "LongT5ForConditionalGeneration",
+    "modernbert": "ModernBertForMaskedLM",
+    "mt5": "MT5ForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration",
+    "t5gemma": "T5GemmaForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_whole_models_outside_of_the_zoo(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo has those of `AutoModelForCausalLM` and `AutoModelForImageTextToText`."""
+    if model_type in ("t5", "longt5"):
+        settings = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+        monkeypatch.setitem(zoo.ARGUMENTS, model_type, settings)
+    entry = zoo.Entry(model_type, WHOLE[model_type], "other")
+    result = check.Result(model_type, entry.class_name)
+    model = check.built(entry, 0.2)
+    check.check_dropout(model, inputs.text(), result)
+    assert result.drops
+    plans = {row.kind: row.by for row in liger_kernel.patch(model).replaced}
+    assert str(plans["mlp"]).startswith("LigerGeGLU")
