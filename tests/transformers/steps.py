@@ -71,7 +71,7 @@ def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def named_step(model: nn.Module, inputs: dict[str, Any], rename: str = "") -> dict[str, Tensor]:
     outputs, grads = step(model, **inputs)
-    grads = {name.removeprefix(rename): grad for name, grad in grads.items()}
+    grads = {name.replace(rename, ""): grad for name, grad in grads.items()}
     return {"loss": outputs.loss.detach(), **grads}
 
 

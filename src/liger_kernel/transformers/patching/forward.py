@@ -46,6 +46,7 @@ class ForwardCall:
     label_count: LabelCount | None = None
     origins: list[Origin] = field(default_factory=list)
     fused: bool = False
+    obstructed: bool = False  # by something that the report sees by itself
     refused: str | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -56,13 +57,15 @@ class ForwardCall:
         if not self.armed or not any(around is mine for mine in self.around):
             return False
         obstacle = heads.obstacle(around)
-        if obstacle is None and not heads.is_plain(hidden):
-            obstacle = f"its input is a {type(hidden).__name__}"
-        if obstacle is None and self.site.logits == "real" and heads.runs_once(around):
-            obstacle = 'logits="real", and FSDP1 runs its unit once'
         if obstacle is not None:
-            self.refuse(obstacle)
-        return obstacle is None
+            self.obstructed = True
+        elif not heads.is_plain(hidden):
+            self.refuse(f"its input is a {type(hidden).__name__}")
+        elif self.site.logits == "real" and heads.runs_once(around):
+            self.refuse('logits="real", and FSDP1 runs its unit once')
+        else:
+            return True
+        return False
 
     def refuse(self, reason: str) -> None:
         self.refused = reason
@@ -126,7 +129,7 @@ class ForwardCall:
 
     def verdict(self) -> str | None:
         """Why the loss was not fused."""
-        if self.fused or self.refused is not None:
+        if self.fused or self.obstructed or self.refused is not None:
             return self.refused
         if any(origin.called for origin in self.origins):
             return "its forward needs real logits before the loss"

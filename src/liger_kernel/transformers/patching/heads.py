@@ -6,15 +6,15 @@ That is the outermost callable, `around` here. It alone is asked for the loss, s
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import threading
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks
 
 _LINEAR = nn.Linear.forward
@@ -46,58 +46,41 @@ class _Running(threading.local):
 running = _Running()
 
 
-class Intercepted:
+class Intercepted(Mixin):
     """Mixed into the class of what lies around a head: hands on deferred logits while its model is armed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls = running.calls
         if calls and len(args) == 1 and not kwargs and calls[-1].takes(self, args[0]):
             return calls[-1].defer(self, args[0])
+        if not isinstance(
+            self, Intercepted
+        ):  # torch.compile holds this method when the class is gone
+            return type(self).__call__(self, *args, **kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A class that was made at run time is named by what it is made of."""
-        made, args, *rest = cast(Any, super().__reduce_ex__(protocol))
-        if made is copyreg.__newobj__ and type(self) in _MADE:  # type: ignore[attr-defined]
-            return (_new, _MADE[type(self)], *rest)
-        return (made, args, *rest)
 
 
 class FusedHead(Intercepted):
     """Mixed into the class of a Linear onto the vocabulary: computes the loss in place of logits on request."""
 
+    prefix = "Liger"
+
     def forward(self, hidden: Tensor, request: Any = None) -> Tensor:
         head: Any = self
         if request is None:
-            return super().forward(hidden)  # type: ignore[misc]
+            return _LINEAR(
+                head, hidden
+            )  # not `super()`: somebody may hold this method when the class is gone
         # a DTensor may still be one here: what `request.refused` says makes the caller take these logits
         if not (is_plain(head.weight) and is_plain(hidden)):
             request.refused = f"its weight is a {type(head.weight).__name__} inside of its own call"
-            return super().forward(hidden)  # type: ignore[misc]
+            return _LINEAR(head, hidden)
         return request.run(hidden, head.weight, head.bias, request)
 
 
+@register
 class LigerLMHead(FusedHead, nn.Linear):
     """The usual head; a class of its own so that a patched model can be pickled."""
-
-
-#: classes made here -> (mixin, the class without it)
-_MADE: dict[type, tuple[type, type]] = {LigerLMHead: (FusedHead, nn.Linear)}
-
-
-@functools.cache
-def mixed(mixin: Any, cls: Any) -> Any:
-    if (mixin, cls) == (FusedHead, nn.Linear):
-        return LigerLMHead
-    name = f"Liger{cls.__name__}" if mixin is FusedHead else cls.__name__
-    made = type(name, (mixin, cls), {"__module__": __name__})
-    _MADE[made] = (mixin, cls)
-    return made
-
-
-def _new(mixin: type, cls: type) -> Any:
-    made = mixed(mixin, cls)
-    return made.__new__(made)
 
 
 def logits_of(around: Any, hidden: Tensor) -> Tensor:
@@ -135,7 +118,7 @@ def adopt(around: nn.Module, state: State) -> None:
         linear = computes_linear(module)
         mixin = FusedHead if linear else Intercepted if module is around else None
         if mixin is not None and not isinstance(module, mixin):
-            state.set_class(module, mixed(mixin, cast(Any, type(module))))
+            state.mix(module, mixin)
 
 
 def runs_once(around: nn.Module) -> bool:
@@ -173,7 +156,7 @@ def _sample(shard: Tensor) -> Tensor:
     held = is_plain(shard) and shard.is_contiguous() and shard.device.type != "meta"
     if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
         return torch.empty(0)
-    step = max(shard.numel() >> 18, 1)
+    step = max(shard.numel() >> 18, 29)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from liger_kernel.transformers.patching.mixins import Mixin, mixed, set_class, without
 from liger_kernel.transformers.patching.options import PatchOptions
 from liger_kernel.transformers.patching.report import PatchReport
 
@@ -41,7 +42,7 @@ class Change:
         if self.name == "__class__":
             if not is_replaced(self.owner):  # what a hook left is of the class that goes
                 attributes.pop("forward", None)
-            set_class(self.owner, _without(type(self.owner), self.value, self.before))
+            set_class(self.owner, without(type(self.owner)))
         elif _same(attributes.get(self.name, MISSING), self.value):
             if _same(self.before, MISSING):
                 attributes.pop(self.name, None)
@@ -51,22 +52,6 @@ class Change:
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, str) and isinstance(other, str) and one == other)
-
-
-def _without(cls: Any, ours: type, theirs: type) -> Any:
-    """`cls` on top of `theirs` where it was made on top of `ours`, as FSDP2 and parametrisations make their classes."""
-    if cls is ours:
-        return theirs
-    bases = tuple(_without(base, ours, theirs) for base in cls.__bases__)
-    if bases == cls.__bases__:
-        return cls
-    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__.replace(ours.__name__, theirs.__name__), bases, body)
-
-
-def set_class(owner: Any, cls: type) -> None:
-    """Past `__setattr__`, which a compiled module has for the module that it wraps."""
-    object.__setattr__(owner, "__class__", cls)
 
 
 @dataclass
@@ -87,13 +72,13 @@ class State:
         self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING), value))
         owner.__dict__[name] = value
 
-    def set_class(self, owner: nn.Module, cls: type) -> None:
-        """Another class for a module whose `forward` is that of its class."""
+    def mix(self, owner: nn.Module, mixin: type[Mixin]) -> None:
+        """A class with `mixin` for a module whose `forward` is that of its class."""
         if not is_replaced(owner) and "forward" in owner.__dict__:  # left by a hook
             left = owner.__dict__.pop("forward")
             self.changes.append(Change(owner, "forward", left, MISSING))
-        self.changes.append(Change(owner, "__class__", type(owner), cls))
-        set_class(owner, cls)
+        self.changes.append(Change(owner, "__class__", MISSING, MISSING))
+        set_class(owner, mixed(mixin, type(owner)))
 
     def is_in_place(self) -> bool:
         """Whether nobody has put anything else in the place of ours."""

@@ -93,7 +93,7 @@ class _FusedLoss(Site):
 
 def saved_bytes(model: nn.Module, tokens: int) -> int:
     """`PatchReport.savings` of a model; 0 where no head is fused with its loss."""
-    saved = [0]
+    saved = []
     for module in model.modules():
         site: FusedForward | None = module.__dict__.get(KEY)
         if site is None or site.state is None or any(map(site.verdict, site.paths)):
@@ -101,7 +101,7 @@ def saved_bytes(model: nn.Module, tokens: int) -> int:
         linears = [leaf for around in site.around() for leaf in heads.leaves(around)]
         loss = LossSite.of(module, linears, site.state.options, tokens)
         saved.append(loss.stock() - loss.fused())
-    return max(saved)  # of several models one runs at a time
+    return max(saved, default=0)  # of several models one runs at a time
 
 
 SITE = _FusedLoss(
