@@ -83,6 +83,10 @@ def _torch_layer_norm(o: Options) -> Function:
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, o["eps"])
 
 
+def _torch_softmax(o: Options) -> Function:
+    return lambda x: F.softmax(x, -1)
+
+
 def _torch_cross_entropy(o: Options) -> Function | None:
     if not _plain(o, *LOSS_OPTIONS):
         return None
@@ -119,6 +123,7 @@ def _torch_linear_cross_entropy(o: Options) -> Function | None:
 TORCH: Table = {
     "rms_norm": _torch_rms_norm,
     "layer_norm": _torch_layer_norm,
+    "softmax": _torch_softmax,
     "cross_entropy": _torch_cross_entropy,
     "fused_linear_cross_entropy": _torch_linear_cross_entropy,
 }
@@ -162,6 +167,11 @@ def _liger_rope(o: Options) -> Function | None:
     return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
 
 
+def _liger_sparsemax(o: Options) -> Function:
+    function = _liger("liger_sparsemax")
+    return lambda x: function(x, o["dim"])
+
+
 def _liger_loss(name: str) -> Callable[[Options], Function]:
     def adapter(o: Options) -> Function:
         function = _liger(name)
@@ -177,6 +187,9 @@ LIGER: Table = {
     "glu": _liger_glu,
     "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
+    "softmax": lambda o: _liger("liger_softmax"),
+    "sparsemax": _liger_sparsemax,
+    "dyt": lambda o: _liger("liger_dyt"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
 }

@@ -9,6 +9,7 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.ops.cross_entropy import cross_entropy
+from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
@@ -16,10 +17,13 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import rope
+from liger_kernel.ops.softmax import softmax
+from liger_kernel.ops.sparsemax import sparsemax
 
 __all__ = [
     "LabelCount",
     "cross_entropy",
+    "dyt",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "gated_mlp",
@@ -29,4 +33,6 @@ __all__ = [
     "relu_squared",
     "rms_norm",
     "rope",
+    "softmax",
+    "sparsemax",
 ]

@@ -46,6 +46,13 @@ def rows_of(op: str, shape: tuple[int, int], vectors: int, **options: Any) -> Hu
     return Huge(op, f"{shape[0]}x{shape[1]}", inputs, (0, *(None,) * vectors), options)
 
 
+def dyt(rows: int, columns: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(rows, columns), *(make.randn(n) for n in (1, columns, columns))
+
+    return Huge("dyt", f"{rows}x{columns}", inputs, (0, None, None, None))
+
+
 def pair_of(op: str, shape: tuple[int, int], weight: bool, **options: Any) -> Huge:
     def inputs(make: Make) -> tuple[Tensor, ...]:
         return make.randn(*shape), make.randn(*shape), *((make.randn(shape[1]),) if weight else ())
@@ -129,6 +136,12 @@ HUGE = (
     pair_of("glu", TALL, False, **GLU),
     Huge("glu", "packed", lambda m: (m.randn(65_540, 2 * 16_388), None), (0, None), GLU),
     rows_of("relu_squared", WIDE, 0),
+    rows_of("softmax", WIDE, 0),
+    rows_of("softmax", TALL, 0),
+    rows_of("sparsemax", WIDE, 0, dim=-1),
+    rows_of("sparsemax", TALL, 0, dim=-1),
+    dyt(*WIDE),
+    dyt(*TALL),
     gated_mlp(16_777_221, 129, 128),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
@@ -149,6 +162,9 @@ MANY = (
     linear_cross_entropy(8, 16, 70_001),
     rows_of("rms_norm", (3, 65_536 * 16 + 1), 1, **NORM),
     rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
+    rows_of("softmax", (3, 65_536 * 16 + 1), 0),
+    rows_of("sparsemax", (3, 65_536 * 16 + 1), 0, dim=-1),
+    dyt(3, 65_536 * 1024 + 1),
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),

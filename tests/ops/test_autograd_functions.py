@@ -43,6 +43,9 @@ def arguments(name: str) -> Arguments:
         "LigerSiLUMulFunction": (*of_glu, 0.5, 2.0),
         "LigerGELUMulFunction": of_glu,
         "LigerFusedGateUpSiLUMulFunction": (leaf(5, 12),),
+        "LigerDyTFunction": (leaf(5, 12), leaf(1), leaf(12), leaf(12)),
+        "LigerSoftmaxFunction": (leaf(5, 12),),
+        "LigerSparsemaxFunction": (leaf(5, 12), 0),
         "LigerReLUSquaredFunction": (leaf(5, 12),),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]

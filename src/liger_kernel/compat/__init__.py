@@ -27,6 +27,7 @@ ALIASES = {
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",
+            "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
             "geglu",
@@ -35,6 +36,8 @@ ALIASES = {
             "relu_squared",
             "rms_norm",
             "rope",
+            "softmax",
+            "sparsemax",
             "swiglu",
         )
     },

@@ -15,6 +15,7 @@ import torch
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_loss
 import liger_kernel.ops.cross_entropy as _ce
+import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _add_rms
 import liger_kernel.ops.gated_mlp as _mlp
 import liger_kernel.ops.glu as _glu
@@ -22,11 +23,14 @@ import liger_kernel.ops.layer_norm as _layer
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.softmax as _softmax
+import liger_kernel.ops.sparsemax as _sparsemax
 from liger_kernel._core.checks import check_choice, check_last_dim
 from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of, kernels_of, use_implementation
 from liger_kernel.compat.function import autograd_function
+from liger_kernel.ops.dyt.contract import DyTOptions
 from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.layer_norm.contract import LayerNormOptions
@@ -77,6 +81,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     ),
     "LigerGELUMulFunction": lambda a, b: _glu.glu(a, b, "gelu_tanh"),
     "LigerFusedGateUpSiLUMulFunction": lambda y, in_place=False: _glu.glu_packed(y, "silu"),
+    "LigerDyTFunction": lambda x, alpha, gamma, beta: _dyt.dyt(x, alpha, gamma, beta),
+    "LigerSoftmaxFunction": lambda input_: _softmax.softmax(input_),
+    "LigerSparsemaxFunction": lambda x, dim: _sparsemax.sparsemax(x, dim),
     "LigerReLUSquaredFunction": lambda X: _relu.relu_squared(X),
     "LigerRopeFunction": lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None: (
         _rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
@@ -224,6 +231,19 @@ def relu_squared_forward(X):
 def relu_squared_backward(X, dY):
     options, saved = ReLUSquaredOptions(), (X.contiguous(),)
     return kernels_of("relu_squared", X).backward((dY,), saved, options=options, needs=(True,))[0]
+
+
+@torch.no_grad()
+def liger_dyt_fwd(x, alpha, gamma, beta):
+    return _dyt.dyt(x, alpha, gamma, beta)
+
+
+def liger_dyt_bwd(dy, x, alpha, gamma, beta):
+    """(dx in the shape of dy, dalpha, dgamma, dbeta or None), each in the dtype of what it belongs to."""
+    saved, needs = (as_rows(x), alpha, gamma, beta), (True, True, True, beta is not None)
+    kernels = kernels_of("dyt", x)
+    dx, *others = kernels.backward((as_rows(dy),), saved, options=DyTOptions(), needs=needs)
+    return dx.view(dy.shape), *others
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "cross_entropy_backward",
         "cross_entropy_forward",
     ),
+    "dyt": ("LigerDyTFunction", "liger_dyt_bwd", "liger_dyt_fwd"),
     "gated_mlp": ("LigerMLPFunction",),
     "glu": (
         "LigerFusedGateUpSiLUMulFunction",
@@ -37,6 +38,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "scale_gradients": (),
+    "softmax": ("LigerSoftmaxFunction",),
+    "sparsemax": ("LigerSparsemaxFunction",),
 }
 #: the same for the loss that lives above the ops
 _FUSED_LOSS = (

@@ -10,6 +10,7 @@ from typing import Any
 _EXPORTS = {
     "LigerBlockSparseTop2MLP": "modules.swiglu",
     "LigerCrossEntropyLoss": "modules.cross_entropy",
+    "LigerDyT": "modules.dyt",
     "LigerFalconH1MLP": "modules.mlp",
     "LigerFalconH1SwiGLUMLP": "modules.swiglu",
     "LigerFusedAddRMSNorm": "modules.fused_add_rms_norm",
@@ -23,6 +24,8 @@ _EXPORTS = {
     "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",
     "LigerRMSNorm": "modules.rms_norm",
     "LigerReLUSquared": "modules.relu_squared",
+    "LigerSoftmax": "modules.softmax",
+    "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",
     "liger_rotary_pos_emb": "modules.rope",
 }

@@ -13,12 +13,15 @@ from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.cross_entropy as _cross_entropy
+import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.softmax as _softmax
+import liger_kernel.ops.sparsemax as _sparsemax
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.options import parameters_of, spells_out
 
@@ -176,3 +179,18 @@ def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
 def liger_relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)^2`."""
     return _relu_squared.relu_squared(x)
+
+
+def liger_softmax(x: Tensor) -> Tensor:
+    """`softmax` over the last dimension."""
+    return _softmax.softmax(x)
+
+
+def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+    """`sparsemax` along `dim`."""
+    return _sparsemax.sparsemax(input, dim)
+
+
+def liger_dyt(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
+    """`tanh(alpha x) gamma + beta`."""
+    return _dyt.dyt(x, alpha, gamma, beta)
