@@ -146,9 +146,12 @@ def _liger_norm(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
-def _liger_layer_norm(o: Options) -> Function:
-    function = _liger("liger_layer_norm")
-    return lambda x, weight, bias: function(x, weight, bias, o["eps"])
+def _liger_with_eps(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
+        function = _liger(name)
+        return lambda x, weight, bias: function(x, weight, bias, o["eps"])
+
+    return adapter
 
 
 def _liger_glu(o: Options) -> Function | None:
@@ -183,13 +186,14 @@ def _liger_loss(name: str) -> Callable[[Options], Function]:
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
-    "layer_norm": _liger_layer_norm,
+    "layer_norm": _liger_with_eps("liger_layer_norm"),
     "glu": _liger_glu,
     "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
     "softmax": lambda o: _liger("liger_softmax"),
     "sparsemax": _liger_sparsemax,
     "dyt": lambda o: _liger("liger_dyt"),
+    "poly_norm": _liger_with_eps("liger_poly_norm"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
 }

@@ -46,11 +46,13 @@ def rows_of(op: str, shape: tuple[int, int], vectors: int, **options: Any) -> Hu
     return Huge(op, f"{shape[0]}x{shape[1]}", inputs, (0, *(None,) * vectors), options)
 
 
-def dyt(rows: int, columns: int) -> Huge:
-    def inputs(make: Make) -> tuple[Tensor, ...]:
-        return make.randn(rows, columns), *(make.randn(n) for n in (1, columns, columns))
+def of_parameters(op: str, rows: int, columns: int, *sizes: int, **options: Any) -> Huge:
+    """One matrix, and parameters of these sizes."""
 
-    return Huge("dyt", f"{rows}x{columns}", inputs, (0, None, None, None))
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(rows, columns), *map(make.randn, sizes)
+
+    return Huge(op, f"{rows}x{columns}", inputs, (0, *(None,) * len(sizes)), options)
 
 
 def pair_of(op: str, shape: tuple[int, int], weight: bool, **options: Any) -> Huge:
@@ -140,8 +142,10 @@ HUGE = (
     rows_of("softmax", TALL, 0),
     rows_of("sparsemax", WIDE, 0, dim=-1),
     rows_of("sparsemax", TALL, 0, dim=-1),
-    dyt(*WIDE),
-    dyt(*TALL),
+    of_parameters("dyt", *WIDE, 1, WIDE[1], WIDE[1]),
+    of_parameters("dyt", *TALL, 1, TALL[1], TALL[1]),
+    of_parameters("poly_norm", *WIDE, 3, 1, eps=1e-6),
+    of_parameters("poly_norm", *TALL, 3, 1, eps=1e-6),
     gated_mlp(16_777_221, 129, 128),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
@@ -164,7 +168,8 @@ MANY = (
     rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
     rows_of("softmax", (3, 65_536 * 16 + 1), 0),
     rows_of("sparsemax", (3, 65_536 * 16 + 1), 0, dim=-1),
-    dyt(3, 65_536 * 1024 + 1),
+    of_parameters("dyt", 3, 65_536 * 1024 + 1, 1, *(65_536 * 1024 + 1,) * 2),
+    of_parameters("poly_norm", 3, 65_536 * 16 + 1, 3, 1, eps=1e-6),
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liger_kernel import functional, ops
 from liger_kernel.backends import use_implementation
 from liger_kernel.testing import Make
-from liger_kernel.transformers import LigerDyT, LigerSoftmax, LigerSparsemax
+from liger_kernel.transformers import LigerDyT, LigerPolyNorm, LigerSoftmax, LigerSparsemax
 from liger_kernel.transformers import functional as legacy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +50,12 @@ DOORS = {
         (ALPHA, GAMMA, BETA),
         (legacy.liger_dyt, ops.LigerDyTFunction.apply, ops.liger_dyt_fwd),
         LigerDyT(20),
+    ),
+    "poly_norm": Doors(
+        functional.poly_norm,
+        (GAMMA[:3], ALPHA[0]),
+        (legacy.liger_poly_norm, ops.LigerPolyNormFunction.apply),
+        LigerPolyNorm(),
     ),
 }
 every_op = pytest.mark.parametrize("doors", DOORS.values(), ids=DOORS.keys())
@@ -121,5 +127,5 @@ def test_rows_of_a_dtensor_stay_where_they_are(doors: Doors, mesh: Any) -> None:
     expected.backward(DY)
     assert torch.equal(leaves[0].grad, plain[0].grad)
     whole = DTensor.from_local(X, mesh, [Shard(2)], run_check=False)
-    parameters = (t if t.numel() == 1 else t.repeat(2) for t in doors.parameters)
+    parameters = (t.repeat(2) if t.numel() == 20 else t for t in doors.parameters)
     assert doors.op(whole, *parameters).placements == (Replicate(),)

@@ -33,6 +33,7 @@ ALIASES = {
             "geglu",
             "layer_norm",
             "mlp",
+            "poly_norm",
             "relu_squared",
             "rms_norm",
             "rope",

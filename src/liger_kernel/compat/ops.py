@@ -20,6 +20,7 @@ import liger_kernel.ops.fused_add_rms_norm as _add_rms
 import liger_kernel.ops.gated_mlp as _mlp
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.layer_norm as _layer
+import liger_kernel.ops.poly_norm as _poly
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
 import liger_kernel.ops.rope as _rope
@@ -35,6 +36,7 @@ from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.layer_norm.contract import LayerNormOptions
 from liger_kernel.ops.norms import CASTING_MODES
+from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
 from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
@@ -75,6 +77,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         _add_rms.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
     ),
     "LigerLayerNormFunction": lambda X, W, B, eps: _layer.layer_norm(X, W, B, eps),
+    "LigerPolyNormFunction": lambda X, W, B, eps=1e-6, in_place=True: _poly.poly_norm(X, W, B, eps),
     "LigerMLPFunction": _gated_mlp,
     "LigerSiLUMulFunction": lambda a, b, gate_multiplier=1.0, down_multiplier=1.0: _glu.glu(
         a, b, "silu", gate_multiplier, down_multiplier
@@ -158,6 +161,23 @@ def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     options, saved = LayerNormOptions(0.0), (as_rows(X), W, B, Mean, RSTD)
     needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
     return _triton("layer_norm", X).backward((dY,), saved, options=options, needs=needs)
+
+
+def poly_norm_forward(X, W, B, eps=1e-6):
+    """(Y, X as rows, (R, 3) factors of the third, second and first power, block size, warps) by the Triton kernel.
+
+    The first two factors are those of the powers of the third's product with X, which do not overflow.
+    """
+    _poly.check_weight(X, W, B)
+    kernels, options = _triton("poly_norm", X), PolyNormOptions(eps)
+    y, (rows, _, _, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    return y, rows, rstd, *_launch_configuration(X)
+
+
+def poly_norm_backward(dY, X, W, RSTD, BLOCK_SIZE, num_warps, in_place):
+    """(dX in the shape of dY, dW, dB of shape () in the dtype of W)."""
+    options, saved = PolyNormOptions(0.0), (as_rows(X), W, W[0], RSTD)
+    return _triton("poly_norm", X).backward((dY,), saved, options=options, needs=(True,) * 3)
 
 
 def _triton(op, X, **parameters):

@@ -30,6 +30,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_forward",
     ),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "relu_squared": (
         "LigerReLUSquaredFunction",
         "relu_squared_backward",

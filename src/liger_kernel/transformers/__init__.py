@@ -21,6 +21,7 @@ _EXPORTS = {
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",
     "LigerPhi3SwiGLUMLP": "modules.swiglu",
+    "LigerPolyNorm": "modules.poly_norm",
     "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",
     "LigerRMSNorm": "modules.rms_norm",
     "LigerReLUSquared": "modules.relu_squared",

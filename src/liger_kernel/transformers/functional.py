@@ -17,6 +17,7 @@ import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
@@ -194,3 +195,10 @@ def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
 def liger_dyt(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
     """`tanh(alpha x) gamma + beta`."""
     return _dyt.dyt(x, alpha, gamma, beta)
+
+
+def liger_poly_norm(
+    X: Tensor, W: Tensor, B: Tensor, eps: float = 1e-6, in_place: bool = True
+) -> Tensor:
+    """`poly_norm`; `in_place` is accepted and changes nothing."""
+    return _poly_norm.poly_norm(X, W, B, eps)
