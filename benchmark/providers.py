@@ -83,6 +83,10 @@ def _torch_layer_norm(o: Options) -> Function:
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, o["eps"])
 
 
+def _torch_group_norm(o: Options) -> Function:
+    return lambda x, weight, bias: F.group_norm(x, o["num_groups"], weight, bias, o["eps"])
+
+
 def _torch_softmax(o: Options) -> Function:
     return lambda x: F.softmax(x, -1)
 
@@ -123,6 +127,7 @@ def _torch_linear_cross_entropy(o: Options) -> Function | None:
 TORCH: Table = {
     "rms_norm": _torch_rms_norm,
     "layer_norm": _torch_layer_norm,
+    "group_norm": _torch_group_norm,
     "softmax": _torch_softmax,
     "cross_entropy": _torch_cross_entropy,
     "fused_linear_cross_entropy": _torch_linear_cross_entropy,
@@ -152,6 +157,11 @@ def _liger_with_eps(name: str) -> Callable[[Options], Function]:
         return lambda x, weight, bias: function(x, weight, bias, o["eps"])
 
     return adapter
+
+
+def _liger_group_norm(o: Options) -> Function:
+    function = _liger("liger_group_norm")
+    return lambda x, *affine: function(x, *affine, x.shape[1], o["num_groups"], o["eps"])
 
 
 def _liger_glu(o: Options) -> Function | None:
@@ -193,6 +203,7 @@ LIGER: Table = {
     "softmax": lambda o: _liger("liger_softmax"),
     "sparsemax": _liger_sparsemax,
     "dyt": lambda o: _liger("liger_dyt"),
+    "group_norm": _liger_group_norm,
     "poly_norm": _liger_with_eps("liger_poly_norm"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),

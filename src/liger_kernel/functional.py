@@ -13,6 +13,7 @@ from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
+from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
@@ -30,6 +31,7 @@ __all__ = [
     "gated_mlp",
     "glu",
     "glu_packed",
+    "group_norm",
     "layer_norm",
     "poly_norm",
     "relu_squared",

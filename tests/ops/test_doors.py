@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from liger_kernel import functional, ops
 from liger_kernel.backends import use_implementation
 from liger_kernel.testing import Make
-from liger_kernel.transformers import LigerDyT, LigerPolyNorm, LigerSoftmax, LigerSparsemax
+from liger_kernel.transformers import (
+    LigerDyT,
+    LigerGroupNorm,
+    LigerPolyNorm,
+    LigerSoftmax,
+    LigerSparsemax,
+)
 from liger_kernel.transformers import functional as legacy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +56,15 @@ DOORS = {
         (ALPHA, GAMMA, BETA),
         (legacy.liger_dyt, ops.LigerDyTFunction.apply, ops.liger_dyt_fwd),
         LigerDyT(20),
+    ),
+    "group_norm": Doors(
+        lambda x, weight, bias: functional.group_norm(x, weight, bias, 3, 1e-6),
+        (GAMMA[:6], BETA[:6]),
+        (
+            lambda x, weight, bias: legacy.liger_group_norm(x, weight, bias, 6, 3, 1e-6),
+            lambda *tensors: ops.LigerGroupNormFunction.apply(*tensors, 6, 3, 1e-6),
+        ),
+        LigerGroupNorm(6, 3, bias=True),
     ),
     "poly_norm": Doors(
         functional.poly_norm,

@@ -31,6 +31,7 @@ ALIASES = {
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
             "geglu",
+            "group_norm",
             "layer_norm",
             "mlp",
             "poly_norm",

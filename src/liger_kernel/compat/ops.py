@@ -19,6 +19,7 @@ import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _add_rms
 import liger_kernel.ops.gated_mlp as _mlp
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.group_norm as _group
 import liger_kernel.ops.layer_norm as _layer
 import liger_kernel.ops.poly_norm as _poly
 import liger_kernel.ops.relu_squared as _relu
@@ -34,6 +35,7 @@ from liger_kernel.compat.function import autograd_function
 from liger_kernel.ops.dyt.contract import DyTOptions
 from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.glu.contract import GLUOptions
+from liger_kernel.ops.group_norm.contract import GroupNormOptions
 from liger_kernel.ops.layer_norm.contract import LayerNormOptions
 from liger_kernel.ops.norms import CASTING_MODES
 from liger_kernel.ops.poly_norm.contract import PolyNormOptions
@@ -64,6 +66,11 @@ def _gated_mlp(
     return y if down_multiplier == 1 else y * down_multiplier
 
 
+def _group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
+    _group.check_channels(X, num_channels)
+    return _group.group_norm(X, affine_scaling_weight, affine_shifting_bias, num_groups, eps)
+
+
 #: name -> what its `apply` computes, and by it `forward` and `backward`
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "LigerCrossEntropyFunction": spells_out(parameters_of(_ce.cross_entropy))(
@@ -77,6 +84,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         _add_rms.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
     ),
     "LigerLayerNormFunction": lambda X, W, B, eps: _layer.layer_norm(X, W, B, eps),
+    "LigerGroupNormFunction": _group_norm,
     "LigerPolyNormFunction": lambda X, W, B, eps=1e-6, in_place=True: _poly.poly_norm(X, W, B, eps),
     "LigerMLPFunction": _gated_mlp,
     "LigerSiLUMulFunction": lambda a, b, gate_multiplier=1.0, down_multiplier=1.0: _glu.glu(
@@ -178,6 +186,22 @@ def poly_norm_backward(dY, X, W, RSTD, BLOCK_SIZE, num_warps, in_place):
     """(dX in the shape of dY, dW, dB of shape () in the dtype of W)."""
     options, saved = PolyNormOptions(0.0), (as_rows(X), W, W[0], RSTD)
     return _triton("poly_norm", X).backward((dY,), saved, options=options, needs=(True,) * 3)
+
+
+def group_norm_forward(X, num_channels, num_groups, W, B, eps):
+    """(Y, X, mean, rstd, block size) by the Triton kernel; both statistics fp32, of shape (batch, groups)."""
+    _group.check_channels(X, num_channels)
+    _group.check_groups(X, W, B, num_groups)
+    kernels, options = _triton("group_norm", X), GroupNormOptions(num_groups, eps)
+    y, (x, _, _, mean, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    return y, x, mean, rstd, _launch_configuration(X)[0]
+
+
+def group_norm_backward(dY, X, W, B, Mean, RSTD, num_channels, num_groups):
+    """(dX, dW or None, dB or None)."""
+    options, needs = GroupNormOptions(num_groups, 0.0), (True, W is not None, B is not None)
+    saved = (X.contiguous(), W, B, Mean, RSTD)
+    return _triton("group_norm", X).backward((dY,), saved, options=options, needs=needs)
 
 
 def _triton(op, X, **parameters):

@@ -17,6 +17,7 @@ _EXPORTS = {
     "LigerFusedLinearCrossEntropyLoss": "modules.fused_linear_cross_entropy",
     "LigerGEGLUMLP": "modules.geglu",
     "LigerGEGLUMLPForGemma4": "modules.geglu",
+    "LigerGroupNorm": "modules.group_norm",
     "LigerHunyuanV1SwiGLUMLP": "modules.swiglu",
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",

@@ -16,6 +16,7 @@ import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
@@ -202,3 +203,17 @@ def liger_poly_norm(
 ) -> Tensor:
     """`poly_norm`; `in_place` is accepted and changes nothing."""
     return _poly_norm.poly_norm(X, W, B, eps)
+
+
+def liger_group_norm(
+    X: Tensor,
+    affine_scaling_weight: Tensor | None,
+    affine_shifting_bias: Tensor | None,
+    num_channels: int,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """`group_norm`, whose channels are counted: ValueError unless X has `num_channels`."""
+    _group_norm.check_channels(X, num_channels)
+    weight, bias = affine_scaling_weight, affine_shifting_bias
+    return _group_norm.group_norm(X, weight, bias, num_groups, eps)
