@@ -67,12 +67,12 @@ def on_shards(
 
 
 def on_row_shards(
-    function: Callable[..., Any], *tensors: Tensor | None, n_rows_tensors: int
+    function: Callable[..., Any], *tensors: Tensor | None, n_rows_tensors: int, row_dim: int = -1
 ) -> Any:
     """`function(*tensors)` of the first `n_rows_tensors`, whose rows it works on, and of parameters of a row.
 
-    Each rank computes the rows it holds. The parameters are made whole first; their gradients are summed over the ranks
-    that hold different rows.
+    A row has the dimensions from `row_dim` on. Each rank computes the rows it holds. The parameters are made whole
+    first; their gradients are summed over the ranks that hold different rows.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -88,12 +88,13 @@ def on_row_shards(
         for t in tensors[:n_rows_tensors]
     ]
     x: Any = next(t for t in rows if is_dtensor(t))
+    whole_dims = tuple(range(row_dim % x.ndim, x.ndim))
     grads = [
-        Partial() if p.is_shard() and not p.is_shard(x.ndim - 1) else Replicate()
+        Partial() if p.is_shard() and not any(map(p.is_shard, whole_dims)) else Replicate()
         for p in x.placements
     ]
     whole = [
         p if p is None else spread(p).redistribute(mesh, everywhere).to_local(grad_placements=grads)
         for p in tensors[n_rows_tensors:]
     ]
-    return on_shards(lambda *local: function(*local, *whole), *rows, whole_dims=(-1,))
+    return on_shards(lambda *local: function(*local, *whole), *rows, whole_dims=whole_dims)

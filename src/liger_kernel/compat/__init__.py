@@ -32,14 +32,19 @@ ALIASES = {
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",
+            "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
             "geglu",
+            "group_norm",
             "layer_norm",
             "mlp",
+            "poly_norm",
             "relu_squared",
             "rms_norm",
             "rope",
+            "softmax",
+            "sparsemax",
             "swiglu",
         )
     },

@@ -15,22 +15,30 @@ import torch
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_loss
 import liger_kernel.ops.cross_entropy as _ce
+import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _add_rms
 import liger_kernel.ops.gated_mlp as _mlp
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.group_norm as _group
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl
 import liger_kernel.ops.layer_norm as _layer
+import liger_kernel.ops.poly_norm as _poly
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.softmax as _softmax
+import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.checks import check_choice, check_last_dim
 from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of, kernels_of, use_implementation
 from liger_kernel.compat.function import autograd_function
+from liger_kernel.ops.dyt.contract import DyTOptions
+from liger_kernel.ops.group_norm.contract import GroupNormOptions
 from liger_kernel.ops.norms import CASTING_MODES
+from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 
 fused_linear_cross_entropy_forward = _fused_loss.fused_linear_cross_entropy_forward
 fused_linear_cross_entropy_backward = _fused_loss.fused_linear_cross_entropy_backward
@@ -67,6 +75,11 @@ def _jsd_function(
     return _jsd.jsd(_input, target, shift_labels, beta, ignore_index)
 
 
+def _group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
+    _group.check_channels(X, num_channels)
+    return _group.group_norm(X, affine_scaling_weight, affine_shifting_bias, num_groups, eps)
+
+
 #: name -> what its `apply` computes, and by it `forward` and `backward`
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "LigerCrossEntropyFunction": spells_out(parameters_of(_ce.cross_entropy))(
@@ -87,12 +100,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         _add_rms.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
     ),
     "LigerLayerNormFunction": lambda X, W, B, eps: _layer.layer_norm(X, W, B, eps),
+    "LigerGroupNormFunction": _group_norm,
+    "LigerPolyNormFunction": lambda X, W, B, eps=1e-6, in_place=True: _poly.poly_norm(X, W, B, eps),
     "LigerMLPFunction": _gated_mlp,
     "LigerSiLUMulFunction": lambda a, b, gate_multiplier=1.0, down_multiplier=1.0: _glu.glu(
         a, b, "silu", gate_multiplier, down_multiplier
     ),
     "LigerGELUMulFunction": lambda a, b: _glu.glu(a, b, "gelu_tanh"),
     "LigerFusedGateUpSiLUMulFunction": lambda y, in_place=False: _glu.glu_packed(y, "silu"),
+    "LigerDyTFunction": lambda x, alpha, gamma, beta: _dyt.dyt(x, alpha, gamma, beta),
+    "LigerSoftmaxFunction": lambda input_: _softmax.softmax(input_),
+    "LigerSparsemaxFunction": lambda x, dim: _sparsemax.sparsemax(x, dim),
     "LigerReLUSquaredFunction": lambda X: _relu.relu_squared(X),
     "LigerRopeFunction": lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None: (
         _rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
@@ -205,6 +223,39 @@ def layer_norm_backward(dY, X, W, B, Mean, RSTD, needs_dw=None, needs_db=None):
     return _triton("layer_norm", X).backward((dY,), saved, options=options, needs=needs)
 
 
+def poly_norm_forward(X, W, B, eps=1e-6):
+    """(Y, X as rows, (R, 3) factors of the third, second and first power, block size, warps) by the Triton kernel.
+
+    The first two factors are those of the powers of the third's product with X, which do not overflow.
+    """
+    _poly.check_weight(X, W, B)
+    kernels, options = _triton("poly_norm", X), PolyNormOptions(eps)
+    y, (rows, _, _, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    return y, rows, rstd, *_launch_configuration(X)
+
+
+def poly_norm_backward(dY, X, W, RSTD, BLOCK_SIZE, num_warps, in_place):
+    """(dX in the shape of dY, dW, dB of shape () in the dtype of W)."""
+    options, saved = PolyNormOptions(0.0), (as_rows(X), W, W[0], RSTD)
+    return _triton("poly_norm", X).backward((dY,), saved, options=options, needs=(True,) * 3)
+
+
+def group_norm_forward(X, num_channels, num_groups, W, B, eps):
+    """(Y, X, mean, rstd, block size) by the Triton kernel; both statistics fp32, of shape (batch, groups)."""
+    _group.check_channels(X, num_channels)
+    _group.check_groups(X, W, B, num_groups)
+    kernels, options = _triton("group_norm", X), GroupNormOptions(num_groups, eps)
+    y, (x, _, _, mean, rstd) = kernels.forward(X, W, B, options=options, needs=(True,) * 3)
+    return y, x, mean, rstd, _launch_configuration(X)[0]
+
+
+def group_norm_backward(dY, X, W, B, Mean, RSTD, num_channels, num_groups):
+    """(dX, dW or None, dB or None)."""
+    options, needs = GroupNormOptions(num_groups, 0.0), (True, W is not None, B is not None)
+    saved = (X.contiguous(), W, B, Mean, RSTD)
+    return _triton("group_norm", X).backward((dY,), saved, options=options, needs=needs)
+
+
 def _wanted(parameter, needs):
     return parameter is not None and needs is not False
 
@@ -286,6 +337,19 @@ def relu_squared_forward(X):
 def relu_squared_backward(X, dY):
     options, saved = _relu.ReLUSquaredOptions(), (X.contiguous(),)
     return kernels_of("relu_squared", X).backward((dY,), saved, options=options, needs=(True,))[0]
+
+
+@torch.no_grad()
+def liger_dyt_fwd(x, alpha, gamma, beta):
+    return _dyt.dyt(x, alpha, gamma, beta)
+
+
+def liger_dyt_bwd(dy, x, alpha, gamma, beta):
+    """(dx in the shape of dy, dalpha, dgamma, dbeta or None), each in the dtype of what it belongs to."""
+    saved, needs = (as_rows(x), alpha, gamma, beta), (True, True, True, beta is not None)
+    kernels = kernels_of("dyt", x)
+    dx, *others = kernels.backward((as_rows(dy),), saved, options=DyTOptions(), needs=needs)
+    return dx.view(dy.shape), *others
 
 
 @torch.no_grad()

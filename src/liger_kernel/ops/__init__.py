@@ -11,6 +11,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "cross_entropy_backward",
         "cross_entropy_forward",
     ),
+    "dyt": ("LigerDyTFunction", "liger_dyt_bwd", "liger_dyt_fwd"),
     "gated_mlp": ("LigerMLPFunction",),
     "glu": (
         "LigerFusedGateUpSiLUMulFunction",
@@ -28,13 +29,17 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "scale_gradients": (),
+    "softmax": ("LigerSoftmaxFunction",),
+    "sparsemax": ("LigerSparsemaxFunction",),
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: the same for the loss that lives above the ops

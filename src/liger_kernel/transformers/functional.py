@@ -13,14 +13,19 @@ from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.cross_entropy as _cross_entropy
+import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.softmax as _softmax
+import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.options import parameters_of, spells_out
@@ -225,3 +230,39 @@ def liger_tvd(
 ) -> Tensor:
     """`tvd` of probabilities."""
     return _tvd.tvd(input, target, shift_labels, reduction, ignore_index)
+
+
+def liger_softmax(x: Tensor) -> Tensor:
+    """`softmax` over the last dimension."""
+    return _softmax.softmax(x)
+
+
+def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+    """`sparsemax` along `dim`."""
+    return _sparsemax.sparsemax(input, dim)
+
+
+def liger_dyt(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
+    """`tanh(alpha x) gamma + beta`."""
+    return _dyt.dyt(x, alpha, gamma, beta)
+
+
+def liger_poly_norm(
+    X: Tensor, W: Tensor, B: Tensor, eps: float = 1e-6, in_place: bool = True
+) -> Tensor:
+    """`poly_norm`; `in_place` is accepted and changes nothing."""
+    return _poly_norm.poly_norm(X, W, B, eps)
+
+
+def liger_group_norm(
+    X: Tensor,
+    affine_scaling_weight: Tensor | None,
+    affine_shifting_bias: Tensor | None,
+    num_channels: int,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """`group_norm`, whose channels are counted: ValueError unless X has `num_channels`."""
+    _group_norm.check_channels(X, num_channels)
+    weight, bias = affine_scaling_weight, affine_shifting_bias
+    return _group_norm.group_norm(X, weight, bias, num_groups, eps)
