@@ -394,7 +394,8 @@ class DeferredLogits:
                         result = _ELEMENTWISE[name](result, *args, **kwargs)
                 return F.cross_entropy(result[:, : fused.classes], target, *plain)
         # as the loss of real logits: autocast computes it in float32
-        wide = self.dtype.itemsize < 4 and Modes.now(self.device.type).autocast is not None
+        autocast = Modes.now(self.device.type).autocast
+        wide = self.dtype.itemsize < 4 and autocast is not None
         return result.to(self.device, torch.float32 if wide else self.dtype)
 
     @classmethod

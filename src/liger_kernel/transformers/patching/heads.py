@@ -153,7 +153,7 @@ class Stamp:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    held = is_plain(shard) and shard.is_contiguous() and shard.device.type != "meta"
+    held = is_plain(shard) and shard.is_contiguous() and not shard.is_meta
     if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
         return torch.empty(0)
     step = max(shard.numel() >> 18, 29)
