@@ -77,7 +77,11 @@ def test_module() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ((X, torch.ones(2), GAMMA), ValueError, r"alpha has shape \(2,\).*one number"),
+        (
+            (X, torch.ones(2, device=DEVICE), GAMMA),
+            ValueError,
+            r"alpha has shape \(2,\).*one number",
+        ),
         ((X, torch.ones(1, device="meta"), GAMMA), ValueError, "on one device.*alpha on meta"),
         ((X, ALPHA.long(), GAMMA), TypeError, r"alpha .*torch\.int64"),
         ((X, ALPHA, GAMMA[:7]), ValueError, r"gamma has shape \(7,\).*is 20"),

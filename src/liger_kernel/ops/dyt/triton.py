@@ -95,6 +95,7 @@ def _dyt_bwd(
     x_stride,
     n_rows,
     n_cols,
+    n_programs,
     NEEDS_DX: tl.constexpr,
     NEEDS_DALPHA: tl.constexpr,
     NEEDS_DGAMMA: tl.constexpr,
@@ -109,9 +110,8 @@ def _dyt_bwd(
     Program (r, c) owns COLS columns of every tile of ROWS rows, r modulo programs: row r of each of the (programs, N)
     tables in partial_ptr, fp32, first dgamma, then dbeta, where they are needed, and one element of dalpha_ptr.
     """
-    pid = tl.program_id(0)
-    n_programs = tl.num_programs(0)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    pid = tl.program_id(0) % n_programs
+    cols = (tl.program_id(0) // n_programs) * COLS + tl.arange(0, COLS)
     alpha = tl.load(alpha_ptr).to(tl.float32)
     gamma = tl.load(gamma_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
     dalpha = tl.zeros((ROWS, COLS), tl.float32)
@@ -135,8 +135,7 @@ def _dyt_bwd(
         if NEEDS_DBETA:
             dbeta += dy
     if NEEDS_DALPHA:
-        at = pid * tl.num_programs(1) + tl.program_id(1)
-        tl.store(dalpha_ptr + at, tl.sum(tl.sum(dalpha, 1), 0))
+        tl.store(dalpha_ptr + tl.program_id(0), tl.sum(tl.sum(dalpha, 1), 0))
     if NEEDS_DGAMMA:
         tl.store(partial_ptr + pid * n_cols + cols, tl.sum(dgamma, 0), mask=cols < n_cols)
         partial_ptr += n_programs * n_cols
@@ -187,7 +186,7 @@ def backward(
     dy = as_rows(grads[0])
     dx = rows.new_empty(grads[0].shape) if needs_dx else None
     programs = max(1, min(cdiv(n_rows, config.rows), config.programs))
-    grid = programs, cdiv(n_cols, config.cols)
+    grid = (programs * cdiv(n_cols, config.cols),)  # the second axis ends at 65,535
     dtypes = [p.dtype for p, need in ((gamma, needs_dgamma), (beta, needs_dbeta)) if need]
     partial = dy.new_empty((len(dtypes), programs, n_cols), dtype=torch.float32) if dtypes else None
     dalpha = dy.new_empty(grid, dtype=torch.float32) if needs_dalpha else None
@@ -196,7 +195,7 @@ def backward(
         _dyt_bwd,
         grid,
         *(dy, rows, alpha, gamma, dx, partial, dalpha),
-        *(dy.stride(0), rows.stride(0), n_rows, n_cols),
+        *(dy.stride(0), rows.stride(0), n_rows, n_cols, programs),
         NEEDS_DX=needs_dx,
         NEEDS_DALPHA=needs_dalpha,
         NEEDS_DGAMMA=needs_dgamma,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
@@ -21,24 +20,11 @@ class _GroupNorm(Op):
     pass
 
 
-def _by_torch(
-    options: GroupNormOptions, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor | None:
-    """`F.group_norm` where `F.layer_norm` stands in for LayerNorm, and for the same reasons."""
-    if x.dtype.itemsize > 2 or any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
-        return None
-    return torch.nn.functional.group_norm(
-        x.contiguous(), options.num_groups, weight, bias, options.eps
-    )
-
-
 _dispatch = Dispatch(
     "group_norm",
     _GroupNorm,
     reference.group_norm,
     shards=functools.partial(on_row_shards, n_rows_tensors=1, row_dim=1),
-    small=2**22,  # as for LayerNorm
-    eager=_by_torch,
 )
 
 

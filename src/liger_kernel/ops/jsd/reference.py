@@ -18,8 +18,8 @@ def jsd(
     shift_labels: Tensor | None = None,
     count: Tensor | None = None,
     *,
-    beta: float,
-    ignore_index: int,
+    beta: float = 0.5,
+    ignore_index: int = -100,
 ) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; beta 0 is KL(p || q), beta 1 KL(q || p).
 

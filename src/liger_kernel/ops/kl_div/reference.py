@@ -13,9 +13,9 @@ def kl_div(
     target: Tensor | None = None,
     count: Tensor | None = None,
     *,
-    reduction: str,
-    log_target: bool,
-    eps: float,
+    reduction: str = "batchmean",
+    log_target: bool = False,
+    eps: float = 1e-10,
 ) -> Tensor:
     """With x = y_pred, y = y_true: y (log max(y, eps) - x), or exp(y) (y - x) where the target is logarithms too.
 

@@ -13,8 +13,8 @@ def tvd(
     shift_labels: Tensor | None = None,
     count: Tensor | None = None,
     *,
-    reduction: str,
-    ignore_index: int,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
 ) -> Tensor:
     """|p - q| / 2; its derivative is 0 where p = q."""
 
