@@ -211,21 +211,19 @@ class FusedForward:
             return
         if is_replaced(self.model):
             self.beneath = attributes["forward"]
-        attributes["forward"] = BoundForward(self.model)
+        attributes["forward"] = BoundForward(self)
         attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
 
     def remove(self) -> None:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
-        self.state = None
+        for name in (KEY, "_replicate_for_data_parallel"):
+            attributes.pop(name)
         if is_ours(attributes.get("forward")):
             del attributes["forward"]
-        elif self.beneath is not None:
-            return
-        attributes.pop(KEY, None)
-        attributes.pop("_replicate_for_data_parallel", None)
-        if self.beneath is not None:
-            attributes["forward"] = self.beneath
+            if self.beneath is not None:
+                attributes["forward"] = self.beneath
+        self.state = None
 
     def around(self) -> tuple[nn.Module, ...]:
         return tuple(operator.attrgetter(path)(self.model) for path in self.paths)
@@ -278,28 +276,22 @@ class FusedForward:
             call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
         return call, kwargs
 
-
-def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a patched model; of one that is not patched any more, HF's."""
-    site: FusedForward | None = model.__dict__.get(KEY)
-    if site is None or site.state is None:
-        return _beneath(model, site)(*args, **kwargs)
-    call, kwargs = site.begin(args, kwargs)
-    running.calls.append(call)
-    try:
-        output = _beneath(model, site)(*args, **kwargs)
-        if call.armed:
-            output, site.reason = call.finish(output), call.verdict()
-        return output
-    finally:
-        running.calls.pop()
-        call.close()
-
-
-def _beneath(model: Any, site: FusedForward | None) -> Any:
-    if site is not None and site.beneath is not None:
-        return site.beneath
-    return functools.partial(type(model).forward, model)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the model; once the patch is taken back, HF's."""
+        model: Any = self.model
+        beneath = self.beneath or functools.partial(type(model).forward, model)
+        if self.state is None:
+            return beneath(*args, **kwargs)
+        call, kwargs = self.begin(args, kwargs)
+        running.calls.append(call)
+        try:
+            output = beneath(*args, **kwargs)
+            if call.armed:
+                output, self.reason = call.finish(output), call.verdict()
+            return output
+        finally:
+            running.calls.pop()
+            call.close()
 
 
 class BoundForward:
@@ -308,11 +300,11 @@ class BoundForward:
     It has no `__wrapped__`: accelerate would follow that to HF's forward.
     """
 
-    def __init__(self, model: nn.Module):
-        self.__self__ = model
+    def __init__(self, site: FusedForward):
+        self.site, self.__self__ = site, site.model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self.__self__, *args, **kwargs)
+        return self.site.run(*args, **kwargs)
 
     @property
     def __func__(self) -> Any:
@@ -328,10 +320,13 @@ class BoundForward:
 
 @functools.cache
 def function_of(cls: Any) -> Callable[..., Any]:
-    """`run` with the name and the signature of a class' forward."""
+    """The function of that method: a forward of any model of a class, patched or not."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **kwargs)
+        site: FusedForward | None = self.__dict__.get(KEY)
+        if site is None:
+            return cls.forward(self, *args, **kwargs)
+        return site.run(*args, **kwargs)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(forward, name, getattr(cls.forward, name))
@@ -341,19 +336,18 @@ def function_of(cls: Any) -> Callable[..., Any]:
 
 
 def is_ours(forward: Any) -> bool:
-    return isinstance(forward, BoundForward) or (
-        hasattr(getattr(forward, "__func__", None), "_liger")
-        and not hasattr(forward, "__wrapped__")
-    )
+    """Whether `forward` fuses, with nothing around it: ours, or a method that was made of ours."""
+    if isinstance(forward, BoundForward):
+        return forward.site.state is not None
+    return hasattr(forward, "_liger") and not hasattr(forward, "__wrapped__")
 
 
 def leads_here(forward: Any) -> bool:
     """Whether `forward` is ours, or a decorator around ours that says so."""
     while not is_ours(forward):
-        inner = getattr(forward, "__wrapped__", None)
-        if inner is None:
-            return hasattr(forward, "_liger")
-        forward = inner
+        forward = getattr(forward, "__wrapped__", None)
+        if forward is None:
+            return False
     return True
 
 
