@@ -13,16 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama
 
 import liger_kernel
 from liger_kernel.testing import Make
-from liger_kernel.transformers.patching.sites import mlps, norms, relu_squared
 from tests.transformers.steps import assert_all_no_worse
 from tests.transformers.test_structure import Calls, drawn, run
-from tests.transformers.tiny import build
 
 SIZE = 32
 X = Make(torch.float32).randn(3, 5, SIZE)
@@ -129,6 +126,32 @@ class ByName(MLP):
         return F.silu(x) if getattr(self, "is_" + "silu") else F.gelu(x)
 
 
+class ByTableOfClass(ByTable):
+    table = {"silu": [True]}  # noqa: RUF012
+
+
+TABLE = {"silu": True}
+
+
+class ByTableOfFile(MLP):
+    def activated(self, x: Tensor) -> Tensor:
+        return F.silu(x) if TABLE["silu"] else F.gelu(x)
+
+
+class ByInnerConfig(MLP):
+    def activated(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.config.text.silu else F.gelu(x)
+
+
+class WithProperty:
+    def __init__(self, hidden: bool):
+        self.hidden = hidden
+
+    @property
+    def silu(self) -> bool:
+        return self.hidden
+
+
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
@@ -151,6 +174,14 @@ def _set_class(cls: Any, name: str, value: Any) -> Callable[..., None]:
 
 def _of_table(module: Any, monkeypatch: Any) -> None:
     module.table["silu"][0] = False
+
+
+def _of_table_of_class(module: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(ByTableOfClass.table, "silu", [False])
+
+
+def _of_table_of_file(module: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(TABLE, "silu", False)
 
 
 def _of_file(module: Any, monkeypatch: Any) -> None:
@@ -231,6 +262,16 @@ MLP_CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
     ),
     "enum": (lambda: ByEnum(kind=Kind.SILU), _set("kind", Kind.GELU)),
     "table": (lambda: ByTable(table={"silu": [True]}), _of_table),
+    "table of the class": (ByTableOfClass, _of_table_of_class),
+    "table of the file": (ByTableOfFile, _of_table_of_file),
+    "config of a config": (
+        lambda: ByInnerConfig(config=SimpleNamespace(text=SimpleNamespace(silu=True))),
+        _set("config.text.silu", False),
+    ),
+    "property of a config": (
+        lambda: ByConfig(config=WithProperty(True)),
+        _set("config.hidden", False),
+    ),
     "made name": (lambda: ByName(is_silu=True), _set("is_silu", False)),
 }
 
@@ -427,48 +468,3 @@ def test_what_keeps_something_of_a_call_is_left_alone(how: str) -> None:
     assert (module.count, module.seen, module.calls) == (0, [], 0)
     module(X)
     assert module.count + len(module.seen) + module.calls == 1
-
-
-def test_among_fake_tensors() -> None:
-    """As memory estimators use them."""
-    mlps.find_plan.cache_clear()
-    norms.find_plan.cache_clear()
-    with FakeTensorMode():
-        assert rows(MLP(), modeling_llama.LlamaRMSNorm(SIZE)) == [
-            "LigerSwiGLU",
-            "LigerRMSNorm(llama)",
-        ]
-
-
-# -- verdicts ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("betas", [(1.0, 4.0, 1.0), (4.0, 1.0, 4.0)])
-def test_children_of_one_class(betas: tuple[float, ...]) -> None:
-    expected = {1.0: "LigerSwiGLU", 4.0: None}
-    assert rows(*(MLP(Swish(beta)) for beta in betas)) == [expected[beta] for beta in betas]
-
-
-def test_partials() -> None:
-    exact, tanh = (functools.partial(F.gelu, approximate=name) for name in ("none", "tanh"))
-    assert rows(*(MLP(act) for act in (exact, tanh, exact))) == [
-        "LigerGeGLU(erf)",
-        "LigerGeGLU",
-        "LigerGeGLU(erf)",
-    ]
-
-
-def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for site in (mlps, norms, relu_squared):
-        site.find_plan.cache_clear()
-    proven = []
-    original = mlps.proof._proven
-
-    def spied(find: Any, module: nn.Module, parts: Any) -> Any:
-        proven.append(type(module).__name__)
-        return original(find, module, parts)
-
-    monkeypatch.setattr(mlps.proof, "_proven", spied)
-    made = [MLP(functools.partial(F.gelu, approximate="tanh")) for _ in range(20)]
-    liger_kernel.patch(nn.Sequential(build("llama", num_hidden_layers=20), *made))
-    assert sorted(proven) == ["LlamaMLP", "LlamaRMSNorm", "MLP", "SiLUActivation"]

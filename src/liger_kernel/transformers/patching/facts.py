@@ -31,16 +31,17 @@ from liger_kernel.transformers.patching.linears import is_inert, is_watched
 _COMMON = frozenset([*dir(nn.Module), *vars(nn.Module())])
 #: code that uses one of these may read any attribute
 _ANY_NAME = frozenset(["getattr", "vars", "__dict__", "attrgetter"])
-#: compared by identity or value; nobody changes them in place
 # fmt: off
-_PLAIN = (
-    NoneType, bool, int, float, complex, str, bytes, Enum, type, FunctionType, BuiltinFunctionType,
-    torch.dtype, torch.device,
-)
 _WRAPPERS = (
     FunctionType, MethodType, staticmethod, classmethod, property, functools.partial,
     functools.partialmethod, type(functools.lru_cache(len)),
 )
+#: what nobody changes in place, and what somebody may
+_FIXED = (
+    NoneType, bool, int, float, complex, str, bytes, Enum, type, BuiltinFunctionType,
+    torch.dtype, torch.device, *_WRAPPERS,
+)
+_TABLES = (dict, list, set)
 # fmt: on
 _NOWHERE = object()
 
@@ -128,26 +129,30 @@ def kept(make: Callable[[Any], Any]) -> Any:
     return get
 
 
-def _is_plain(value: Any) -> bool:
+def _is_fixed(value: Any) -> bool:
+    """Whether a value never changes in place."""
     if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+        return all(map(_is_fixed, value))
+    return isinstance(value, _FIXED)
 
 
-def _pinned(value: Any, names: frozenset[str]) -> Any:
+def _pinned(value: Any, names: frozenset[str], depth: int = 3) -> Any:
     """A value as it is now, for a comparison later: what can change in place is copied, of objects what is named."""
+
+    def pinned(values: Any) -> tuple[Any, ...]:
+        return tuple(_pinned(v, names, depth - 1) for v in values)
+
     if isinstance(value, functools.partial):
-        return (
-            functools.partial,
-            *(_pinned(v, names) for v in (value.func, value.args, value.keywords)),
-        )
+        return pinned((value.func, value.args, value.keywords))
     if isinstance(value, dict):
-        return (type(value), *((key, _pinned(v, names)) for key, v in value.items()))
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return (type(value), *(_pinned(v, names) for v in value))
-    if _is_plain(value) or isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
+        return (type(value), *value, *pinned(value.values()))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *pinned(value))
+    if _is_fixed(value) or isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
         return value
-    return value, {name: v for name, v in vars(value).items() if name in names}
+    return value, pinned(getattr(value, n, None) for n in sorted(names)) if depth else None
 
 
 def is_equal(a: Any, b: Any) -> bool:
@@ -163,41 +168,54 @@ class Part:
 
     path: tuple[str, ...]
     names: frozenset[str]
-    plain: tuple[tuple[str, Any], ...]  # attributes of the instance
-    pinned: tuple[tuple[str, Any], ...]  # those that can change in place
-    members: tuple[tuple[str, Any], ...]  # of the class
+    #: attributes of the instance, comparable with those of other modules
+    values: tuple[tuple[str, Any], ...]
+    #: those that never change in place, as they are, and the others
+    plain: tuple[tuple[str, Any], ...] = field(compare=False)
+    pinned: tuple[tuple[str, Any], ...] = field(compare=False)
+    #: of the class, those that an attribute of the instance would hide, and those of its bases
+    members: tuple[tuple[str, Any], ...]
+    overridable: frozenset[str]
     inherited: tuple[tuple[type, str, Any], ...]
-    overridable: frozenset[str]  # members that an attribute of the instance would hide
-    absent: tuple[str, ...]  # parameters that are None
     globals: tuple[tuple[tuple[FunctionType, str], Any], ...]
+    #: what can change in place of the class (None) and of a function's file
+    shared: tuple[tuple[FunctionType | None, str, Any], ...]
+    absent: tuple[str, ...]  # parameters that are None
     tensors: tuple[str, ...] = field(compare=False)  # buffers and other tensors that the code names
 
     @classmethod
     def of(cls, module: nn.Module, slot: str, path: tuple[str, ...]) -> Part:
         kind, attributes = type(module), module.__dict__
         reading = Reading(None, kind, slot)
-        whole = not reading.known or not _ANY_NAME.isdisjoint(reading.names)
+        names, members = frozenset(reading.names), reading.members
+        whole = not reading.known or not _ANY_NAME.isdisjoint(names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
-        read = {n: attributes[n] for n in wanted if n != slot and (whole or n in reading.names)}
-        buffers = {n: b for n, b in module._buffers.items() if b is not None}
-        names = frozenset(reading.names)
+        read = {n: attributes[n] for n in wanted if n != slot and (whole or n in names)}
+        tensors = [n for n, v in read.items() if isinstance(v, Tensor)]
+        tensors += [n for n, b in module._buffers.items() if b is not None and n in names]
+        values = {n: _pinned(v, names) for n, v in read.items() if n not in tensors}
+        plain = {n: read[n] for n in values if _is_fixed(read[n])}
+        changing: list[tuple[FunctionType | None, str, Any]]
+        changing = [(None, n, v) for n, v in members.items() if not _is_fixed(v)]
+        changing += [(f, n, v) for (f, n), v in reading.globals.items() if isinstance(v, _TABLES)]
         return cls(
             path,
             names,
-            tuple((n, v) for n, v in read.items() if _is_plain(v)),
-            tuple((n, _pinned(v, names)) for n, v in read.items() if not _is_plain(v)),
-            tuple(reading.members.items()),
-            tuple(reading.inherited),
-            frozenset(reading.members) - read.keys() - {slot},
-            tuple(n for n, p in module._parameters.items() if p is None and n in names),
-            tuple(reading.globals.items()),
-            tuple(n for n, t in (read | buffers).items() if isinstance(t, Tensor) and n in names),
+            values=tuple(values.items()),
+            plain=tuple(plain.items()),
+            pinned=tuple((n, v) for n, v in values.items() if n not in plain),
+            members=tuple(members.items()),
+            overridable=frozenset(members) - read.keys() - {slot},
+            inherited=tuple(reading.inherited),
+            globals=tuple(reading.globals.items()),
+            shared=tuple((f, n, _pinned(v, names)) for f, n, v in changing),
+            absent=tuple(n for n, p in module._parameters.items() if p is None and n in names),
+            tensors=tuple(tensors),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
-        return replace(
-            self, plain=copy.deepcopy(self.plain, memo), pinned=copy.deepcopy(self.pinned, memo)
-        )
+        own = {name: copy.deepcopy(getattr(self, name), memo) for name in ("plain", "pinned")}
+        return replace(self, **own)
 
     def hold(self, module: nn.Module) -> bool:
         attributes, kind = module.__dict__, type(module)
@@ -222,10 +240,15 @@ class Part:
         for (function, name), value in self.globals:
             if function.__globals__.get(name) is not value:
                 return False
-        return not self.pinned or all(
-            is_equal(_pinned(attributes.get(name), self.names), value)
-            for name, value in self.pinned
-        )
+        return not (self.pinned or self.shared) or self._hold_in_place(attributes, kind)
+
+    def _hold_in_place(self, attributes: dict[str, Any], kind: type) -> bool:
+        now = [(attributes.get(name), value) for name, value in self.pinned]
+        now += [
+            (function.__globals__.get(name) if function else getattr(kind, name, None), value)
+            for function, name, value in self.shared
+        ]
+        return all(is_equal(_pinned(v, self.names), value) for v, value in now)
 
 
 def parts_of(module: nn.Module, slot: str, path: tuple[str, ...] = ()) -> Iterator[Part]:

@@ -268,16 +268,13 @@ def verdict(
 
     @functools.wraps(find)
     def found(module: nn.Module) -> _P | str:
-        parts, shapes = tuple(parts_of(module, slot)), _shapes(module)
+        key = _shapes(module), tuple(parts_of(module, slot))
         of_class = kept[type(module)]
-        for key, known in list(of_class):
-            if is_equal(key, (shapes, parts)):
-                return known
-        plan = _proven(find, module, parts)
-        if not isinstance(plan, str):
-            plan = replace(plan, facts=Facts(found, parts))
-        of_class.append(((shapes, parts), plan))
-        return plan
+        known = next((known for other, known in list(of_class) if is_equal(other, key)), None)
+        if known is None:
+            known = _proven(find, module, key[1])
+            of_class.append((key, known))
+        return known if isinstance(known, str) else replace(known, facts=Facts(found, key[1]))
 
     found.cache_clear = kept.clear  # type: ignore[attr-defined]
     return found
