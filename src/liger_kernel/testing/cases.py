@@ -91,8 +91,7 @@ class OpSpec:
     """An op under test: how to call it, its reference with the same arguments, and its cases.
 
     `function(*inputs, **options)` and `reference(*inputs, **options)` return a tensor or a tuple of tensors and Nones.
-    `differentiable`: positions of the inputs that may ask for a gradient. `one_backward`: a second one is refused.
-    `outputs_without_grad`: positions of outputs
+    `differentiable`: positions of the inputs that may ask for a gradient. `outputs_without_grad`: positions of outputs
     that carry none. `elementwise`: positions of outputs compared element by element.
     """
 
@@ -103,7 +102,6 @@ class OpSpec:
     differentiable: tuple[int, ...]
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
-    one_backward: bool = False
 
 
 def specs() -> dict[str, OpSpec]:

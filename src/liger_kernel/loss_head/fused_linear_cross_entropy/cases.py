@@ -92,7 +92,6 @@ HEADS: tuple[tuple[int, int, int, str, dict[str, Any]], ...] = (
 )
 
 SPEC = OpSpec(
-    one_backward=True,
     name="fused_linear_cross_entropy",
     function=fused_linear_cross_entropy,
     reference=reference.fused_linear_cross_entropy,

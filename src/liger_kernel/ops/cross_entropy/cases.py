@@ -82,7 +82,6 @@ ALL: dict[str, Any] = {
 }
 
 SPEC = OpSpec(
-    one_backward=True,
     name="cross_entropy",
     function=cross_entropy,
     reference=reference.cross_entropy,
