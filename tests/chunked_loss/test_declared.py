@@ -132,9 +132,9 @@ def as_function(given: dict[str, Any]) -> dict[str, Any]:
     return {"weight" if key == "lin_weight" else key: value for key, value in given.items()}
 
 
-def arguments(name: str) -> dict[str, Any]:
+def arguments(name: str, seed: int = 0) -> dict[str, Any]:
     """The tensors of `forward` by name."""
-    drawn = draw_sequences(torch.float32)(0)
+    drawn = draw_sequences(torch.float32)(seed)
     rename = {"hidden": "_input", "weight": "lin_weight", "ref_hidden": "ref_input"}
     given = {rename.get(key, key): value for key, value in drawn.items()}
     for role, prefix in (("student", ""), ("teacher", "ref_")):

@@ -200,7 +200,3 @@ def test_arguments() -> None:
         call(LigerFusedLinearJSDLoss(), {**i, "t_hidden": i["t_hidden"][:4]})
     with pytest.raises(TypeError, match=r"bfloat16.*float32"):
         call(LigerFusedLinearJSDLoss(), {**i, "hidden": i["hidden"].bfloat16()})
-    loss = call(LigerFusedLinearJSDLoss(), {**i, "hidden": i["hidden"].requires_grad_()})[0]
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
-        loss.backward()

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from liger_kernel._core.autograd import Recompute
+from liger_kernel._core.autograd import Recompute, has_numbers
 from liger_kernel._core.contract import check_contract
 from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
@@ -78,6 +79,11 @@ def facts_of(device: torch.device) -> DeviceFacts:
     facts = backend_of(device.type).facts
     assert facts is not None
     return facts(device)
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether the host may read a number of x: it is there, and no device has to be waited for."""
+    return has_numbers(x) and not facts_of(x.device).queues
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
@@ -187,8 +193,11 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
 def kernels_of(op: str, x: Tensor) -> Any:
     """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
-    Kernels compute in fp32, so float64 is left to the reference; requesting a kernel for it raises RuntimeError.
+    Kernels compute in fp32, so float64 is left to the reference; requesting a kernel for it raises RuntimeError. What
+    becomes of a fake tensor the reference says, whatever was requested.
     """
+    if type(x) is FakeTensor:
+        return _kernels(op, x.device.type, REFERENCE)
     requested = _requested
     if x.dtype == torch.float64:
         if kernels_requested():

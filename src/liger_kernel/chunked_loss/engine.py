@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.groups import RowGroups
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
@@ -76,13 +77,13 @@ def loss_of_logps(
     gradient.
 
     The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
-    torch.compile, and in float16, whose gradient scaler would come too late.
+    torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
     """
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    if any(needs) and target.numel() and not torch.compiler.is_compiling():
+    if any(needs) and target.numel() and not is_transformed():
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
         check_tensors(flat, weight, labels, bias)
         dtype = compute_dtype(flat, weight)

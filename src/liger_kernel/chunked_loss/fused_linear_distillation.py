@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from liger_kernel._core.autograd import made_in_forward, refuse_double_backward
 from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.options import LossOptions, check_chunk_size
 from liger_kernel.loss_head import loop
@@ -17,7 +17,6 @@ from liger_kernel.loss_head.losses.distillation import DistillationLoss as Disti
 from liger_kernel.loss_head.node import compute_dtype, linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.products import HeadInputs
-from liger_kernel.ops.cross_entropy import refuse_second_backward
 from liger_kernel.ops.scale_gradients import scale_gradients
 
 
@@ -38,7 +37,7 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
 
     A subclass gives `distillation_loss_fn(student_logits, teacher_logits, target=, ignore_index=, beta=, ...)`: the
     sum over the rows of a chunk, from fp32 logits that are already divided by the temperature. Gradients are made in
-    forward, only for tensors with `requires_grad=True`; one backward hands them out.
+    forward, only for tensors with `requires_grad=True`, and handed out by backward.
     """
 
     @staticmethod
@@ -119,11 +118,10 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
         return value, soft, hard
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """Gradients of student_input, student_weight, None for three, and of student_bias."""
-        refuse_second_backward(ctx, "the distillation loss")
-        dx, dw, db = ctx.saved_tensors
+        refuse_double_backward()
+        dx, dw, db = made_in_forward(ctx)
         scale_gradients((dx, dw, db), grad_output)
         return None if dx is None else dx.view(ctx.shape), dw, None, None, None, db
 

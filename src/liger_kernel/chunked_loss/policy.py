@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import facts_of
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.options import LossOptions
@@ -230,7 +231,7 @@ def _unbounded(logps: Tensor) -> Tensor:
     A slope of more than STEEPEST would leave no room for the matrix products, whose sums would be inf - inf.
     """
     wide = logps.to(torch.float64) if _has_float64(logps.device) else logps
-    if wide.requires_grad and not torch.compiler.is_compiling():
+    if wide.requires_grad and not is_transformed():
         wide.register_hook(lambda grad: grad.clamp(-STEEPEST, STEEPEST))
     return wide
 

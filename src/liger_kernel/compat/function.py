@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, FunctionMeta
 
-from liger_kernel._core.autograd import refuse_double_backward
-from liger_kernel.ops.gated_mlp import graph_is_kept
+from liger_kernel._core.autograd import graph_is_kept, refuse_double_backward
 
 
 class _Meta(FunctionMeta):

@@ -99,7 +99,7 @@ class OpSpec:
 
     `function(*inputs, **options)` and `reference(*inputs, **options)` return a tensor or a tuple of tensors and Nones.
     `defaults`: options of every case that has no others. `differentiable`: positions of the inputs that may require a
-    gradient. `one_backward`: a second one is refused. `outputs_without_grad`: positions of outputs that carry none.
+    gradient. `outputs_without_grad`: positions of outputs that carry none.
     `elementwise`: positions of outputs compared element by element. `traffic`: how often forward and backward together
     must move the elements of the inputs at these positions (0: not meaningful).
     """
@@ -111,7 +111,6 @@ class OpSpec:
     differentiable: tuple[int, ...]
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
-    one_backward: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     traffic: tuple[int, tuple[int, ...]] = (0, ())
 

@@ -60,8 +60,8 @@ def fused_linear_cross_entropy(
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)` as `cross_entropy`, but loss and z_loss in fp32.
     Under autocast the matrix products run in its dtype; the gradients have the dtypes of their parameters.
-    With "mean" and "sum" gradients are made in forward, only for tensors with `requires_grad=True`, and one backward
-    hands them out; with "none" backward runs the loop again.
+    With "mean" and "sum" gradients are made in forward, only for tensors with `requires_grad=True`, and handed out by
+    backward; with "none" backward runs the loop again.
     Raises: as `cross_entropy`; TypeError if hidden and weight differ in dtype; ValueError for a chunk below one row.
     """
     check_loss_options(label_smoothing, reduction, softcap)

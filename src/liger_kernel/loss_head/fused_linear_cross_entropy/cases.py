@@ -126,5 +126,4 @@ SPEC = OpSpec(
     differentiable=(0, 1, 3),
     outputs_without_grad=(1, 2, 3),
     elementwise=(0, 1),
-    one_backward=True,
 )

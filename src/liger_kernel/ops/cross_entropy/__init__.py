@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from liger_kernel._core.autograd import Op
+from liger_kernel._core.autograd import Op, is_transformed, made_in_forward, refuse_double_backward
 from liger_kernel._core.checks import (
     check_choice,
     check_floating,
@@ -20,7 +19,7 @@ from liger_kernel._core.checks import (
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.rows import gradient_scale
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import can_look
 from liger_kernel.backends.dispatch import Dispatch, no_shards
 from liger_kernel.ops import OPS
 from liger_kernel.ops.cross_entropy import reference
@@ -64,7 +63,7 @@ def cross_entropy(
         loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
         token_accuracy: fp32, mean over the labels that are not ignored, or (N,). predicted_tokens: (N,) int64, the
         first maximum, -1 where the label is ignored. Only the loss carries a gradient.
-    Differs from torch: a mean over nothing but ignored labels is 0, not NaN; one backward only, except with "none".
+    Differs from torch: a mean over nothing but ignored labels is 0, not NaN.
     Raises: ValueError and TypeError for arguments that do not fit, `in_place` with "none" among them; IndexError for a
         label out of range on the CPU. Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss
         and in the gradient.
@@ -92,7 +91,7 @@ def cross_entropy(
         in_place=in_place,
     )
     target = target.to(torch.int64)
-    if not torch.compiler.is_compiling():
+    if not is_transformed():
         check_labels(target, logits.shape[1], ignore_index)
         if not torch.is_grad_enabled():
             logits = logits.detach()  # `needs_input_grad` does not know about no_grad
@@ -136,14 +135,13 @@ class _CrossEntropy(Op):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if grads[0] is None:
             return (None,) * 5
         impl, options = ctx.of_forward
         if options.reduction != "none":
-            refuse_second_backward(ctx, "cross_entropy", NONE_RECOMPUTES)
-            grad, scale = ctx.saved_tensors
+            grad, scale = made_in_forward(ctx)
             scale_gradients([grad], grads[0] if scale is None else grads[0] / scale)
         else:
             rows, target, weight = ctx.saved_tensors
@@ -184,19 +182,6 @@ def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
     ctx.set_materialize_grads(False)
 
 
-NONE_RECOMPUTES = ', or use reduction="none", whose backward recomputes'
-
-
-def refuse_second_backward(ctx: Any, name: str, way_out: str = "") -> None:
-    """The gradient made in forward is scaled in place and handed out: there is only one of it."""
-    if getattr(ctx, "spent", False):
-        raise RuntimeError(
-            f"A second backward through {name}: its gradient was computed in forward and handed out by the first one. "
-            f"Call {name} again{way_out}."
-        )
-    ctx.spent = True
-
-
 def check_loss_options(label_smoothing: float, reduction: str, softcap: float | None) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -220,7 +205,7 @@ def check_class_indices(target: Tensor) -> None:
 
 def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """IndexError for a label that is no class, where looking costs no synchronisation: on the CPU."""
-    if facts_of(target.device).queues:
+    if not can_look(target):
         return
     wrong = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if wrong.any():

@@ -116,6 +116,5 @@ SPEC = OpSpec(
     differentiable=(0,),
     outputs_without_grad=(1, 2, 3),
     elementwise=(0, 1),
-    one_backward=True,
     traffic=(2, (0,)),
 )

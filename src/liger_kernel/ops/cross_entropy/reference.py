@@ -69,7 +69,7 @@ def terms(
         loss, z = loss * probability, z * probability
     loss, z = loss.masked_fill(~valid, 0), z.masked_fill(~valid, 0)
     predicted = x.argmax(-1).masked_fill(~valid, -1)
-    accuracy = (predicted == target).masked_fill(~valid, False).to(torch.float32)
+    accuracy = ((predicted == target) & valid).to(torch.float32)
     if reduction != "none":
         loss, z, accuracy = loss.sum(), z.sum(), accuracy.sum() / count.clamp(min=1)
     return (

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op
+from liger_kernel._core.autograd import Op, made_in_forward, refuse_double_backward
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor, on_shards
 from liger_kernel.backends.dispatch import Dispatch
-from liger_kernel.ops.cross_entropy import refuse_second_backward
 from liger_kernel.ops.divergences.contract import DivergenceOptions
 
 
@@ -21,10 +20,12 @@ class Divergence(Op):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        options = ctx.of_forward[1]
-        if options.reduction != "none" and grads[0] is not None:
-            refuse_second_backward(ctx, options.name)
-        return Op.backward(ctx, *grads)
+        refuse_double_backward()
+        impl, options, needs = ctx.of_forward
+        if grads[0] is None:
+            return (None,) * (2 + len(needs))
+        saved = ctx.saved_tensors if options.reduction == "none" else made_in_forward(ctx)
+        return None, None, *impl.backward(grads, saved, options=options, needs=needs)
 
 
 def on_shards_of_rows(

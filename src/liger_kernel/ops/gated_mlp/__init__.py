@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, refuse_double_backward
+from liger_kernel._core.autograd import (
+    Op,
+    autocast_dtype,
+    graph_is_kept,
+    is_transformed,
+    refuse_double_backward,
+)
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
@@ -49,16 +55,16 @@ def gated_mlp(
     """
     check_choice("activation", activation, ACTIVATIONS)
     weights = (gate_weight, up_weight, down_weight)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x) is not None
     _check_tensors(x, *weights, autocast)
     options = (activation, float(gate_multiplier))
-    compiling = torch.compiler.is_compiling()
-    if not compiling and gate_multiplier == 1:
+    transformed = is_transformed()
+    if not transformed and gate_multiplier == 1:
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
         if elements <= _SMALL and host_bound(x, x.numel()):
             return reference.gated_mlp(x, *weights, *options)
     if (
-        compiling
+        transformed
         or autocast
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
@@ -147,12 +153,6 @@ def _saved_tensors_are_ours() -> bool:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = top(False) if top is not None else ()
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
-
-
-def graph_is_kept() -> bool:
-    """Whether another backward through the same graph may follow this one (`retain_graph=True`)."""
-    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return known is None or bool(known())
 
 
 def _check_tensors(

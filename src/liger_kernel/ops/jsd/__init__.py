@@ -35,7 +35,7 @@ def jsd(
         shift_labels: (N,) integers; a row whose label is `ignore_index` is not read and counts for nothing.
         beta: 0 is KL(p || q), the forward KL divergence, and 1 the reverse, KL(q || p).
 
-    Returns: 0-d, in the dtype of log_q; 0 where no row counts. One backward only.
+    Returns: 0-d, in the dtype of log_q; 0 where no row counts.
     Raises: ValueError for shapes that do not fit or a beta outside of [0, 1], TypeError for a dtype that does not.
     """
     options = JSDOptions(beta, ignore_index)

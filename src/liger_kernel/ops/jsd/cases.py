@@ -29,7 +29,6 @@ SPEC = OpSpec(
     reference=reference.jsd,
     cases=CASES,
     differentiable=(0,),
-    one_backward=True,
     defaults={"beta": 0.5, "ignore_index": -100},
     traffic=(1, (0, 0, 1)),
 )

@@ -35,8 +35,7 @@ def kl_div(
         eps: a target probability below it has the logarithm of `eps`.
 
     Returns: fp32 (float64 for float64), 0-d, or (N, V) with "none".
-    Differs from torch: a class of probability 0 adds 0 even where y_pred is -inf, the mean over no rows is 0, and there
-        is one backward only, except with "none".
+    Differs from torch: a class of probability 0 adds 0 even where y_pred is -inf, and the mean over no rows is 0.
     Raises: ValueError for shapes or a reduction that do not fit, TypeError for integers.
     """
     options = KLDivOptions(reduction, log_target, eps)

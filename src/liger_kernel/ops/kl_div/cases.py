@@ -31,7 +31,6 @@ SPEC = OpSpec(
     reference=reference.kl_div,
     cases=CASES,
     differentiable=(0,),
-    one_backward=True,
     defaults={"reduction": "batchmean", "log_target": False, "eps": 1e-10},
     traffic=(1, (0, 0, 1)),
 )

@@ -36,7 +36,7 @@ def tvd(
         reduction: "sum"; "batchmean", divided by the number of rows that count; "mean", by that of their terms; "none".
 
     Returns: fp32 (float64 for float64), 0-d, or (N, V) with "none"; 0 where no row counts. The derivative is 0 where
-        p = q. One backward only, except with "none".
+        p = q.
     Raises: ValueError for shapes or a reduction that do not fit, TypeError for a dtype that does not.
     """
     options = TVDOptions(reduction, ignore_index)

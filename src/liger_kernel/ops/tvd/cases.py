@@ -28,7 +28,6 @@ SPEC = OpSpec(
     reference=reference.tvd,
     cases=CASES,
     differentiable=(0,),
-    one_backward=True,
     defaults={"reduction": "batchmean", "ignore_index": -100},
     traffic=(1, (0, 0, 1)),
 )

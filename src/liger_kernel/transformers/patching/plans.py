@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
 from liger_kernel.transformers.patching.facts import Facts
 from liger_kernel.transformers.patching.state import State
@@ -66,9 +67,10 @@ def ours_runs() -> bool:
     """Whether a call made now is computed by our op, and not by HF's own code, where both were proven equal.
 
     Under `torch.compile` it is HF's: Inductor fuses that with its neighbours, and made more kernels of ours. Unless
-    somebody asked for kernels by name (LIGER_KERNEL_IMPL): these run outside of the graph.
+    somebody asked for kernels by name (LIGER_KERNEL_IMPL): these run outside of the graph. Other transforms, such as
+    those of torch.func, follow HF's code as well.
     """
-    return kernels_requested() or not torch.compiler.is_compiling()
+    return not is_transformed() or (torch.compiler.is_compiling() and kernels_requested())
 
 
 def marker(kind: str) -> str:
