@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import inspect
 import pickle
@@ -182,6 +183,16 @@ def test_two_models_share_the_rope_of_their_file() -> None:
     liger_kernel.unpatch(first)
     assert modeling("llama").apply_rotary_pos_emb is doors.liger_rotary_pos_emb
     liger_kernel.unpatch(second)
+    assert modeling("llama").apply_rotary_pos_emb is original
+
+
+def test_a_model_that_is_gone_holds_nothing() -> None:
+    original = modeling("llama").apply_rotary_pos_emb
+    model = build("llama")
+    doors.apply_liger_kernel_to_llama(model=model)
+    assert modeling("llama").apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+    del model
+    gc.collect()
     assert modeling("llama").apply_rotary_pos_emb is original
 
 

@@ -57,6 +57,8 @@ class GlobalPatch:
                     setattr(self._module, self._key[1], hold[0])
                 del self._holds[self._key]
 
+    __del__ = remove  # with the last reference to the model that held it
+
     def __reduce__(self) -> Any:
         """A copy, and what is unpickled in another process, is a hold of its own."""
         return _hold, (*self._key, self._value)
