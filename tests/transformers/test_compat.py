@@ -367,7 +367,8 @@ class TestLossUtils:
 def test_outputs_of_models_import_the_file_that_defines_them() -> None:
     pytest.importorskip("transformers")
     program = (
-        "import pickle, sys; from transformers import models; from liger_kernel.transformers.model import output_classes\n"
+        "import pickle, sys; from transformers import models\n"
+        "from liger_kernel.transformers.model import output_classes\n"
         "made = output_classes.LigerPaliGemmaCausalLMOutputWithPast(loss=1, token_accuracy=3)\n"
         "from transformers.models.paligemma import modeling_paligemma as file\n"
         "assert isinstance(made, file.PaliGemmaCausalLMOutputWithPast)\n"

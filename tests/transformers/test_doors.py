@@ -337,6 +337,25 @@ def test_class_level_calls_add_up() -> None:
     assert {row.kind for row in state_of(model).report.replaced} == {"norm"}
 
 
+def test_what_is_loaded_copied_and_compiled_while_classes_are_patched(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    doors.apply_liger_kernel_to_llama()
+    cls = modeling("llama").LlamaForCausalLM
+    loaded = cls.from_pretrained(tmp_path, attn_implementation="eager")
+    for model in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert type(model) is cls
+        assert_same("llama", model)
+    x = torch.randn(2, 48)
+    for module in bare().values():
+        if not isinstance(module, modeling("llama").LlamaDecoderLayer):
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            theirs = type(module).forward(module, x)
+            exact = type(module).forward(copy.deepcopy(module).double(), x.double())
+            assert_no_worse("compiled", compiled(x), exact, theirs)
+    monkey_patch.revert_liger_kernel_to_llama()
+    assert "Liger" not in repr(loaded)
+
+
 RELOAD = """
 import importlib
 from liger_kernel import transformers as doors
