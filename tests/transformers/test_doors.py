@@ -186,6 +186,17 @@ def test_two_models_share_the_rope_of_their_file() -> None:
     assert modeling("llama").apply_rotary_pos_emb is original
 
 
+def test_what_others_put_on_the_modeling_file_stays_there() -> None:
+    """Axolotl assigns our public function itself."""
+    modeling("llama").apply_rotary_pos_emb = doors.liger_rotary_pos_emb
+    model = build("llama")
+    doors.apply_liger_kernel_to_llama(model=model)
+    doors.apply_liger_kernel_to_llama()
+    monkey_patch.revert_liger_kernel_to_llama()
+    liger_kernel.unpatch(model)
+    assert modeling("llama").apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+
+
 def test_a_model_that_is_gone_holds_nothing() -> None:
     original = modeling("llama").apply_rotary_pos_emb
     model = build("llama")
@@ -358,7 +369,7 @@ def test_what_is_loaded_copied_and_compiled_while_classes_are_patched(tmp_path: 
 
 RELOAD = """
 import importlib
-from liger_kernel import transformers as doors
+from liger_kernel import transformers as doors, unpatch
 from liger_kernel.transformers import monkey_patch
 from tests.transformers.tiny import build
 file = importlib.import_module("transformers.models.llama.modeling_llama")
@@ -371,6 +382,12 @@ doors.apply_liger_kernel_to_llama(swiglu=False)
 new = file.LlamaForCausalLM(old.config)
 assert "LigerRMSNorm" in repr(new) and "SwiGLU" not in repr(new)
 assert file.apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+kept = build("llama")
+doors.apply_liger_kernel_to_llama(model=kept)
+importlib.reload(file)
+doors.apply_liger_kernel_to_llama()
+unpatch(kept)
+assert file.apply_rotary_pos_emb is doors.liger_rotary_pos_emb, "held by the classes of today"
 monkey_patch.revert_liger_kernel_to_llama()
 assert "Liger" not in repr(new) and file.apply_rotary_pos_emb is not doors.liger_rotary_pos_emb
 """
