@@ -16,8 +16,12 @@ from tests.on_purpose import BEHAVIOURS
 
 def test_page_and_readme_are_up_to_date() -> None:
     """In a process of its own: some names appear once another module has been imported."""
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     pytest.importorskip("triton")
+    from tests.transformers.zoo.releases import DOCUMENTED
+
+    if transformers.__version__ != DOCUMENTED:
+        pytest.skip(f"the page is about transformers {DOCUMENTED}, whose output classes we extend")
     command = [sys.executable, "-m", "tests.compatibility", "--check"]
     done = subprocess.run(
         command, cwd=compatibility.ROOT, capture_output=True, text=True, check=False

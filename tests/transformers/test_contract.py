@@ -8,6 +8,7 @@ reaches, by default flags (`test_families.py`).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,10 +25,10 @@ from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.here import ENTRIES, lacks
 from tests.transformers.steps import in_float64, move
-from tests.transformers.zoo import build, check, inputs
+from tests.transformers.zoo import build, check, inputs, releases
 
-ENTRIES = {entry.model_type: entry for entry in build.ENTRIES}  # image-text where a type has both
 Inputs = dict[str, Any]
 
 
@@ -255,6 +256,8 @@ def per_item(model: nn.Module, batch: Inputs) -> dict[str, Any]:
 
 def kept_logits(model: nn.Module, batch: Inputs) -> dict[str, Any]:
     batch = {k: v for k, v in batch.items() if k != "labels"}
+    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+        lacks(f"logits_to_keep in {type(model).__name__}.forward")
     logits = evaluated(model, batch, logits_to_keep=2).logits
     assert logits.shape[1] == 2
     return {"logits": logits}
@@ -267,6 +270,8 @@ def hidden_states(model: nn.Module, batch: Inputs) -> dict[str, Any]:
 
 def shifted(model: nn.Module, batch: Inputs) -> dict[str, Any]:
     """Labels that are shifted already, alone; what has router losses adds them."""
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        lacks(f"loss function of {type(model).__name__} that could be told so")
     if state_of(model) is not None:
         moved = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
         batch = {k: v for k, v in batch.items() if k != "labels"} | {"shift_labels": moved}
@@ -411,5 +416,16 @@ def test_no_flag_does_nothing(flag: str, name: str) -> None:
             check.step(built, batch)
     finally:
         revert(name)
+    if not calls[0] and transformers.__version__ != releases.DOCUMENTED:
+        lacks(f"{name} that {flag} reaches")
     assert calls[0].get(OP_OF[flag])
     assert calls[0] == calls[1]
+
+
+def test_a_loss_that_the_forward_computes_itself_is_not_claimed() -> None:
+    """Nobody asks such a model's `loss_function`."""
+    model = build.build(ENTRIES["bart"])
+    report = liger_kernel.patch(model, cross_entropy=True, fused_linear_cross_entropy=False)
+    liger_kernel.unpatch(model)
+    assert [row.by for row in report.rows if row.kind == "loss"] == [None]
+    assert "computes its loss itself" in str(report)

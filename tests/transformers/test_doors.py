@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import inspect
 import pickle
@@ -184,6 +185,27 @@ def test_two_models_share_the_rope_of_their_file() -> None:
     assert modeling("llama").apply_rotary_pos_emb is original
 
 
+def test_what_others_put_on_the_modeling_file_stays_there() -> None:
+    """Axolotl assigns our public function itself."""
+    modeling("llama").apply_rotary_pos_emb = doors.liger_rotary_pos_emb
+    model = build("llama")
+    doors.apply_liger_kernel_to_llama(model=model)
+    doors.apply_liger_kernel_to_llama()
+    monkey_patch.revert_liger_kernel_to_llama()
+    liger_kernel.unpatch(model)
+    assert modeling("llama").apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+
+
+def test_a_model_that_is_gone_holds_nothing() -> None:
+    original = modeling("llama").apply_rotary_pos_emb
+    model = build("llama")
+    doors.apply_liger_kernel_to_llama(model=model)
+    assert modeling("llama").apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+    del model
+    gc.collect()
+    assert modeling("llama").apply_rotary_pos_emb is original
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "arcee"])
 def test_auto_class(model_type: str, tmp_path: Path) -> None:
     saved = build(model_type)
@@ -325,9 +347,28 @@ def test_class_level_calls_add_up() -> None:
     assert {row.kind for row in state_of(model).report.replaced} == {"norm"}
 
 
+def test_what_is_loaded_copied_and_compiled_while_classes_are_patched(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    doors.apply_liger_kernel_to_llama()
+    cls = modeling("llama").LlamaForCausalLM
+    loaded = cls.from_pretrained(tmp_path, attn_implementation="eager")
+    for model in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert type(model) is cls
+        assert_same("llama", model)
+    x = torch.randn(2, 48)
+    for module in bare().values():
+        if not isinstance(module, modeling("llama").LlamaDecoderLayer):
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            theirs = type(module).forward(module, x)
+            exact = type(module).forward(copy.deepcopy(module).double(), x.double())
+            assert_no_worse("compiled", compiled(x), exact, theirs)
+    monkey_patch.revert_liger_kernel_to_llama()
+    assert "Liger" not in repr(loaded)
+
+
 RELOAD = """
 import importlib
-from liger_kernel import transformers as doors
+from liger_kernel import transformers as doors, unpatch
 from liger_kernel.transformers import monkey_patch
 from tests.transformers.tiny import build
 file = importlib.import_module("transformers.models.llama.modeling_llama")
@@ -340,6 +381,12 @@ doors.apply_liger_kernel_to_llama(swiglu=False)
 new = file.LlamaForCausalLM(old.config)
 assert "LigerRMSNorm" in repr(new) and "SwiGLU" not in repr(new)
 assert file.apply_rotary_pos_emb is doors.liger_rotary_pos_emb
+kept = build("llama")
+doors.apply_liger_kernel_to_llama(model=kept)
+importlib.reload(file)
+doors.apply_liger_kernel_to_llama()
+unpatch(kept)
+assert file.apply_rotary_pos_emb is doors.liger_rotary_pos_emb, "held by the classes of today"
 monkey_patch.revert_liger_kernel_to_llama()
 assert "Liger" not in repr(new) and file.apply_rotary_pos_emb is not doors.liger_rotary_pos_emb
 """

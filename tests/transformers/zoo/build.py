@@ -309,6 +309,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "doge": _NO_ROUTER_LOSS,
+    "dory": {"use_cache": False},  # its loops attend to a cache that the mask does not know
     "dots3_note": {f"text_config.{_DOTS_ROPE}": 1.0},
     "dots3_note_text": {_DOTS_ROPE: 1.0},
     "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},

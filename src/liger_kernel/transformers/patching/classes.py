@@ -37,6 +37,7 @@ class GlobalPatch:
     """`module.name = value` while at least one holder wants it; `remove()` gives one hold back."""
 
     _holds: dict[tuple[str, str], list[Any]] = {}  # noqa: RUF012 - shared on purpose: (original, count)
+    _own: list[Any] | None = None  # the one that this patch counts in
 
     def __init__(self, module: types.ModuleType, name: str, value: Any):
         self._key, self._module, self._value = (module.__name__, name), module, value
@@ -44,18 +45,20 @@ class GlobalPatch:
         if current is not value:  # also after importlib.reload(module) put the original back
             self._holds[self._key] = [current, 0]
             setattr(module, name, value)
-        self._holds[self._key][1] += 1
-        self._held = True
+        self._own = self._holds.setdefault(self._key, [value, 0])  # it may be somebody else's doing
+        self._own[1] += 1
 
     def remove(self) -> None:
-        if self._held and self._key in self._holds:
-            self._held = False
-            hold = self._holds[self._key]
-            hold[1] -= 1
-            if hold[1] == 0:
-                if getattr(self._module, self._key[1], None) is self._value:
-                    setattr(self._module, self._key[1], hold[0])
-                del self._holds[self._key]
+        hold, self._own = self._own, None
+        if hold is None or self._holds.get(self._key) is not hold:
+            return
+        hold[1] -= 1
+        if hold[1] == 0:
+            if getattr(self._module, self._key[1], None) is self._value:
+                setattr(self._module, self._key[1], hold[0])
+            del self._holds[self._key]
+
+    __del__ = remove  # with the last reference to the model that held it
 
     def __reduce__(self) -> Any:
         """A copy, and what is unpickled in another process, is a hold of its own."""
