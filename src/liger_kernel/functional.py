@@ -15,6 +15,7 @@ from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "glu_packed",
     "group_norm",
     "layer_norm",
+    "modulated_rms_norm",
     "poly_norm",
     "relu_squared",
     "rms_norm",

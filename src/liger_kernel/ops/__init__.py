@@ -31,6 +31,11 @@ OPS: dict[str, tuple[str, ...]] = {
     ),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "modulated_rms_norm": (
+        "LigerModulatedRMSNormFunction",
+        "modulated_rms_norm_backward",
+        "modulated_rms_norm_forward",
+    ),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "relu_squared": (
         "LigerReLUSquaredFunction",
