@@ -210,6 +210,7 @@ def _liger_divergence(name: str) -> Callable[[Options], Function]:
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
+    "modulated_rms_norm": _liger_norm("liger_modulated_rms_norm"),
     "layer_norm": _liger_with_eps("liger_layer_norm"),
     "glu": _liger_glu,
     "relu_squared": lambda o: _liger("liger_relu_squared"),

@@ -169,6 +169,8 @@ HUGE = (
     rows_of("sparsemax", TALL, 0, dim=-1),
     of_parameters("dyt", *WIDE, 1, WIDE[1], WIDE[1]),
     of_parameters("dyt", *TALL, 1, TALL[1], TALL[1]),
+    of_parameters("modulated_rms_norm", 262_160, 8_194, *(8_194,) * 3, **NORM),
+    of_parameters("modulated_rms_norm", *TALL, *(TALL[1],) * 3, **NORM),
     group_norm(2, 65_540, 8, 4_097),
     group_norm(2, 16_777_221, 4, 32),
     group_norm(1, 4, 2, 268_435_459),

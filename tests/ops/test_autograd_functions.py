@@ -47,6 +47,7 @@ def arguments(name: str) -> Arguments:
         "LigerRMSNormFunction": (leaf(5, 12), leaf(12), 1e-6),
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),
+        "LigerModulatedRMSNormFunction": (leaf(5, 12), leaf(12), leaf(12), leaf(12), 1e-6),
         "LigerGroupNormFunction": (leaf(3, 12, 5), leaf(12), leaf(12), 12, 4, 1e-6),
         "LigerPolyNormFunction": (leaf(5, 12), leaf(3), leaf(1), 1e-6),
         "LigerMLPFunction": (leaf(5, 8), leaf(12, 8), leaf(12, 8), leaf(8, 12), 0.5, 2.0),

@@ -39,6 +39,7 @@ ALIASES = {
             "group_norm",
             "layer_norm",
             "mlp",
+            "modulated_rms_norm",
             "poly_norm",
             "relu_squared",
             "rms_norm",

@@ -23,6 +23,7 @@ import liger_kernel.ops.group_norm as _group
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl
 import liger_kernel.ops.layer_norm as _layer
+import liger_kernel.ops.modulated_rms_norm as _modulated
 import liger_kernel.ops.poly_norm as _poly
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
@@ -37,6 +38,7 @@ from liger_kernel.backends import facts_of, kernels_of, use_implementation
 from liger_kernel.compat.function import autograd_function
 from liger_kernel.ops.dyt.contract import DyTOptions
 from liger_kernel.ops.group_norm.contract import GroupNormOptions
+from liger_kernel.ops.modulated_rms_norm.contract import ModulatedRMSNormOptions
 from liger_kernel.ops.norms import CASTING_MODES
 from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 
@@ -100,6 +102,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         _add_rms.fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
     ),
     "LigerLayerNormFunction": lambda X, W, B, eps: _layer.layer_norm(X, W, B, eps),
+    "LigerModulatedRMSNormFunction": lambda X, W, scale, shift, eps, offset=0.0, casting_mode="llama", in_place=True: (
+        _modulated.modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode)
+    ),
     "LigerGroupNormFunction": _group_norm,
     "LigerPolyNormFunction": lambda X, W, B, eps=1e-6, in_place=True: _poly.poly_norm(X, W, B, eps),
     "LigerMLPFunction": _gated_mlp,
@@ -238,6 +243,25 @@ def poly_norm_backward(dY, X, W, RSTD, BLOCK_SIZE, num_warps, in_place):
     """(dX in the shape of dY, dW, dB of shape () in the dtype of W)."""
     options, saved = PolyNormOptions(0.0), (as_rows(X), W, W[0], RSTD)
     return _triton("poly_norm", X).backward((dY,), saved, options=options, needs=(True,) * 3)
+
+
+def modulated_rms_norm_forward(X, W, scale, shift, eps, offset, casting_mode):
+    """(Y, rstd, block size, warps, mode code, rows of X to a row of scale) by the Triton kernel."""
+    kernels, mode = _triton("modulated_rms_norm", X), _mode_name(casting_mode)
+    per_scale = _modulated.check_modulation(X, W, scale, shift)
+    options, needs = ModulatedRMSNormOptions(eps, offset, mode), (True,) * 4
+    y, (*_, rstd) = kernels.forward(X, W, scale, shift, options=options, needs=needs)
+    return y, rstd, *_launch_configuration(X), CASTING_MODES[mode], per_scale
+
+
+def modulated_rms_norm_backward(
+    dY, X, W, scale, shift, RSTD, offset, casting_mode, BLOCK_SIZE, num_warps, rows_per_modulation, in_place
+):  # fmt: skip
+    """(dX, dW or None, dscale, dshift or None)."""
+    options = ModulatedRMSNormOptions(0.0, offset, _mode_name(casting_mode))
+    needs = (True, W is not None, True, shift is not None)
+    saved = (as_rows(X), W, scale, shift, RSTD)
+    return _triton("modulated_rms_norm", X).backward((dY,), saved, options=options, needs=needs)
 
 
 def group_norm_forward(X, num_channels, num_groups, W, B, eps):

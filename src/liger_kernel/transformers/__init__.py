@@ -23,6 +23,7 @@ _EXPORTS = {
     "LigerKLDIVLoss": "modules.divergences",
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",
+    "LigerModulatedRMSNorm": "modules.modulated_rms_norm",
     "LigerPhi3SwiGLUMLP": "modules.swiglu",
     "LigerPolyNorm": "modules.poly_norm",
     "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",

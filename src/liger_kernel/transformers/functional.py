@@ -20,6 +20,7 @@ import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.modulated_rms_norm as _modulated_rms_norm
 import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
@@ -266,3 +267,17 @@ def liger_group_norm(
     _group_norm.check_channels(X, num_channels)
     weight, bias = affine_scaling_weight, affine_shifting_bias
     return _group_norm.group_norm(X, weight, bias, num_groups, eps)
+
+
+def liger_modulated_rms_norm(
+    X: Tensor,
+    W: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> Tensor:
+    """`modulated_rms_norm`; `in_place` is accepted and changes nothing."""
+    return _modulated_rms_norm.modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode)
