@@ -32,7 +32,7 @@ coverage:
 
 test-gpu: $(READY)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
-	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops
+	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops tests/test_reach.py
 
 # every type that transformers ships, where `make test` takes a third
 test-zoo: $(READY)
