@@ -25,6 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liger_kernel.transformers.patching import heads
+from liger_kernel.transformers.patching.last_dimension import (
+    is_bias,
+    keeps_last_dimension,
+    without_classes,
+)
 
 WAY_OUT = 'Read them before, or ask for logits at once: liger_kernel.patch(model, logits="real").'
 
@@ -71,18 +76,20 @@ class Modes(NamedTuple):
 
 @dataclass(frozen=True)
 class Fused:
-    """How to get the recorded value without the logits: softcap(scale * head(hidden)), in fp32."""
+    """How to get the recorded value without the logits: softcap(scale * (head(hidden) + bias)), in fp32."""
 
     hidden: Tensor
     scale: float = 1.0
     softcap: float | None = None
     classes: int | None = None  # of the head's, the first so many
     in_tanh: bool = False  # tanh(scale * logits): a soft cap whose last factor is still to come
+    bias: Tensor | None = None  # (V,), beside that of the head
 
     def but(self, **changes: Any) -> Fused:
         """`dataclasses.replace`, which torch.compile of torch 2.6 cannot trace."""
         same = {"hidden": self.hidden, "scale": self.scale, "softcap": self.softcap}
-        return Fused(**{**same, "classes": self.classes, "in_tanh": self.in_tanh, **changes})
+        same |= {"classes": self.classes, "in_tanh": self.in_tanh, "bias": self.bias}
+        return Fused(**{**same, **changes})
 
 
 class LossRequest:
@@ -153,6 +160,7 @@ class _ValuesOnly(torch.autograd.Function):
 #: recorded operations by their names; those of the first kind act on each element
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "to": Tensor.to,
+    "add": operator.add,
     "mul": operator.mul,
     "div": operator.truediv,
     "tanh": torch.tanh,
@@ -308,8 +316,8 @@ class DeferredLogits:
 
     def __getitem__(self, index: Any) -> Any:
         fused = None
-        rows, classes = _without_classes(index, self.ndim)
-        if self._fused is not None and _keeps_last_dimension(rows, self.ndim):
+        rows, classes = without_classes(index, self.ndim)
+        if self._fused is not None and keeps_last_dimension(rows, self.ndim):
             fused = self._fused.but(hidden=self._fused.hidden[rows])
             if classes is not None:
                 fused = fused.but(classes=min(classes, self.shape[-1]))
@@ -338,6 +346,24 @@ class DeferredLogits:
         return self._scaled("div", factor)
 
     div = true_divide = __truediv__
+
+    def __add__(self, other: Any) -> Any:
+        """A bias over the classes becomes that of the loss: BART's and ESM's lies beside the head."""
+        fused, dtype = self._fused, self.dtype
+        if (
+            fused is None
+            or fused.in_tanh
+            or fused.softcap
+            or fused.classes
+            or fused.bias is not None
+        ):
+            return self._then(None, "add", _real(other))
+        if not is_bias(other, self.shape, self.device):
+            return self._then(None, "add", _real(other))
+        fused = fused.but(bias=other.flatten() / fused.scale)
+        return self._then(fused, "add", other, dtype=torch.promote_types(dtype, other.dtype))
+
+    __radd__ = __add__
 
     def tanh(self) -> Any:
         fused = self._fused
@@ -441,38 +467,6 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _without_classes(index: Any, ndim: int) -> tuple[Any, int | None]:
-    """`[..., :k]` as (`[..., :]`, k), where a head has more rows than there are tokens; else (index, None)."""
-    last = index[-1] if isinstance(index, tuple) and index else None
-    if not isinstance(last, slice) or not isinstance(last.stop, int) or last.stop <= 0:
-        return index, None
-    reaches = any(i is Ellipsis for i in index) or _consumed(index) == ndim
-    if not reaches or last.start not in (None, 0) or last.step not in (None, 1):
-        return index, None
-    return (*index[:-1], slice(None)), last.stop
-
-
-def _consumed(index: tuple[Any, ...]) -> int:
-    """How many dimensions an index without None takes, but for those of its ellipsis."""
-    masks = (i.ndim for i in index if isinstance(i, Tensor) and i.dtype == torch.bool)
-    others = (i for i in index if not (isinstance(i, Tensor) and i.dtype == torch.bool))
-    return sum(masks) + sum(i is not Ellipsis for i in others)
-
-
-def _keeps_last_dimension(index: Any, ndim: int) -> bool:
-    """Whether `logits[index]` selects rows only, so that `hidden[index]` selects the same ones."""
-    index = index if isinstance(index, tuple) else (index,)
-    if sum(i is Ellipsis for i in index) > 1 or any(i is None for i in index):
-        return False
-    consumed, last = _consumed(index), index[-1] if index else Ellipsis
-    if last is Ellipsis:
-        return consumed < ndim
-    whole = isinstance(last, slice) and last == slice(None)
-    if any(i is Ellipsis for i in index):
-        return whole
-    return consumed < ndim or (consumed == ndim and whole)
-
-
 def _delegate(name: str) -> Callable[..., Any]:
     def method(self: DeferredLogits, *args: Any) -> Any:
         return getattr(self.materialize(), name)(*_real(args))
@@ -481,7 +475,7 @@ def _delegate(name: str) -> Callable[..., Any]:
 
 
 _DELEGATED = (
-    "add radd sub rsub rtruediv pow neg abs matmul rmatmul lt le "
+    "sub rsub rtruediv pow neg abs matmul rmatmul lt le "
     "gt ge eq ne iter floordiv mod and or bool float int "
 )
 for _name in _DELEGATED.split():

@@ -82,6 +82,8 @@ class ForwardCall:
     ) -> Tensor:
         """Called from inside the head's forward, where its weight is whole."""
         self.fused, fused = True, request.fused
+        if fused.bias is not None:
+            bias = fused.bias if bias is None else bias + fused.bias
         if fused.classes is not None:
             weight, bias = weight[: fused.classes], None if bias is None else bias[: fused.classes]
         if fused.scale != 1.0:
