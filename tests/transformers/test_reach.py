@@ -142,3 +142,18 @@ def test_kernels_compute_again_after_a_transform(calls: collections.Counter[str]
     model(**batch())
     assert calls["rms_norm"]
     assert calls["cross_entropy"]
+
+
+def test_options_of_a_call_hold_under_torch_func() -> None:
+    model = build("llama").train()
+    liger_kernel.patch(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    inputs = {**batch(), "use_cache": False, "return_token_accuracy": True}
+
+    def loss(p: dict[str, Tensor]) -> Any:
+        found = functional_call(model, p, (), inputs)
+        return found.loss, (found.token_accuracy, found.logits)
+
+    (accuracy, logits), value = grad(loss, has_aux=True)(parameters)[1], model(**inputs)
+    torch.testing.assert_close(accuracy, value.token_accuracy)
+    torch.testing.assert_close(logits, value.logits)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import is_capturing
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
@@ -262,6 +263,8 @@ class FusedForward:
         # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing
         # and `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` still.
         asked = model.training if skip_logits is None else bool(skip_logits)
+        if is_transformed() and not torch.compiler.is_compiling():
+            asked = skip_logits = False  # torch.func follows HF's own code, and all logits are made
         if labels is None or not (wanted or asked):
             return ForwardCall(self, False, skip_logits, wanted), kwargs
         state = cast(State, self.state)
