@@ -188,6 +188,30 @@ def test_own_loss() -> None:
     )
 
 
+def of_own(i: Any) -> Any:
+    names = ("hidden", "weight", "t_hidden", "t_weight", "target", "bias", "t_bias")
+    return Own.apply(*(i[name] for name in names))
+
+
+def test_own_loss_of_a_compiled_step() -> None:
+    """It runs outside of the graph."""
+    i = draw_pair(torch.float32)(0)
+    leaves = [i[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: of_own(i) * 0.5, backend="aot_eager")
+    found, expected = (
+        [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        for loss in (compiled(), of_own(i) * 0.5)
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+def test_own_loss_is_not_followed_by_torch_func() -> None:
+    i = draw_pair(torch.float32)(0)
+    with pytest.raises(RuntimeError, match=r"^Own makes .* FormulaLoss"):
+        torch.func.grad(lambda hidden: of_own({**i, "hidden": hidden}))(i["hidden"])
+
+
 def test_arguments() -> None:
     i = draw_pair(torch.float32)(0)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionMeta
 
-from liger_kernel._core.autograd import made_in_forward, refuse_double_backward
+from liger_kernel._core.autograd import in_torch_func, made_in_forward, refuse_double_backward
 from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.options import LossOptions, check_chunk_size
 from liger_kernel.loss_head import loop
@@ -32,13 +33,27 @@ class _OwnLoss(DistillationRows):
         return self.of_chunk(student, teacher, target) * counted / counted.sum().clamp(min=1)
 
 
-class LigerFusedLinearDistillationBase(torch.autograd.Function):
+class _Outside(FunctionMeta):
+    """torch.compile calls `apply` of such a class, where for torch's own metaclass it would trace forward."""
+
+
+class LigerFusedLinearDistillationBase(torch.autograd.Function, metaclass=_Outside):
     """weight_hard_loss * cross entropy + weight_soft_loss * `distillation_loss_fn`, per labelled token.
 
     A subclass gives `distillation_loss_fn(student_logits, teacher_logits, target=, ignore_index=, beta=, ...)`: the
     sum over the rows of a chunk, from fp32 logits that are already divided by the temperature. Gradients are made in
     forward, only for tensors with `requires_grad=True`, and handed out by backward.
     """
+
+    @classmethod
+    @torch.compiler.disable
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        if in_torch_func():
+            raise RuntimeError(
+                f"{cls.__name__} makes its gradients in forward, which torch.func and forward-mode AD do not follow. "
+                f"Write the loss as a FormulaLoss of liger_kernel.loss_head.row_loss, or call it outside of them."
+            )
+        return super().apply(*args, **kwargs)
 
     @staticmethod
     def distillation_loss_fn(
