@@ -43,7 +43,9 @@ def test_meta_tensors(model_type: str) -> None:
     liger_kernel.patch(moved)
     with torch.device("meta"):
         made = type(moved)(moved.config).to(torch.bfloat16)
-    assert not liger_kernel.patch(made).skipped
+    report = liger_kernel.patch(made)
+    assert not report.skipped
+    assert report.savings(64, 4096) > 0
     inputs = {name: t.to("meta") for name, t in batch().items() if name != "attention_mask"}
     for model in (moved.to("meta"), made):
         check_step(model, inputs)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS, PatchOptions
 
@@ -56,11 +57,10 @@ class LossSite:
         text = (
             config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         )
-        autocast = torch.is_autocast_enabled(device.type)
         return cls(
             tokens,
             torch.empty((), dtype=dtype, device=device).expand(head.out_features, head.in_features),
-            torch.get_autocast_dtype(device.type) if autocast else dtype,
+            autocast_dtype(head.weight) or dtype,
             any(p is not None and p.requires_grad for m in body for p in m._parameters.values()),
             any(p.requires_grad for h in heads for p in h.parameters()),
             getattr(text, "final_logit_softcapping", None) is not None,
