@@ -23,6 +23,14 @@ FAMILIES = ["gemma2", "llama", "qwen3"]
 families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
+def or_skip(stock: Callable[[], Any]) -> None:
+    """What HF's own code cannot do here, as on the meta device with torch 2.6, a patched model need not."""
+    try:
+        stock()
+    except RuntimeError as error:
+        pytest.skip(f"not without a patch, either: {error}")
+
+
 def check_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     rows, length = inputs["input_ids"].shape
     loss = model.train()(**inputs).loss
@@ -41,12 +49,13 @@ def test_meta_tensors(model_type: str) -> None:
     """A model that was moved there, and one that was made there."""
     moved = build(model_type, torch.bfloat16)
     liger_kernel.patch(moved)
+    inputs = {name: t.to("meta") for name, t in batch().items() if name != "attention_mask"}
+    or_skip(lambda: build(model_type, torch.bfloat16).to("meta")(**inputs))
     with torch.device("meta"):
         made = type(moved)(moved.config).to(torch.bfloat16)
     report = liger_kernel.patch(made)
     assert not report.skipped
     assert report.savings(64, 4096) > 0
-    inputs = {name: t.to("meta") for name, t in batch().items() if name != "attention_mask"}
     for model in (moved.to("meta"), made):
         check_step(model, inputs)
 
@@ -86,7 +95,9 @@ def test_jit_trace(model_type: str, state: str) -> None:
     stock, patched = (Called(build(model_type)).train("train" in state) for _ in range(2))
     liger_kernel.patch(patched.model)
     with_labels = "labels" in state
-    traced = torch.jit.trace(patched, (ids, labels) if with_labels else (ids,))
+    given = (ids, labels) if with_labels else (ids,)
+    or_skip(lambda: torch.jit.trace(stock, given))
+    traced = torch.jit.trace(patched, given)
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)

@@ -88,8 +88,8 @@ class Fused:
     def but(self, **changes: Any) -> Fused:
         """`dataclasses.replace`, which torch.compile of torch 2.6 cannot trace."""
         same = {"hidden": self.hidden, "scale": self.scale, "softcap": self.softcap}
-        same |= {"classes": self.classes, "in_tanh": self.in_tanh, "bias": self.bias}
-        return Fused(**{**same, **changes})
+        more = {"classes": self.classes, "in_tanh": self.in_tanh, "bias": self.bias}
+        return Fused(**{**same, **more, **changes})
 
 
 class LossRequest:
