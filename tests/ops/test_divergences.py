@@ -109,18 +109,27 @@ class TestAgainstTorch:
 
 
 @pytest.mark.parametrize("name", ["jsd", "tvd"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_ignored_rows_are_as_if_they_were_not_there(name: str, dtype: torch.dtype) -> None:
-    """Whatever they hold."""
+    """Whatever they hold. As a byte, 251 is -5 and is not ignored; the labels have gaps."""
     x, y = pair_of(name, 9)
-    labels = torch.tensor([1, -5, 2, -5, 3, 4, -5, 0, -5], device=DEVICE, dtype=dtype)
-    kept = labels != -5
+    labels = torch.tensor([1, -5, 2, -5, 3, 4, -5, 0, -5], device=DEVICE).to(dtype)
+    kept = labels != -5 if dtype != torch.uint8 else torch.ones_like(labels, dtype=torch.bool)
+    labels = labels.repeat_interleave(2)[::2]
     spoilt = [t.detach().masked_fill(~kept[:, None], torch.nan) for t in (x, y)]
     loss, grad = run(lambda x, y: LOSSES[name](x, y, labels, ignore_index=-5), *spoilt)
     expected, some = run(LOSSES[name], x[kept], y[kept])
     assert_no_worse("loss", loss, expected.double(), expected)
     assert_no_worse("gradient", grad[kept], some.double(), some)
     assert not grad[~kept].any()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.3, 1.0])
+def test_nothing_but_ignored_rows_is_0(beta: float) -> None:
+    labels = torch.full((6,), -100, device=DEVICE)
+    loss, grad = run(lambda x, y: jsd(x, y, labels, beta), *log_pair())
+    assert loss == 0
+    assert not grad.any()
 
 
 def test_reduction_none_of_ignored_rows() -> None:
@@ -284,51 +293,6 @@ def test_dtypes_of_both_may_differ() -> None:
     assert (loss.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
     assert jsd(x.bfloat16(), y.log()).dtype == torch.bfloat16
     assert kl_div(x.bfloat16(), y.double()).dtype == torch.float32
-
-
-class TestDTensor:
-    """Rank 0 of a pretended world of two."""
-
-    @pytest.fixture(autouse=True)
-    def mesh(self) -> Iterator[Any]:
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-        self.mesh = DeviceMesh("cpu", [0, 1])
-        yield
-        torch.distributed.destroy_process_group()
-
-    def shards(self, *local: Tensor) -> list[Any]:
-        from torch.distributed.tensor import DTensor, Shard
-
-        return [DTensor.from_local(t, self.mesh, [Shard(0)], run_check=False) for t in local]
-
-    @pytest.mark.skipif(DEVICE != "cpu", reason="the pretended mesh is of CPUs")
-    @each_loss
-    def test_a_rank_computes_its_rows(self, name: str) -> None:
-        from torch.distributed.tensor import Partial
-
-        x, y = pair_of(name)
-        loss = LOSSES[name](*self.shards(x, y))
-        assert (loss.placements, loss.shape) == ((Partial(),), ())
-        (grad,) = torch.autograd.grad(loss.full_tensor(), x)
-        expected = LOSSES[name](x, y)
-        assert_no_worse("loss", loss.to_local(), expected.double() / 2, expected / 2)
-        assert torch.equal(grad, torch.autograd.grad(expected / 2, x)[0])
-
-    @pytest.mark.skipif(DEVICE != "cpu", reason="the pretended mesh is of CPUs")
-    def test_labels_and_terms(self) -> None:
-        from torch.distributed.tensor import Shard
-
-        x, y = pair_of("tvd")
-        labels = torch.tensor([1, -100, 2, 3, 4, 5])
-        terms = tvd(*self.shards(x, y, labels), reduction="none")
-        assert (terms.placements, terms.shape) == ((Shard(0),), (12, 70))
-        assert torch.equal(terms.to_local(), tvd(x, y, labels, "none"))
-        loss, expected = tvd(*self.shards(x, y, labels)), tvd(x, y, labels)
-        # the pretended sum of the ranks' counts is that of this one
-        assert_no_worse("loss", loss.to_local(), expected.double(), expected)
 
 
 def test_a_device_without_kernels_falls_back() -> None:

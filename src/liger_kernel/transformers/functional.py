@@ -216,10 +216,15 @@ def liger_kl_div(
     return _kl_div.kl_div(input, target, reduction, log_target, eps)
 
 
-@spells_out(parameters_of(_jsd.jsd)[2:])
-def liger_jsd(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def liger_jsd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+) -> Tensor:
     """`jsd` of log-probabilities."""
-    return _jsd.jsd(input, target, **options)
+    return _jsd.jsd(input, target, shift_labels, beta, ignore_index)
 
 
 def liger_tvd(
