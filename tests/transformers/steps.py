@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
+from liger_kernel.transformers.patching.deferred import DeferredLogits
 from tests.transformers.tiny import batch, build
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ def step(model: nn.Module, **inputs: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def named_step(model: nn.Module, inputs: dict[str, Any], rename: str = "") -> dict[str, Tensor]:
     outputs, grads = step(model, **inputs)
-    grads = {name.removeprefix(rename): grad for name, grad in grads.items()}
+    grads = {name.replace(rename, ""): grad for name, grad in grads.items()}
     return {"loss": outputs.loss.detach(), **grads}
 
 
@@ -99,6 +100,11 @@ def steps(
                 found[name].append(value)
     move([model], originals, 0)
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+def fused(outputs: Any) -> bool:
+    """Whether the loss was made without logits, which still wait for somebody to read them."""
+    return any(isinstance(value, DeferredLogits) for value in outputs.values())
 
 
 def assert_same_step(

@@ -138,7 +138,8 @@ def test_whoever_watches_a_projection_sees_its_call(way: str, name: str, calls: 
     with WAYS[way](getattr(module, name), seen):
         watched = step(module)
     assert seen == [1]
-    assert calls == ["glu"]
+    # such a hook has to see the activation, too, which only HF's code calls
+    assert calls == ([] if way == "hook on all modules" else ["glu"])
     high = step(copy.deepcopy(module).double())
     for ours, truth, low in zip(watched, high, alone, strict=True):
         assert_no_worse(way, ours, truth, low)

@@ -132,7 +132,7 @@ def test_logits_go_to_another_device_unmade() -> None:
     """As all outputs of a model in parts do, to the device of its inputs."""
     model = build("llama")
     liger_kernel.patch(model)
-    logits = model.train()(**batch()).logits
+    logits = dict(model.train()(**batch()).items())["logits"]
     moved = logits.to("meta")
     assert isinstance(moved, DeferredLogits)
     assert moved.device.type == "meta"
@@ -158,7 +158,7 @@ def test_a_model_on_gpus(layer: str | int, head: str | int, patch_first: bool) -
     split(model)
     if not patch_first:
         assert not liger_kernel.patch(model).skipped
-    logits = model.train()(**batch(), use_cache=False).logits
+    logits = dict(model.train()(**batch(), use_cache=False).items())["logits"]
     assert isinstance(logits, DeferredLogits)
     assert logits.device == logits.materialize().device == torch.device("cpu")
     runs = [step(one) for one in (model, build("llama", torch.float64), split(build("llama")))]

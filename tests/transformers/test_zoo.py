@@ -61,7 +61,7 @@ def assert_right(entry: build.Entry, result: check.Result) -> None:
 def test_same_loss_and_gradients(entry: build.Entry) -> None:
     result = check.run(entry, inputs.inputs)
     assert_right(entry, result)
-    if DOCUMENTED and result.status == "ok":
+    if DOCUMENTED and result.status == "ok" and str(entry) not in UNBUILT:
         assert the_page_says(result), (
             f"python -m tests.transformers.zoo.table; now: {table.row(result.as_dict())}"
         )

@@ -41,7 +41,7 @@ def _patch_instance(model: nn.Module, options: dict[str, bool], modeling_name: s
         held = patch_rope_globally(importlib.import_module(modeling_name))
         options = {**options, "rope": held is None}  # not the plain form: attention by attention
     try:
-        patch(model, **options)
+        patch(model, logits="none", **options)
     except BaseException:
         if held is not None:
             held.remove()
@@ -149,7 +149,8 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
         function(**_known(function, kwargs), model=model)
         return
     logger.info("No entry point for model type %r; patching by structure.", model_type)
-    patch(model, **{OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF})
+    options = {OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF}
+    patch(model, logits="none", **options)
 
 
 def _eps_name(module: nn.Module, default: float) -> str:

@@ -25,12 +25,14 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
     """Replace what can be replaced in `model`, in place, and say what was and what was not.
 
     Args:
-        model: a HuggingFace model (or any `nn.Module`), before or after PEFT; wrappers of PEFT are looked through.
+        model: a HuggingFace model, or any `nn.Module`; wrappers of PEFT, torch.compile, DDP, FSDP1 and DeepSpeed are
+            looked through. In a module around HuggingFace models, the losses of these are fused.
         {options}
+        logits: "lazy" makes `output.logits` a tensor when it is read, "none" leaves None, "real" computes it at once.
         chunk_size, memory_budget, accum_dtype, strict: see `PatchOptions`.
 
     Returns: a `PatchReport`; print it for a table. A model that is patched already with the same options is left as it
-        is; with other options it is unpatched first.
+        is, unless something was put in the place of ours since; with other options it is unpatched first.
     Raises: TypeError for something that is no module or an unknown option; ValueError for options that exclude each
         other, and with `strict=True` if nothing could be replaced; whatever one of our ops raises in a proof. The
         model is then not patched.
@@ -52,7 +54,7 @@ if patch.__doc__:
 def _patch(model: nn.Module, wanted: PatchOptions) -> PatchReport:
     before = state_of(model)
     if before is not None:
-        if before.options == wanted:
+        if before.options == wanted and before.is_in_place():
             return before.report
         unpatch(model)
     state = State(wanted, PatchReport(type(model).__name__, of=model))
@@ -94,7 +96,17 @@ def patched(model: nn.Module, **options: Any) -> Iterator[PatchReport]:
             _patch(_unwrapped(model), before.options)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model inside wrappers of PEFT, torch.compile, DDP, FSDP1 and DeepSpeed."""
+    while True:
+        inner = getattr(model, "get_base_model", None)
+        children = getattr(model, "_modules", {})
+        if callable(inner) and hasattr(type(model), "get_base_model"):
+            model = inner()
+        elif len(children) == 1 and next(iter(children)) in _WRAPPED:
+            model = next(iter(children.values()))
+        else:
+            return model

@@ -2,22 +2,71 @@
 
 While a patched model runs with labels, its head returns a `DeferredLogits` instead of a tensor. HF's own code then
 casts, scales, soft-caps, slices and flattens it; each of these is only recorded. When the recording reaches
-`torch.nn.functional.cross_entropy`, the fused loss runs through the head's own `__call__`, so that the hooks of FSDP,
+`torch.nn.functional.cross_entropy`, the fused loss runs through the outermost callable around the head, so that FSDP,
 ZeRO and offloading gather the weight at that moment. Anything this file does not know makes real logits by replaying
 the recording on the head's real output: slower, never wrong.
+
+Logits are made in the modes in which the model called its head, wherever they are asked for: the gradient, inference
+and autocast modes. Asked for after the forward, they need the weights that it had.
 
 It is a plain object with `__torch_function__`, not a Tensor subclass: `torch.compile` traces through it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from liger_kernel.transformers.patching import heads
+
+WAY_OUT = 'Read them before, or ask for logits at once: liger_kernel.patch(model, logits="real").'
+
+
+class Modes(NamedTuple):
+    """What decides how torch computes a matrix product, and whether it records it.
+
+    Of the inference mode its tensors tell; compiled code may not ask for it.
+    """
+
+    grad: bool
+    device: str
+    autocast: torch.dtype | None
+
+    @classmethod
+    def now(cls, device: str) -> Modes:
+        on = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if on else None
+        return cls(torch.is_grad_enabled(), device, dtype)
+
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """Of a product with `x`."""
+        return x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
+
+    def with_grad_of_now(self) -> Modes:
+        return Modes(self.grad and torch.is_grad_enabled(), self.device, self.autocast)
+
+    def on(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """These modes for a product with `x`."""
+        traced = torch.compiler.is_compiling()
+        inference = not traced and x.is_inference()
+        here = traced or inference == torch.is_inference_mode_enabled()
+        if here and self == Modes.now(self.device):
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        if not here:
+            stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(self.grad))
+        if self.device != "meta":
+            on = self.autocast is not None
+            stack.enter_context(torch.autocast(self.device, self.autocast, enabled=on))
+        return stack
 
 
 @dataclass(frozen=True)
@@ -30,38 +79,113 @@ class Fused:
     classes: int | None = None  # of the head's, the first so many
     in_tanh: bool = False  # tanh(scale * logits): a soft cap whose last factor is still to come
 
+    def but(self, **changes: Any) -> Fused:
+        """`dataclasses.replace`, which torch.compile of torch 2.6 cannot trace."""
+        same = {"hidden": self.hidden, "scale": self.scale, "softcap": self.softcap}
+        return Fused(**{**same, "classes": self.classes, "in_tanh": self.in_tanh, **changes})
 
-@dataclass(frozen=True)
+
 class LossRequest:
-    """What the head's `forward` computes instead of logits when it is called a second time."""
+    """What the head's `forward` computes instead of logits. No dataclass: FSDP1 would make another one of it."""
 
-    target: Tensor
-    fused: Fused
-    arguments: dict[str, Any]
-    run: Callable[..., Any]
+    def __init__(
+        self, target: Tensor, fused: Fused, arguments: dict[str, Any], run: Callable[..., Any]
+    ):
+        self.target, self.fused, self.arguments, self.run = target, fused, arguments, run
+        self.refused: str | None = None  # why the head returned logits all the same
+
+
+@dataclass(eq=False)
+class Origin:
+    """One call of a head by its model, not carried out."""
+
+    around: nn.Module  # the outermost callable around the head
+    hidden: Tensor
+    modes: Modes
+    call: Any  # the forward that runs; None once it is over
+    classes: int = 0  # of the head
+    logits: Tensor | None = None
+    called: bool = False  # the loss, or logits, were made
+    stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
+
+    def materialize(self) -> Tensor:
+        if self.logits is not None:
+            return self.logits
+        if self.call is None:
+            self._check()
+        again, self.called = self.called, True
+        value = heads.logits_of(self.around, self.hidden)
+        if again and value.requires_grad and heads.runs_once(self.around):
+            value = _ValuesOnly.apply(value)
+        if self.call is not None:
+            self.logits = value  # something else in this forward may ask
+        return value
+
+    def _check(self) -> None:
+        if self.stamp is not None:
+            changed = self.stamp != heads.Stamp(self.around, self.hidden)
+        else:
+            changed = not heads.is_alive(self.hidden)
+        if changed or not heads.is_whole(self.around):
+            raise RuntimeError(
+                "These logits were fused with the loss, and not computed in the forward. What they come from, the "
+                "weight of the head or its input, has changed since or is not whole any more: an optimizer step, a "
+                f"cast, a move, sharding, or the backward of compiled code. {WAY_OUT}"
+            )
+
+
+class _ValuesOnly(torch.autograd.Function):
+    """FSDP1 reduces the gradient of a unit once: that of its first call, which was the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "The head is a unit of FSDP1, which reduces the gradient of one call per step, and that computed the fused "
+            "loss: these logits have values and no gradient. Take logits and loss from one call: "
+            'liger_kernel.patch(model, logits="real").'
+        )
+
+
+#: recorded operations by their names; those of the first kind act on each element
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "to": Tensor.to,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "tanh": torch.tanh,
+}
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    **_ELEMENTWISE,
+    "contiguous": Tensor.contiguous,
+    "reshape": Tensor.reshape,
+    "getitem": operator.getitem,
+}
 
 
 class DeferredLogits:
-    """See the module docstring. `chain` replays the recorded operations on real logits.
-
-    `head(hidden, request)` computes what `request` asks for, `head(hidden, None)` the real logits.
-    """
+    """See the module docstring. `chain` has the recorded operations: their names, arguments and keywords."""
 
     def __init__(
         self,
-        head: nn.Module,
-        hidden: Tensor,
-        run: Callable[..., Any],
-        chain: tuple[Callable[[Tensor], Tensor], ...] = (),
-        fused: Fused | None = None,
-        root: DeferredLogits | None = None,
+        origin: Origin,
+        chain: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...],
+        fused: Fused | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
-        self._head, self._hidden, self._run, self._chain = head, hidden, run, chain
-        self._fused = Fused(hidden) if root is None else fused
-        self._root = root  # None: this one. A reference to itself would hold the hidden states until Python's GC runs
-        self._dtype: torch.dtype = hidden.dtype if root is None else root._dtype
-        self._device: torch.device = hidden.device if root is None else root._device
+        self._origin, self._chain, self._fused = origin, chain, fused
+        self._dtype, self._device = dtype, device
+        self._shape: torch.Size | None = None
         self._real: Tensor | None = None
+
+    @classmethod
+    def of(cls, origin: Origin) -> DeferredLogits:
+        hidden = origin.hidden
+        dtype = origin.modes.dtype_of(hidden)
+        return cls(origin, (), Fused(hidden), dtype, hidden.device)
 
     @property
     def is_real(self) -> bool:
@@ -71,42 +195,58 @@ class DeferredLogits:
     # -- real logits ------------------------------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
-        """The real logits, made once by the head's own call and the recorded operations."""
+        """The real logits, made once by the head's own call and the recorded operations, as the forward would have."""
         if self._real is None:
-            if self._root is None:
-                self._real = self._head(self._hidden, None)  # the second argument: now
-            else:
-                value = self._root.materialize()
-                for operation in self._chain:
-                    value = operation(value)
-                self._real = value
+            with self._origin.modes.on(self._origin.hidden):
+                value = self._origin.materialize()
+                for name, args, kwargs in self._chain:
+                    value = _OPERATIONS[name](value, *args, **kwargs)
+            self._real = value
         return self._real
+
+    def leave(self) -> None:
+        """The forward is over: from now on this only stands for its value."""
+        self._shape = self.shape
+        self._fused, origin = None, self._origin
+        if origin.stamp is None and not torch.compiler.is_compiling():
+            origin.stamp = heads.Stamp(origin.around, origin.hidden)
 
     def _then(
         self,
-        operation: Callable[[Tensor], Tensor],
         fused: Fused | None,
+        name: str,
+        *args: Any,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """The value after one more operation; real at once where the fused loss could not express it."""
-        if fused is None or self._real is not None:
-            return operation(self.materialize())
-        root = self if self._root is None else self._root
+        """The value after one more operation; real at once where the fused loss could not express it.
+
+        After the forward there is no loss any more, and casts and moves, by accelerate for one, are all that can wait.
+        """
+        waits = name == "to" if self._shape is not None else fused is not None
+        if self._real is not None or not waits:
+            return _OPERATIONS[name](self.materialize(), *args, **kwargs)
         after = DeferredLogits(
-            self._head, self._hidden, self._run, (*self._chain, operation), fused, root
+            self._origin,
+            (*self._chain, (name, args, kwargs)),
+            fused,
+            dtype or self._dtype,
+            device or self._device,
         )
-        after._dtype, after._device = dtype or self._dtype, device or self._device
+        after._shape = self._shape
         return after
 
     # -- what HF's forwards do to logits before the loss ------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
+        if self._shape is not None:
+            return self._shape
         if self._real is not None or self._fused is None:
             return self.materialize().shape
-        vocabulary: Any = self._fused.classes or self._head.out_features
-        return torch.Size((*self._fused.hidden.shape[:-1], vocabulary))
+        classes = self._fused.classes or self._origin.classes
+        return torch.Size((*self._fused.hidden.shape[:-1], classes))
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -131,10 +271,14 @@ class DeferredLogits:
 
     @property
     def requires_grad(self) -> bool:
-        return self.materialize().requires_grad
+        if self._real is not None:
+            return self._real.requires_grad
+        return self._origin.modes.grad and heads.requires_grad(
+            self._origin.around, self._origin.hidden
+        )
 
     def _cast(self, dtype: torch.dtype) -> Any:
-        return self._then(lambda t: t.to(dtype), self._fused, dtype)
+        return self._then(self._fused, "to", dtype, dtype=dtype)
 
     def float(self) -> Any:
         return self._cast(torch.float32)
@@ -143,11 +287,13 @@ class DeferredLogits:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         # accelerate moves all outputs of a model on several devices to that of its inputs
         if device is not None and device != self.device:
-            return self._then(lambda t: t.to(*args, **kwargs), self._fused, dtype, device)
+            return self._then(
+                self._fused, "to", device, dtype or self._dtype, dtype=dtype, device=device
+            )
         return self if dtype is None else self._cast(dtype)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> Any:
-        return self._then(lambda t: t.contiguous(*args, **kwargs), self._fused)
+        return self._then(self._fused, "contiguous", *args, **kwargs)
 
     def view(self, *shape: Any) -> Any:
         return self.reshape(*shape)
@@ -157,40 +303,39 @@ class DeferredLogits:
         fused = None
         if self._fused is not None and len(wanted) > 0 and wanted[-1] == self.shape[-1]:
             hidden = self._fused.hidden
-            fused = replace(self._fused, hidden=hidden.reshape(*wanted[:-1], hidden.shape[-1]))
-        return self._then(lambda t: t.reshape(wanted), fused)
+            fused = self._fused.but(hidden=hidden.reshape(*wanted[:-1], hidden.shape[-1]))
+        return self._then(fused, "reshape", wanted)
 
     def __getitem__(self, index: Any) -> Any:
         fused = None
         rows, classes = _without_classes(index, self.ndim)
         if self._fused is not None and _keeps_last_dimension(rows, self.ndim):
-            fused = replace(self._fused, hidden=self._fused.hidden[rows])
+            fused = self._fused.but(hidden=self._fused.hidden[rows])
             if classes is not None:
-                fused = replace(fused, classes=min(classes, self.shape[-1]))
-        return self._then(lambda t: t[index], fused)
+                fused = fused.but(classes=min(classes, self.shape[-1]))
+        return self._then(fused, "getitem", index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.materialize()[index] = value
 
-    def _scaled(self, factor: Any, operation: Callable[[Tensor], Tensor], inverse: bool) -> Any:
+    def _scaled(self, name: str, factor: Any) -> Any:
         fused = None
         if self._fused is not None and isinstance(factor, (int, float)) and factor > 0:
-            by = 1 / factor if inverse else factor
+            by = 1 / factor if name == "div" else factor
             if self._fused.in_tanh:  # by * tanh(scale * logits) = softcap_by(by * scale * logits)
-                fused = replace(
-                    self._fused, softcap=by, scale=self._fused.scale * by, in_tanh=False
-                )
+                scale = self._fused.scale * by
+                fused = self._fused.but(softcap=by, scale=scale, in_tanh=False)
             elif self._fused.softcap is None:
-                fused = replace(self._fused, scale=self._fused.scale * by)
-        return self._then(operation, fused)
+                fused = self._fused.but(scale=self._fused.scale * by)
+        return self._then(fused, name, factor)
 
     def __mul__(self, factor: Any) -> Any:
-        return self._scaled(factor, lambda t: t * factor, inverse=False)
+        return self._scaled("mul", factor)
 
     __rmul__ = mul = __mul__
 
     def __truediv__(self, factor: Any) -> Any:
-        return self._scaled(factor, lambda t: t / factor, inverse=True)
+        return self._scaled("div", factor)
 
     div = true_divide = __truediv__
 
@@ -198,8 +343,8 @@ class DeferredLogits:
         fused = self._fused
         if fused is not None:
             capped = fused.softcap is not None or fused.in_tanh
-            fused = None if capped else replace(fused, in_tanh=True)
-        return self._then(torch.tanh, fused)
+            fused = None if capped else fused.but(in_tanh=True)
+        return self._then(fused, "tanh")
 
     # -- the loss ---------------------------------------------------------------------------------------------------
 
@@ -214,27 +359,21 @@ class DeferredLogits:
         label_smoothing: Any = 0.0,  # `float` is a method here
     ) -> Tensor:
         """`torch.nn.functional.cross_entropy(self, target, ...)`."""
-        fused = self._fused
+        fused, origin = self._fused, self._origin
+        plain = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         if (
             self._real is not None
             or fused is None
+            or origin.call is None
             or fused.in_tanh
             or fused.hidden.ndim != 2
             or target.ndim != 1
             or target.is_floating_point()
             or size_average is not None
             or reduce is not None
+            or (origin.called and heads.runs_once(origin.around))
         ):
-            return F.cross_entropy(
-                self.materialize(),
-                target,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                label_smoothing,
-            )
+            return F.cross_entropy(self.materialize(), target, *plain)
         arguments = {
             "ce_weight": weight,
             "ignore_index": ignore_index,
@@ -242,8 +381,22 @@ class DeferredLogits:
             "label_smoothing": label_smoothing,
             "softcap": fused.softcap,
         }
-        request = LossRequest(target, fused, arguments, self._run)
-        return self._head(fused.hidden, request).to(self.device, self.dtype)
+        request = LossRequest(target, fused, arguments, origin.call.fused_loss)
+        origin.called = True
+        with origin.modes.with_grad_of_now().on(origin.hidden):
+            result = heads.loss_of(origin.around, fused.hidden, request)
+            if (
+                request.refused is not None
+            ):  # the rows are chosen already; the rest acts on each element
+                origin.call.refuse(request.refused)
+                for name, args, kwargs in self._chain:
+                    if name in _ELEMENTWISE:
+                        result = _ELEMENTWISE[name](result, *args, **kwargs)
+                return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        # as the loss of real logits: autocast computes it in float32
+        autocast = Modes.now(self.device.type).autocast
+        wide = self.dtype.itemsize < 4 and autocast is not None
+        return result.to(self.device, torch.float32 if wide else self.dtype)
 
     @classmethod
     def __torch_function__(
@@ -267,7 +420,7 @@ class DeferredLogits:
         return getattr(self.materialize(), name)
 
     def __repr__(self) -> str:
-        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}; .materialize() makes them)"
+        return f"<logits of shape {tuple(self.shape)}, {self.dtype}, made when they are read>"
 
 
 _FUNCTIONS = {

@@ -18,6 +18,10 @@ class Option:
     help: str
 
 
+#: what a caller may get in the place of logits that were fused with the loss
+LOGITS = ("lazy", "none", "real")
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchOptions:
     """The keyword arguments of `liger_kernel.patch`, checked.
@@ -28,6 +32,8 @@ class PatchOptions:
         memory_budget: bytes for the slab of logits; an alternative to `chunk_size`.
         accum_dtype: dtype in which the gradient of the head's weight is accumulated; default: chosen by chunk count.
         strict: raise ValueError if nothing at all could be replaced.
+        logits: what `output.logits` is where the loss was fused. "lazy": a tensor that is computed when it is read, in
+            the modes and with the weights of the forward; "none": None; "real": computed in the forward.
     """
 
     enabled: frozenset[str] = frozenset()
@@ -35,6 +41,7 @@ class PatchOptions:
     memory_budget: int | None = None
     accum_dtype: torch.dtype | None = None
     strict: bool = False
+    logits: str = "lazy"
 
     def __post_init__(self) -> None:
         if {"cross_entropy", "fused_linear_cross_entropy"} <= self.enabled:
@@ -47,6 +54,8 @@ class PatchOptions:
                 f"chunk_size={self.chunk_size} and memory_budget={self.memory_budget} both set the size "
                 "of the slab of logits; pass one of them."
             )
+        if self.logits not in LOGITS:
+            raise ValueError(f"logits={self.logits!r} is none of {', '.join(map(repr, LOGITS))}.")
 
     @classmethod
     def of(cls, options: Iterable[Option], **given: Any) -> PatchOptions:

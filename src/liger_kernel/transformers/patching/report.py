@@ -34,6 +34,11 @@ class PatchReport:
         default=None, init=False, repr=False, compare=False
     )
 
+    #: why rows that may become untrue are, or None, by their kind and path: functions that can be pickled
+    checks: dict[tuple[str, str], Callable[[], str | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
     @property
     def replaced(self) -> list[Row]:
         return [row for row in self.rows if row.by is not None]
@@ -42,15 +47,29 @@ class PatchReport:
     def skipped(self) -> list[Row]:
         return [row for row in self.rows if row.by is None]
 
-    def add(self, kind: str, path: str, by: str | None = None, reason: str = "") -> None:
-        self.rows.append(Row(kind, path, by, reason))
+    def add(
+        self,
+        kind: str,
+        path: str,
+        by: str | None = None,
+        reason: str = "",
+        check: Callable[[], str | None] | None = None,
+    ) -> None:
+        """One more row; `check` says later why it is not true, if it is not."""
+        self._told.append(Row(kind, path, by, reason))
+        if check is not None:
+            self.checks[kind, path] = check
 
-    def retract(self, kind: str, reason: str) -> None:
-        """What was replaced turned out not to run: its rows say why from now on."""
-        self.rows = [
-            Row(kind, row.path, reason=reason) if row.kind == kind and row.by else row
-            for row in self.rows
-        ]
+    def _now(self, row: Row) -> Row:
+        check = self.checks.get((row.kind, row.path))
+        reason = check() if check is not None else None
+        return row if reason is None else Row(row.kind, row.path, reason=reason)
+
+    def _current(self) -> list[Row]:
+        return [self._now(row) for row in self._told]
+
+    def _tell(self, rows: list[Row]) -> None:
+        self._told = rows
 
     def savings(self, batch: int, seq: int) -> int:
         """Bytes that the fused loss takes off the peak memory of a training step on `batch` x `seq` tokens on a GPU.
@@ -96,6 +115,10 @@ class PatchReport:
         for line in self._lines():
             table.add_row(*map(escape, line), style="dim" if "(skipped" in line[3] else None)
         return table
+
+
+# what the rows say is compared with the model whenever they are read; a dataclass has no other place for a property
+PatchReport.rows = property(PatchReport._current, PatchReport._tell)  # type: ignore[assignment]
 
 
 def _grouped(rows: list[Row]) -> Iterator[tuple[tuple[str, str, str | None, str], int]]:

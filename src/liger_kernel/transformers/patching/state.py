@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from liger_kernel.transformers.patching.mixins import Mixin, mixed, set_class, without
 from liger_kernel.transformers.patching.options import PatchOptions
 from liger_kernel.transformers.patching.report import PatchReport
 
@@ -22,21 +23,35 @@ KEY = "_liger_state"
 
 @dataclass
 class Change:
-    """`owner.name` was `before` (MISSING: it was not there)."""
+    """`owner.name` was `before` and became `value` (MISSING: it is not there)."""
 
     owner: Any
     name: str
     before: Any
+    value: Any
+
+    def is_in_place(self) -> bool:
+        """A class stays ours beneath those that FSDP2 and parametrisations make of it."""
+        return self.name == "__class__" or _same(
+            self.owner.__dict__.get(self.name, MISSING), self.value
+        )
 
     def revert(self) -> None:
+        """Put back what was there, unless somebody else has changed it since: that stays."""
+        attributes = self.owner.__dict__
         if self.name == "__class__":
             if not is_replaced(self.owner):  # what a hook left is of the class that goes
-                self.owner.__dict__.pop("forward", None)
-            self.owner.__class__ = self.before
-        elif self.before is MISSING or self.before == MISSING:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self.owner.__dict__[self.name] = self.before
+                attributes.pop("forward", None)
+            set_class(self.owner, without(type(self.owner)))
+        elif _same(attributes.get(self.name, MISSING), self.value):
+            if _same(self.before, MISSING):
+                attributes.pop(self.name, None)
+            else:
+                attributes[self.name] = self.before
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str) and isinstance(other, str) and one == other)
 
 
 @dataclass
@@ -54,15 +69,23 @@ class State:
 
     def set(self, owner: nn.Module, name: str, value: Any) -> None:
         """Set an instance attribute, past `nn.Module.__setattr__`."""
-        self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING)))
+        self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING), value))
         owner.__dict__[name] = value
 
-    def set_class(self, owner: nn.Module, cls: type) -> None:
-        """Another class for a module whose `forward` is that of its class."""
-        if "forward" in owner.__dict__:  # left by a hook
-            self.changes.append(Change(owner, "forward", owner.__dict__.pop("forward")))
-        self.changes.append(Change(owner, "__class__", type(owner)))
-        owner.__class__ = cls
+    def mix(self, owner: nn.Module, mixin: type[Mixin]) -> None:
+        """A class with `mixin` for a module whose `forward` is that of its class."""
+        if not is_replaced(owner) and "forward" in owner.__dict__:  # left by a hook
+            left = owner.__dict__.pop("forward")
+            self.changes.append(Change(owner, "forward", left, MISSING))
+        self.changes.append(Change(owner, "__class__", MISSING, MISSING))
+        set_class(owner, mixed(mixin, type(owner)))
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has put anything else in the place of ours."""
+        standing = (getattr(handle, "is_in_place", None) for handle in self.handles)
+        return all(check() for check in standing if check) and all(
+            change.is_in_place() for change in self.changes
+        )
 
     def revert(self) -> None:
         for handle in self.handles:

@@ -1,0 +1,372 @@
+"""The forward of a model whose loss is fused: HF's own, with its head armed.
+
+It stands in the place of the model's `forward` attribute, so that `model(...)` and `model.forward(...)` are the same,
+and it ends on every way out of HF's forward, KeyboardInterrupt included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernel.backends import is_capturing
+from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.transformers import functional
+from liger_kernel.transformers.outputs import with_metrics
+from liger_kernel.transformers.patching import heads
+from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest, Modes, Origin
+from liger_kernel.transformers.patching.heads import running
+from liger_kernel.transformers.patching.lazy import lazy
+from liger_kernel.transformers.patching.options import LOSS_OPTIONS
+from liger_kernel.transformers.patching.state import State, is_replaced
+
+#: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
+METRICS = ("return_token_accuracy", "return_predicted_tokens")
+CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS)
+KEY = "_liger_loss"  # where the FusedForward of a model hangs
+
+
+@dataclass(eq=False)
+class ForwardCall:
+    """One running forward of a patched model."""
+
+    site: FusedForward
+    armed: bool
+    skip_logits: bool | None
+    loss_options: dict[str, Any]
+    around: tuple[nn.Module, ...] = ()  # its heads, as they are now
+    label_count: LabelCount | None = None
+    origins: list[Origin] = field(default_factory=list)
+    fused: bool = False
+    obstructed: bool = False  # by something that the report sees by itself
+    refused: str | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    # -- asked by the heads -----------------------------------------------------------------------------------------
+
+    def takes(self, around: Any, hidden: Any) -> bool:
+        """Whether this call of `around` shall not be carried out now."""
+        if not self.armed or not any(around is mine for mine in self.around):
+            return False
+        obstacle = heads.obstacle(around)
+        if obstacle is not None:
+            self.obstructed = True
+        elif not heads.is_plain(hidden):
+            self.refuse(f"its input is a {type(hidden).__name__}")
+        elif self.site.logits == "real" and heads.runs_once(around):
+            self.refuse('logits="real", and FSDP1 runs its unit once')
+        else:
+            return True
+        return False
+
+    def refuse(self, reason: str) -> None:
+        self.refused = reason
+
+    def defer(self, around: Any, hidden: Tensor) -> DeferredLogits:
+        modes = Modes.now(hidden.device.type)
+        classes = heads.leaves(around)[0].out_features
+        origin = Origin(around, hidden, modes, self, cast(int, classes))
+        self.origins.append(origin)
+        return DeferredLogits.of(origin)
+
+    def fused_loss(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
+    ) -> Tensor:
+        """Called from inside the head's forward, where its weight is whole."""
+        self.fused, fused = True, request.fused
+        if fused.classes is not None:
+            weight, bias = weight[: fused.classes], None if bias is None else bias[: fused.classes]
+        if fused.scale != 1.0:
+            hidden = hidden * fused.scale
+            bias = None if bias is None else bias * fused.scale
+        result = functional.liger_fused_linear_cross_entropy(
+            hidden,
+            weight,
+            request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
+            bias,
+            **request.arguments,
+            **self.loss_options,
+            label_count=self._count_for(request),
+        )
+        if not isinstance(result, functional.CrossEntropyOutput):
+            return result
+        for name in ("token_accuracy", "predicted_tokens"):
+            value = getattr(result, name)
+            if value is not None:
+                self.metrics[name] = value
+        return result.loss
+
+    def _count_for(self, request: LossRequest) -> LabelCount | None:
+        """The count of this call's labels, where what the loss is given can only be fewer of them."""
+        count = self.label_count
+        if count is None or request.target.numel() > count.size:
+            return None
+        return count if request.arguments["ignore_index"] == count.ignore_index else None
+
+    # -- the way out ------------------------------------------------------------------------------------------------
+
+    def finish(self, output: Any) -> Any:
+        """HF's output without deferred objects, and with the metrics."""
+        if self.metrics and isinstance(output, tuple):
+            output = (*output, *self.metrics.values())
+        elif self.metrics and hasattr(output, "to_tuple"):
+            output = with_metrics(output, **self.metrics)
+        return self._outside(output) if self.origins else output
+
+    def close(self) -> None:
+        """Nothing may refer to this call any more: that would be a cycle, and keep hidden states until Python's GC."""
+        origins, self.origins = self.origins, []
+        for origin in origins:
+            origin.call = origin.logits = None
+
+    def verdict(self) -> str | None:
+        """Why the loss was not fused."""
+        if self.fused or self.obstructed or self.refused is not None:
+            return self.refused
+        if any(origin.called for origin in self.origins):
+            return "its forward needs real logits before the loss"
+        return None if self.origins else "its forward computes a loss without calling it"
+
+    def _value(self, deferred: DeferredLogits, may_wait: bool) -> Any:
+        """What the caller gets in the place of deferred logits."""
+        skipped = self.skip_logits or (self.skip_logits is None and self.site.model.training)
+        if self.site.logits == "none" and skipped and self.fused:
+            return None
+        if not may_wait or not skipped or self.site.logits == "real" or deferred.is_real:
+            return deferred.materialize()
+        deferred.leave()
+        return deferred
+
+    def _outside(self, value: Any, top: bool = True) -> Any:
+        """`value` with real logits, or those that an output of HF makes later; containers keep their types."""
+        if type(value) is DeferredLogits:
+            return value.materialize() if top else self._value(value, may_wait=False)
+        if isinstance(value, dict) and hasattr(value, "to_tuple"):
+            return self._output(value)
+        if isinstance(value, tuple):
+            items = [self._outside(item, top=False) for item in value]
+            if all(map(operator.is_, items, value)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, (dict, list)):
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                outside = self._outside(item, top=False)
+                if outside is not item:
+                    value[key] = outside
+        elif dataclasses.is_dataclass(value) or (top and not isinstance(value, Tensor)):
+            for name, item in list(getattr(value, "__dict__", {}).items()):
+                outside = self._outside(item, top=False)
+                if outside is not item:
+                    object.__setattr__(value, name, outside)
+        return value
+
+    def _output(self, output: Any) -> Any:
+        """An output of HF, rebuilt only where torch.compile has to see it."""
+        waiting, changed = False, {}
+        for name, item in output.items():
+            if type(item) is DeferredLogits:
+                outside = self._value(item, may_wait=True)
+                waiting = waiting or outside is item
+            else:
+                outside = self._outside(item, top=False)
+            if outside is not item:
+                changed[name] = outside
+        gone = any(outside is None for outside in changed.values())
+        if gone or (changed and torch.compiler.is_compiling()):
+            output = type(output)(**{**dict(output.items()), **changed})
+        else:
+            for name, outside in changed.items():
+                output[name] = outside
+        return lazy(output) if waiting else output
+
+
+@dataclass(eq=False)
+class FusedForward:
+    """What `patch` knows of one model that calls a head and computes a loss; hangs on that model, by KEY."""
+
+    model: nn.Module
+    state: State | None  # None once it is taken back
+    paths: tuple[str, ...]  # of its heads, as the model calls them
+    beneath: Any = None  # a `forward` that the instance had before
+    reason: str | None = None  # why its last forward did not fuse
+
+    @property
+    def logits(self) -> str:
+        return cast(State, self.state).options.logits
+
+    def install(self) -> None:
+        attributes = self.model.__dict__
+        for around in self.around():
+            heads.adopt(around, cast(State, self.state))
+        attributes[KEY] = self
+        if leads_here(attributes.get("forward")):
+            return
+        if is_replaced(self.model):
+            self.beneath = attributes["forward"]
+        attributes["forward"] = BoundForward(self)
+        attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
+
+    def remove(self) -> None:
+        """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
+        attributes = self.model.__dict__
+        for name in (KEY, "_replicate_for_data_parallel"):
+            attributes.pop(name)
+        if is_ours(attributes.get("forward")):
+            del attributes["forward"]
+            if self.beneath is not None:
+                attributes["forward"] = self.beneath
+        self.state = None
+
+    def around(self) -> tuple[nn.Module, ...]:
+        return tuple(operator.attrgetter(path)(self.model) for path in self.paths)
+
+    def is_in_place(self) -> bool:
+        attributes = self.model.__dict__
+        return leads_here(attributes.get("_old_forward", attributes.get("forward")))
+
+    def verdict(self, path: str) -> str | None:
+        """Why the loss of this head is not fused as things are now; None if it is."""
+        if self.state is None:
+            return "the patch was taken back"
+        if not self.is_in_place():
+            return "the forward of its model was replaced after patching"
+        try:
+            around = operator.attrgetter(path)(self.model)
+        except AttributeError:
+            return "it is not there any more"
+        return heads.obstacle(around) or self.reason
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ForwardCall, Any]:
+        """The call, and the keyword arguments for HF's forward."""
+        model: Any = self.model
+        given = {name: kwargs.pop(name) for name in CALL_OPTIONS if name in kwargs}
+        skip_logits = given.pop("skip_logits", None)
+        labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
+        if labels is None:
+            at = _position_of_labels(cast(Any, type(model)))
+            labels = args[at] if at is not None and at < len(args) else None
+        if labels is None and shift_labels is not None:
+            # HF's forward asks only `labels` whether to compute a loss
+            kwargs["labels"] = labels = shift_labels
+        wanted = {name: value for name, value in given.items() if value}
+        # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing
+        # and `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` still.
+        asked = model.training if skip_logits is None else bool(skip_logits)
+        if labels is None or not (wanted or asked):
+            return ForwardCall(self, False, skip_logits, wanted), kwargs
+        state = cast(State, self.state)
+        for name in LOSS_OPTIONS:
+            value = getattr(state.options, name)
+            if value is not None:
+                wanted[name] = value
+        call = ForwardCall(self, True, skip_logits, wanted, self.around())
+        for around in call.around:
+            if not isinstance(around, heads.Intercepted):
+                heads.adopt(around, state)
+        same = shift_labels is None or shift_labels is labels
+        if same and _may_count(labels):
+            call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
+        return call, kwargs
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the model; once the patch is taken back, HF's."""
+        model: Any = self.model
+        beneath = self.beneath or functools.partial(type(model).forward, model)
+        if self.state is None:
+            return beneath(*args, **kwargs)
+        call, kwargs = self.begin(args, kwargs)
+        running.calls.append(call)
+        try:
+            output = beneath(*args, **kwargs)
+            if call.armed:
+                output, self.reason = call.finish(output), call.verdict()
+            return output
+        finally:
+            running.calls.pop()
+            call.close()
+
+
+class BoundForward:
+    """The `forward` of a patched model. It looks like a method, which accelerate takes apart and puts together again.
+
+    It has no `__wrapped__`: accelerate would follow that to HF's forward.
+    """
+
+    def __init__(self, site: FusedForward):
+        self.site, self.__self__ = site, site.model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.site.run(*args, **kwargs)
+
+    @property
+    def __func__(self) -> Any:
+        return function_of(cast(Any, type(self.__self__)))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.__self__).forward.__get__(self.__self__))
+
+    def __repr__(self) -> str:
+        return f"<fused {self.__func__.__qualname__} of {type(self.__self__).__name__}>"
+
+
+@functools.cache
+def function_of(cls: Any) -> Callable[..., Any]:
+    """The function of that method: a forward of any model of a class, patched or not."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: FusedForward | None = self.__dict__.get(KEY)
+        if site is None:
+            return cls.forward(self, *args, **kwargs)
+        return site.run(*args, **kwargs)
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(forward, name, getattr(cls.forward, name))
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    forward._liger = True  # type: ignore[attr-defined]
+    return forward
+
+
+def is_ours(forward: Any) -> bool:
+    """Whether `forward` fuses, with nothing around it: ours, or a method that was made of ours."""
+    if isinstance(forward, BoundForward):
+        return forward.site.state is not None
+    return hasattr(forward, "_liger") and not hasattr(forward, "__wrapped__")
+
+
+def leads_here(forward: Any) -> bool:
+    """Whether `forward` is ours, or a decorator around ours that says so."""
+    while not is_ours(forward):
+        forward = getattr(forward, "__wrapped__", None)
+        if forward is None:
+            return False
+    return True
+
+
+def _replica(model: Any) -> Any:
+    """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
+    replica = type(model)._replicate_for_data_parallel(model)
+    for name in (KEY, "forward", "_replicate_for_data_parallel"):
+        replica.__dict__.pop(name)
+    return replica
+
+
+@functools.cache
+def _position_of_labels(cls: Any) -> int | None:
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return names.index("labels") if "labels" in names else None
+
+
+def _may_count(labels: Tensor) -> bool:
+    """A compiled or a captured graph is the same for every number of labels, and a DTensor holds only some of them."""
+    if torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return False
+    return not is_capturing(labels.device)

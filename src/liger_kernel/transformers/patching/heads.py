@@ -1,0 +1,284 @@
+"""The head: where it is, what lies around it, and whether the fused loss may take its place in a call.
+
+A model calls whatever lies at the head's path at that moment: a Linear, a unit of FSDP around it, a wrapper of PEFT.
+That is the outermost callable, `around` here. It alone is asked for the loss, so that all that lies between runs once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from liger_kernel.transformers.patching.mixins import Mixin, register
+from liger_kernel.transformers.patching.state import State, beneath_hooks
+
+_LINEAR = nn.Linear.forward
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
+#: whose hooks gather, move or count, and never change what a module computes
+_FRIENDS = (
+    "torch.distributed.fsdp.", "torch.distributed._composable.", "torch.distributed._tools.",
+    "torch.nn.parallel.", "torch.utils.module_tracker", "deepspeed.", "accelerate.", "peft.",
+)  # fmt: skip
+_SHARDING = ("torch.distributed.fsdp.", "torch.distributed._composable.")
+#: the child that a wrapper calls in its own place; PEFT has one for each state
+_WRAPPED = (
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_orig_mod",
+    "original_module",
+    "modules_to_save",
+)
+
+
+class _Running(threading.local):
+    """The forwards of patched models that run in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+
+running = _Running()
+
+
+class Intercepted(Mixin):
+    """Mixed into the class of what lies around a head: hands on deferred logits while its model is armed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls = running.calls
+        if calls and len(args) == 1 and not kwargs and calls[-1].takes(self, args[0]):
+            return calls[-1].defer(self, args[0])
+        if not isinstance(
+            self, Intercepted
+        ):  # torch.compile holds this method when the class is gone
+            return type(self).__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class FusedHead(Intercepted):
+    """Mixed into the class of a Linear onto the vocabulary: computes the loss in place of logits on request."""
+
+    prefix = "Liger"
+
+    def forward(self, hidden: Tensor, request: Any = None) -> Tensor:
+        head: Any = self
+        if request is None:
+            return _LINEAR(
+                head, hidden
+            )  # not `super()`: somebody may hold this method when the class is gone
+        # a DTensor may still be one here: what `request.refused` says makes the caller take these logits
+        if not (is_plain(head.weight) and is_plain(hidden)):
+            request.refused = f"its weight is a {type(head.weight).__name__} inside of its own call"
+            return _LINEAR(head, hidden)
+        return request.run(hidden, head.weight, head.bias, request)
+
+
+@register
+class LigerLMHead(FusedHead, nn.Linear):
+    """The usual head; a class of its own so that a patched model can be pickled."""
+
+
+def logits_of(around: Any, hidden: Tensor) -> Tensor:
+    """What the model would get from a call, hooks included: ours hands on nothing here."""
+    if isinstance(around, Intercepted):
+        return super(Intercepted, around).__call__(hidden)  # type: ignore[misc]
+    return around(hidden)
+
+
+def loss_of(around: Any, hidden: Tensor, request: Any) -> Tensor:
+    """The one call of this head in a step; a head that was compiled on its own has nothing to compile here."""
+    return around._modules.get("_orig_mod", around)._call_impl(hidden, request)
+
+
+# -- what lies around --------------------------------------------------------------------------------------------------
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleDict) or any(name in module._modules for name in _WRAPPED)
+
+
+def parts(around: nn.Module) -> list[nn.Module]:
+    """Everything from the outermost callable to the Linears."""
+    return list(around.modules()) if around._modules else [around]
+
+
+def leaves(around: nn.Module) -> list[nn.Module]:
+    return [m for m in parts(around) if isinstance(m, nn.Linear)]
+
+
+@beneath_hooks
+def adopt(around: nn.Module, state: State) -> None:
+    """Let `around` hand on deferred logits, and the Linears in it compute the loss."""
+    for module in parts(around):
+        linear = computes_linear(module)
+        mixin = FusedHead if linear else Intercepted if module is around else None
+        if mixin is not None and not isinstance(module, mixin):
+            state.mix(module, mixin)
+
+
+def runs_once(around: nn.Module) -> bool:
+    """FSDP1 reduces the gradient of a unit's first call in a step only."""
+    return any("_fsdp_wrapped_module" in module._modules for module in parts(around))
+
+
+def requires_grad(around: nn.Module, hidden: Tensor) -> bool:
+    return hidden.requires_grad or any(p.requires_grad for p in around.parameters())
+
+
+class Stamp:
+    """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
+
+    Fused optimizers and DeepSpeed write past the version counter of autograd, so some elements of each row of a weight
+    that may be trained are kept as well.
+    """
+
+    def __init__(self, around: nn.Module, hidden: Tensor):
+        weights = [
+            t for leaf in leaves(around) for t in (_weight(leaf), leaf.bias) if t is not None
+        ]
+        self._facts = [_facts(t) for t in (hidden, *weights)]
+        self._samples = [_sample(_shard(t)) for t in weights if t.requires_grad]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stamp) or self._facts != other._facts:
+            return False
+        return all(map(torch.equal, self._samples, other._samples))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _sample(shard: Tensor) -> Tensor:
+    held = is_plain(shard) and shard.is_contiguous() and not shard.is_meta
+    if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
+        return torch.empty(0)
+    step = max(shard.numel() >> 18, 29)
+    return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
+
+
+def _shard(t: Any) -> Any:
+    """The part that is here, of a DTensor and of ZeRO-3."""
+    t = getattr(t, "ds_tensor", t)
+    return getattr(t, "_local_tensor", t)
+
+
+def _facts(t: Any) -> Any:
+    shard = _shard(t)
+    versions = tuple(None if x.is_inference() else x._version for x in (t, shard))
+    return versions, t.dtype, t.device, shard.data_ptr() if is_plain(shard) else 0
+
+
+def is_whole(around: nn.Module) -> bool:
+    """Whether a call finds the weight: at its place, or by hooks of this head's own that gather it."""
+    modules = parts(around)
+    if runs_once(around) or any(m.__dict__[kind] for m in modules for kind in _HOOKS):
+        return True
+    if any("_hf_hook" in m.__dict__ for m in modules):
+        return True
+    return all(
+        is_plain(w) and w.ndim == 2 and w.untyped_storage().nbytes() >= w.nbytes
+        for w in map(_weight, leaves(around))
+    )
+
+
+def is_alive(hidden: Tensor) -> bool:
+    """Whether the graph behind the output of compiled code is there, with the weights as they were in it."""
+    node = hidden.grad_fn
+    while node is not None and not hasattr(type(node), "saved_tensors"):
+        node = node.next_functions[0][0] if node.next_functions else None
+    try:
+        return node is None or node.saved_tensors is not None  # type: ignore[attr-defined]
+    except RuntimeError:  # freed by a backward, or written to
+        return False
+
+
+def _weight(head: Any) -> Any:
+    """FSDP1 may keep it outside of the table of parameters."""
+    return head._parameters.get("weight", head.__dict__.get("weight"))
+
+
+def computes_linear(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) in (_LINEAR, FusedHead.forward)
+
+
+def is_plain(t: Any) -> bool:
+    """A tensor that is what it looks like: no DTensor, none of torchao's, and not bitsandbytes'."""
+    return type(t) in (Tensor, nn.Parameter) or (
+        isinstance(t, torch._subclasses.FakeTensor) and not hasattr(t, "quant_state")
+    )
+
+
+def obstacle(around: nn.Module) -> str | None:
+    """Why the fused loss cannot take the place of this head now; None if it can. Looked at in every call."""
+    if isinstance(around, nn.ModuleList):
+        return f"{len(around)} heads, whose logits are joined before the loss"
+    for hooks in _GLOBAL_HOOKS:
+        for hook in hooks.values():
+            if not _home(hook).startswith(_FRIENDS):
+                return f"a hook of {_home(hook)} on all modules has to see its logits"
+    sharded = False
+    for module in parts(around):
+        attributes = module.__dict__
+        compiled = "_orig_mod" in attributes["_modules"]
+        for kind in _HOOKS:
+            for hook in attributes[kind].values():
+                home = _home(hook)
+                if compiled or not home.startswith(_FRIENDS):
+                    return f"a hook of {home} has to see its logits"
+                sharded = sharded or home.startswith(_SHARDING)
+        if module is not around and (compiled or attributes.get("_compiled_call_impl")):
+            return "it is compiled on its own, within something else"
+        reason = None if is_wrapper(module) else _unsuitable(module, sharded)
+        reason = reason or (None if compiled else _of_its_forward(module))
+        if reason is not None:
+            return reason
+    return None
+
+
+def _unsuitable(head: nn.Module, sharded: bool) -> str | None:
+    if "parametrizations" in head._modules:
+        return "its weight is parametrised"
+    if not computes_linear(head):
+        if any("lora" in name for name, _ in head.named_parameters()):
+            return "an adapter adds to its output"
+        return f"{type(head).__name__} does not compute a plain linear map"
+    weight = _weight(head)
+    if weight is None or hasattr(weight, "quant_state"):
+        return "its weight is not a plain parameter"
+    if not is_plain(weight) and not (sharded and type(weight).__name__ == "DTensor"):
+        return f"its weight is a {type(weight).__name__}"
+    return None
+
+
+def _of_its_forward(module: nn.Module) -> str | None:
+    """A `forward` of the instance is somebody's, but for that of accelerate, whose hooks move tensors."""
+    attributes = module.__dict__
+    own = attributes.get("forward")
+    if own is None:
+        return None
+    if "_hf_hook" in attributes and "_old_forward" in attributes:
+        own, hook = attributes["_old_forward"], attributes["_hf_hook"]
+        for one in getattr(hook, "hooks", (hook,)):
+            if not type(one).__module__.startswith(_FRIENDS):
+                return f"a hook of {type(one).__module__} has to see its logits"
+    if getattr(own, "__func__", None) is not type(module).forward:
+        return "its forward was already replaced by someone else"
+    return None
+
+
+def _home(hook: Any) -> str:
+    """The module that defines a hook, beneath partials, methods and decorators."""
+    while True:
+        if isinstance(hook, functools.partial):
+            hook = hook.func
+        elif hasattr(hook, "__wrapped__"):
+            hook = hook.__wrapped__
+        elif hasattr(hook, "__func__"):
+            hook = hook.__func__
+        else:
+            break
+    return f"{getattr(hook, '__module__', None) or type(hook).__module__}"
