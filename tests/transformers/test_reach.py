@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
+from tests.transformers.here import stock_can
 from tests.transformers.steps import unrounded
 from tests.transformers.tiny import batch, build
 
@@ -45,6 +46,7 @@ def test_meta_tensors(model_type: str) -> None:
         made = type(moved)(moved.config).to(torch.bfloat16)
     assert not liger_kernel.patch(made).skipped
     inputs = {name: t.to("meta") for name, t in batch().items() if name != "attention_mask"}
+    stock_can("meta tensors", lambda: build(model_type, torch.bfloat16).to("meta")(**inputs))
     for model in (moved.to("meta"), made):
         check_step(model, inputs)
 
@@ -84,7 +86,9 @@ def test_jit_trace(model_type: str, state: str) -> None:
     stock, patched = (Called(build(model_type)).train("train" in state) for _ in range(2))
     liger_kernel.patch(patched.model)
     with_labels = "labels" in state
-    traced = torch.jit.trace(patched, (ids, labels) if with_labels else (ids,))
+    arguments = (ids, labels) if with_labels else (ids,)
+    stock_can("trace", lambda: torch.jit.trace(stock, arguments))
+    traced = torch.jit.trace(patched, arguments)
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)
