@@ -84,7 +84,13 @@ def _torch_layer_norm(o: Options) -> Function:
 
 
 def _torch_group_norm(o: Options) -> Function:
-    return lambda x, weight, bias: F.group_norm(x, o["num_groups"], weight, bias, o["eps"])
+    def norm(x: Any, weight: Any, bias: Any) -> Any:
+        ones = (
+            torch.ones_like(x[0, :, 0]) if weight is None else weight
+        )  # its backward fails without one
+        return F.group_norm(x, o["num_groups"], ones.flatten()[: x.shape[1]], bias, o["eps"])
+
+    return norm
 
 
 def _torch_softmax(o: Options) -> Function:

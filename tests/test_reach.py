@@ -77,7 +77,7 @@ def of_op(spec: OpSpec, case: OpCase) -> Call:
         partial(spec.function, **case.options),
         lambda seed: list(case.inputs(Make(torch.float32, seed=seed))),
         tuple(i for i in spec.differentiable if inputs[i] is not None),
-        (*spec.outputs_without_grad, *case.outputs_without_grad),
+        (*spec.outputs_without_grad, *case.unused),
     )
 
 

@@ -153,6 +153,8 @@ class Stamp:
 
 
 def _sample(shard: Tensor) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return torch.empty(0)
     held = is_plain(shard) and shard.is_contiguous() and not shard.is_meta
     if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
         return torch.empty(0)
@@ -166,10 +168,16 @@ def _shard(t: Any) -> Any:
     return getattr(t, "_local_tensor", t)
 
 
+def _pointer(shard: Any) -> int:
+    """Where it lies; tensors within a transform of torch.func cannot tell."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return 0 if transformed or not is_plain(shard) else int(shard.data_ptr())
+
+
 def _facts(t: Any) -> Any:
     shard = _shard(t)
     versions = tuple(None if x.is_inference() else x._version for x in (t, shard))
-    return versions, t.dtype, t.device, shard.data_ptr() if is_plain(shard) else 0
+    return versions, t.dtype, t.device, _pointer(shard)
 
 
 def is_whole(around: nn.Module) -> bool:
