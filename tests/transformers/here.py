@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
+import torch
 import transformers
+from packaging.version import Version
 
 from tests.transformers.zoo import build, releases
+
+#: before that in its constructor: what `model_init` makes later stays HF's, and what TRL says later comes too late
+TRAINER_PATCHES_AT_TRAIN = Version(transformers.__version__) >= Version("5.5")
 
 
 def lacks(what: str) -> NoReturn:
     pytest.skip(f"transformers {transformers.__version__} has no {what}")
+
+
+def stock_can(what: str, run: Callable[[], object]) -> None:
+    """Skips where HF's own code cannot do it; on the release that the pages are about it must."""
+    try:
+        run()
+    except RuntimeError as error:
+        if transformers.__version__ == releases.DOCUMENTED:
+            raise
+        lacks(f"{what} with torch {torch.__version__}: {error}")
 
 
 def modeling(family: str) -> Any:

@@ -26,7 +26,6 @@ from tests.transformers.steps import fused
 from tests.transformers.tiny import batch, build
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-HAS_FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
 
 
 def averaged_gradients(dtype: torch.dtype, **overrides: Any) -> dict[str, torch.Tensor]:
@@ -125,7 +124,7 @@ def lacking(wrap: Callable[[nn.Module], nn.Module]) -> str:
     """What this machine lacks for it, if anything."""
     if wrap is zero3 and not HAS_DEEPSPEED:
         return "deepspeed is not installed"
-    if wrap in (fsdp2, fsdp2_head_apart) and not HAS_FSDP2_ON_CPU:
+    if wrap in (fsdp2, fsdp2_head_apart) and not ranks.HAS_FSDP2_ON_CPU:
         return f"torch {torch.__version__} has no fully_shard on the CPU"
     return ""
 

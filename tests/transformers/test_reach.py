@@ -15,20 +15,13 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
+from tests.transformers.here import stock_can
 from tests.transformers.steps import unrounded
 from tests.transformers.tiny import batch, build
 
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 FAMILIES = ["gemma2", "llama", "qwen3"]
 families = pytest.mark.parametrize("model_type", FAMILIES)
-
-
-def or_skip(stock: Callable[[], Any]) -> None:
-    """What HF's own code cannot do here, as on the meta device with torch 2.6, a patched model need not."""
-    try:
-        stock()
-    except RuntimeError as error:
-        pytest.skip(f"not without a patch, either: {error}")
 
 
 def check_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -50,7 +43,7 @@ def test_meta_tensors(model_type: str) -> None:
     moved = build(model_type, torch.bfloat16)
     liger_kernel.patch(moved)
     inputs = {name: t.to("meta") for name, t in batch().items() if name != "attention_mask"}
-    or_skip(lambda: build(model_type, torch.bfloat16).to("meta")(**inputs))
+    stock_can("meta tensors", lambda: build(model_type, torch.bfloat16).to("meta")(**inputs))
     with torch.device("meta"):
         made = type(moved)(moved.config).to(torch.bfloat16)
     report = liger_kernel.patch(made)
@@ -96,7 +89,7 @@ def test_jit_trace(model_type: str, state: str) -> None:
     liger_kernel.patch(patched.model)
     with_labels = "labels" in state
     given = (ids, labels) if with_labels else (ids,)
-    or_skip(lambda: torch.jit.trace(stock, given))
+    stock_can("trace", lambda: torch.jit.trace(stock, given))
     traced = torch.jit.trace(patched, given)
     file = io.BytesIO()
     torch.jit.save(traced, file)

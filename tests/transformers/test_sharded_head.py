@@ -181,7 +181,8 @@ def checks(folder: str) -> dict[str, ranks.Check]:
     if ranks.device() == "cuda":  # it pins memory
         offloaded = partial(fsdp1, by_size=True, use_orig_params=True, offload=True)
         add("fsdp1 with CPU offload", offloaded, False, torch.float32)
-    add("fsdp2 of PEFT's head", fsdp2_of_saved_head)
+    if ranks.device() == "cuda" or ranks.HAS_FSDP2_ON_CPU:
+        add("fsdp2 of PEFT's head", fsdp2_of_saved_head)
     for first in (True, False):
         when = "before" if first else "after"
         add(f"ColwiseParallel, patched {when}", partial(tensor_parallel_head, first=first), True)

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.here import lacks
+from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN, lacks
 from tests.transformers.steps import move, unrounded
 from tests.transformers.tiny import VOCAB, batch, build
 
@@ -237,7 +235,7 @@ def test_resuming_from_a_checkpoint(trainer: Make) -> None:
 
 def test_model_init(trainer: Make) -> None:
     """The Trainer makes the model anew at `train()`: that one is patched."""
-    if Version(transformers.__version__) < Version("5.5"):
+    if not TRAINER_PATCHES_AT_TRAIN:
         lacks("Trainer that patches at train()")
     run = trained(trainer(True, model_init=lambda: build("llama"), max_steps=1))
     assert state_of(run.model).report.replaced

@@ -41,7 +41,8 @@ def spells_out(options: Sequence[Parameter], before: str | None = None) -> Calla
                 raise TypeError(
                     f"{function.__name__} takes {len(names)} positional arguments, got {len(args)}."
                 )
-            return function(**dict(zip(names, args, strict=False)), **kwargs)
+            # torch 2.6 compiles no zip of unequal lengths
+            return function(**dict(zip(names[: len(args)], args, strict=True)), **kwargs)
 
         returned = inspect.signature(function).return_annotation
         vars(spelled)["__signature__"] = Signature(merged, return_annotation=returned)

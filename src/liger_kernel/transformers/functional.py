@@ -29,7 +29,7 @@ import liger_kernel.ops.softmax as _softmax
 import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.options import parameters_of, spells_out
+from liger_kernel._core.options import spells_out
 from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
