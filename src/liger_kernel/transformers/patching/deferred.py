@@ -385,17 +385,19 @@ class DeferredLogits:
         origin.called = True
         with origin.modes.with_grad_of_now().on(origin.hidden):
             result = heads.loss_of(origin.around, fused.hidden, request)
-            if (
-                request.refused is not None
-            ):  # the rows are chosen already; the rest acts on each element
-                origin.call.refuse(request.refused)
-                for name, args, kwargs in self._chain:
-                    if name in _ELEMENTWISE:
-                        result = _ELEMENTWISE[name](result, *args, **kwargs)
-                return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        if request.refused is not None:
+            origin.call.refuse(request.refused)
+            for (
+                name,
+                args,
+                kwargs,
+            ) in self._chain:  # the rows are chosen; the rest acts on each element
+                if name in _ELEMENTWISE:
+                    result = _ELEMENTWISE[name](result, *args, **kwargs)
+            return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        narrow, autocast = self.dtype.itemsize < 4, Modes.now(self.device.type).autocast
         # as the loss of real logits: autocast computes it in float32
-        wide = self.dtype.itemsize < 4 and Modes.now(self.device.type).autocast is not None
-        return result.to(self.device, torch.float32 if wide else self.dtype)
+        return result.to(self.device, torch.float32 if narrow and autocast else self.dtype)
 
     @classmethod
     def __torch_function__(

@@ -153,7 +153,7 @@ class Stamp:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    if not (is_plain(shard) and shard.is_contiguous()) or shard.device.type == "meta":
+    if shard.is_meta or not (is_plain(shard) and shard.is_contiguous()):
         return torch.empty(0)
     step = max(shard.numel() >> 18, 29)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
