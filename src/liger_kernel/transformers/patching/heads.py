@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from liger_kernel.transformers.patching.mixins import Mixin, register
-from liger_kernel.transformers.patching.state import State, beneath_hooks
+from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
 _LINEAR = nn.Linear.forward
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -138,9 +138,8 @@ class Stamp:
     """
 
     def __init__(self, around: nn.Module, hidden: Tensor):
-        weights = [
-            t for leaf in leaves(around) for t in (_weight(leaf), leaf.bias) if t is not None
-        ]
+        # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
+        weights = list(around.parameters()) or [_weight(leaf) for leaf in leaves(around)]
         self._facts = [_facts(t) for t in (hidden, *weights)]
         self._samples = [_sample(_shard(t)) for t in weights if t.requires_grad]
 
@@ -153,7 +152,7 @@ class Stamp:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    if shard.is_meta or not (is_plain(shard) and shard.is_contiguous()):
+    if shard.is_meta or not (is_plain(shard) and shard.is_contiguous() and has_memory(shard)):
         return torch.empty(0)
     step = max(shard.numel() >> 18, 29)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
@@ -178,10 +177,7 @@ def is_whole(around: nn.Module) -> bool:
         return True
     if any("_hf_hook" in m.__dict__ for m in modules):
         return True
-    return all(
-        is_plain(w) and w.ndim == 2 and w.untyped_storage().nbytes() >= w.nbytes
-        for w in map(_weight, leaves(around))
-    )
+    return all(is_plain(w) and w.ndim == 2 and has_memory(w) for w in map(_weight, leaves(around)))
 
 
 def is_alive(hidden: Tensor) -> bool:
