@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,15 +50,12 @@ class Modes(NamedTuple):
         """Of a product with `x`."""
         return x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
 
-    def with_grad_of_now(self) -> Modes:
-        return Modes(self.grad and torch.is_grad_enabled(), self.device, self.autocast)
-
-    def on(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """These modes for a product with `x`."""
+    def on(self, x: Tensor, now: Modes) -> contextlib.AbstractContextManager[Any]:
+        """These modes for a product with `x`, in place of those of now."""
         traced = torch.compiler.is_compiling()
         inference = not traced and x.is_inference()
         here = traced or inference == torch.is_inference_mode_enabled()
-        if here and self == Modes.now(self.device):
+        if here and self == now:
             return contextlib.nullcontext()
         stack = contextlib.ExitStack()
         if not here:
@@ -150,6 +148,20 @@ class _ValuesOnly(torch.autograd.Function):
         )
 
 
+def _refuse_inside_function() -> None:
+    """An autograd Function records tensors alone: what it makes of deferred logits would have no gradient."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("KEY") != "_liger_loss":
+        if frame.f_code is _APPLY:
+            raise RuntimeError(
+                f"{frame.f_locals['cls'].__name__}.apply() was given logits that are fused with the loss, and would "
+                "lose their gradient. Turn that off: liger_kernel.patch(model, fused_linear_cross_entropy=False)."
+            )
+        frame = frame.f_back
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
 #: recorded operations by their names; those of the first kind act on each element
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "to": Tensor.to,
@@ -197,7 +209,11 @@ class DeferredLogits:
     def materialize(self) -> Tensor:
         """The real logits, made once by the head's own call and the recorded operations, as the forward would have."""
         if self._real is None:
-            with self._origin.modes.on(self._origin.hidden):
+            modes = self._origin.modes
+            now = Modes.now(modes.device)
+            if modes.grad and not now.grad and self._origin.call is not None:
+                _refuse_inside_function()
+            with modes.on(self._origin.hidden, now):
                 value = self._origin.materialize()
                 for name, args, kwargs in self._chain:
                     value = _OPERATIONS[name](value, *args, **kwargs)
@@ -383,7 +399,9 @@ class DeferredLogits:
         }
         request = LossRequest(target, fused, arguments, origin.call.fused_loss)
         origin.called = True
-        with origin.modes.with_grad_of_now().on(origin.hidden):
+        now, then = Modes.now(origin.modes.device), origin.modes
+        modes = then if now == then else Modes(then.grad and now.grad, then.device, then.autocast)
+        with modes.on(origin.hidden, now):
             result = heads.loss_of(origin.around, fused.hidden, request)
         if request.refused is not None:
             origin.call.refuse(request.refused)
@@ -395,9 +413,9 @@ class DeferredLogits:
                 if name in _ELEMENTWISE:
                     result = _ELEMENTWISE[name](result, *args, **kwargs)
             return F.cross_entropy(result[:, : fused.classes], target, *plain)
-        narrow, autocast = self.dtype.itemsize < 4, Modes.now(self.device.type).autocast
         # as the loss of real logits: autocast computes it in float32
-        return result.to(self.device, torch.float32 if narrow and autocast else self.dtype)
+        wide = now.autocast is not None and self.dtype.itemsize < 4
+        return result.to(self.device, torch.float32 if wide else self.dtype)
 
     @classmethod
     def __torch_function__(

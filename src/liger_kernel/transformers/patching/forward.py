@@ -202,10 +202,15 @@ class FusedForward:
     def logits(self) -> str:
         return cast(State, self.state).options.logits
 
-    def install(self) -> None:
-        attributes = self.model.__dict__
+    def adopt(self) -> None:
+        """Let the heads hand on deferred logits, also those that were put in the place of others."""
         for around in self.around():
-            heads.adopt(around, cast(State, self.state))
+            if not isinstance(around, heads.Intercepted):
+                heads.adopt(around, cast(State, self.state))
+
+    def install(self) -> None:
+        self.adopt()
+        attributes = self.model.__dict__
         attributes[KEY] = self
         if leads_here(attributes.get("forward")):
             return
@@ -268,9 +273,12 @@ class FusedForward:
             if value is not None:
                 wanted[name] = value
         call = ForwardCall(self, True, skip_logits, wanted, self.around())
-        for around in call.around:
-            if not isinstance(around, heads.Intercepted):
-                heads.adopt(around, state)
+        if not torch.compiler.is_compiling():
+            self.adopt()
+        elif not all(isinstance(around, heads.Intercepted) for around in call.around):
+            call.refuse(
+                "it is new: call patch(model) again, or the model once, before torch.compile"
+            )
         same = shift_labels is None or shift_labels is labels
         if same and _may_count(labels):
             call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
@@ -313,6 +321,12 @@ class BoundForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.__self__).forward.__get__(self.__self__))
+
+    def __getattr__(self, name: str) -> Any:
+        """What a method has of its function: `__code__`, `__name__`, ..."""
+        if name in ("site", "__self__", "__wrapped__"):
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
 
     def __repr__(self) -> str:
         return f"<fused {self.__func__.__qualname__} of {type(self.__self__).__name__}>"

@@ -18,6 +18,7 @@ from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
 _LINEAR = nn.Linear.forward
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 #: whose hooks gather, move or count, and never change what a module computes
@@ -139,9 +140,11 @@ class Stamp:
 
     def __init__(self, around: nn.Module, hidden: Tensor):
         # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
-        weights = list(around.parameters()) or [_weight(leaf) for leaf in leaves(around)]
+        own = [p for m in parts(around) for p in m._parameters.values() if p is not None]
+        weights = own or [_weight(leaf) for leaf in leaves(around)]
         self._facts = [_facts(t) for t in (hidden, *weights)]
-        self._samples = [_sample(_shard(t)) for t in weights if t.requires_grad]
+        shards = [_shard(t) for t in weights if t.requires_grad]
+        self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stamp) or self._facts != other._facts:
@@ -151,9 +154,12 @@ class Stamp:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _can_be_read(shard: Tensor) -> bool:
+    here = type(shard) in _PLAIN and not shard.is_meta
+    return here and shard.is_contiguous() and has_memory(shard)
+
+
 def _sample(shard: Tensor) -> Tensor:
-    if shard.is_meta or not (is_plain(shard) and shard.is_contiguous() and has_memory(shard)):
-        return torch.empty(0)
     step = max(shard.numel() >> 18, 29)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
 
@@ -167,7 +173,7 @@ def _shard(t: Any) -> Any:
 def _facts(t: Any) -> Any:
     shard = _shard(t)
     versions = tuple(None if x.is_inference() else x._version for x in (t, shard))
-    return versions, t.dtype, t.device, shard.data_ptr() if is_plain(shard) else 0
+    return versions, t.dtype, t.device, shard.data_ptr() if type(shard) in _PLAIN else 0
 
 
 def is_whole(around: nn.Module) -> bool:
@@ -202,9 +208,7 @@ def computes_linear(module: nn.Module) -> bool:
 
 def is_plain(t: Any) -> bool:
     """A tensor that is what it looks like: no DTensor, none of torchao's, and not bitsandbytes'."""
-    return type(t) in (Tensor, nn.Parameter) or (
-        isinstance(t, torch._subclasses.FakeTensor) and not hasattr(t, "quant_state")
-    )
+    return type(t) in _PLAIN or isinstance(t, torch._subclasses.FakeTensor)
 
 
 def obstacle(around: nn.Module) -> str | None:
@@ -242,11 +246,9 @@ def _unsuitable(head: nn.Module, sharded: bool) -> str | None:
             return "an adapter adds to its output"
         return f"{type(head).__name__} does not compute a plain linear map"
     weight = _weight(head)
-    if weight is None or hasattr(weight, "quant_state"):
-        return "its weight is not a plain parameter"
-    if not is_plain(weight) and not (sharded and type(weight).__name__ == "DTensor"):
-        return f"its weight is a {type(weight).__name__}"
-    return None
+    if is_plain(weight) or (sharded and type(weight).__name__ == "DTensor"):
+        return None
+    return f"its weight is a {type(weight).__name__}"
 
 
 def _of_its_forward(module: nn.Module) -> str | None:

@@ -87,6 +87,11 @@ class State:
             change.is_in_place() for change in self.changes
         )
 
+    def renew(self) -> None:
+        """What is in place takes up what is new."""
+        for handle in self.handles:
+            getattr(handle, "adopt", lambda: None)()
+
     def revert(self) -> None:
         for handle in self.handles:
             handle.remove()
