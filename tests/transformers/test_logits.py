@@ -129,6 +129,17 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
+class Exponential(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.exp())
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
 USES: dict[str, Callable[[Tensor], Tensor]] = {
     "Function.apply": lambda x: Doubled.apply(x).square(),
     "reentrant checkpoint": lambda x: checkpoint(torch.sin, x, use_reentrant=True),
@@ -141,6 +152,31 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", USES)
 def test_used_as_the_tensor_that_it_is(name: str) -> None:
     assert_full_gradient(lambda outputs: USES[name](outputs.logits).mean())
+
+
+def test_what_is_made_without_gradients_has_none() -> None:
+    model = patched()
+
+    def loss(logits: Any, labels: Tensor, **others: Any) -> Tensor:
+        with torch.no_grad():
+            frozen = (logits * 2).flatten(0, 1)
+        assert not frozen.requires_grad
+        return F.cross_entropy(frozen, labels.flatten())
+
+    model.loss_function = loss
+    assert not model(**batch()).loss.requires_grad
+
+
+@pytest.mark.parametrize("function", [Doubled, Exponential], ids=lambda f: f.__name__)
+def test_a_function_inside_the_forward(function: Any) -> None:
+    """It records tensors alone, so that the loss would have no gradient, or a part of it."""
+    model = patched()
+    model.loss_function = lambda logits, **others: function.apply(logits).mean()
+    with pytest.raises(RuntimeError, match=r"apply.*fused_linear_cross_entropy=False"):
+        model(**batch())
+    liger_kernel.patch(model, fused_linear_cross_entropy=False)
+    model(**batch()).loss.backward()
+    assert model.lm_head.weight.grad.norm() > 0
 
 
 # -- the weights of the forward ----------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.outputs import with_metrics
 from liger_kernel.transformers.patching import heads
-from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest, Modes, Origin
+from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.heads import running
 from liger_kernel.transformers.patching.lazy import lazy
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
+from liger_kernel.transformers.patching.origin import Modes, Origin
 from liger_kernel.transformers.patching.state import State, is_replaced
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
@@ -324,7 +325,7 @@ class BoundForward:
 
     def __getattr__(self, name: str) -> Any:
         """What a method has of its function: `__code__`, `__name__`, ..."""
-        if name in ("site", "__self__", "__wrapped__"):
+        if name in ("site", "__self__", "__func__", "__wrapped__"):
             raise AttributeError(name)
         return getattr(self.__func__, name)
 
