@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.steps import move, unrounded
+from tests.transformers.steps import focal, move, unrounded
 from tests.transformers.tiny import VOCAB, batch, build
 
 ROWS, LENGTH, STEPS = 24, 13, 4
@@ -216,10 +216,7 @@ class Focal(Trainer):
         outputs = model(**inputs)
         with torch.no_grad():
             self.accuracy = (outputs.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]).sum()
-        loss = F.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
-        )
-        loss = (1 - torch.exp(-loss)) ** 2 * loss + 1e-3 * outputs.loss
+        loss = focal(outputs.logits, inputs["labels"]) + 1e-3 * outputs.loss
         return (loss, outputs) if return_outputs else loss
 
 
