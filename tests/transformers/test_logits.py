@@ -103,7 +103,7 @@ class Exponential(torch.autograd.Function):
 
 
 USES: dict[str, Callable[[Tensor], Tensor]] = {
-    "Function.apply": lambda x: Doubled.apply(x).square(),
+    "Function.apply": lambda x: Exponential.apply(x),
     "reentrant checkpoint": lambda x: checkpoint(torch.sin, x, use_reentrant=True),
     "as_tensor": lambda x: torch.as_tensor(x).square(),
     "isinstance": lambda x: sum(t.square() for t in [x] if isinstance(t, Tensor)),  # type: ignore[misc]
