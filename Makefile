@@ -39,7 +39,7 @@ test-zoo: $(READY)
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 
 # the same on the releases that tests/transformers/zoo/releases.py describes
-MATRIX ?= 4.57.6 5.0.0 5.17.0 5.23.0
+MATRIX ?= 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
 test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 	@for release in $(MATRIX); do \
 	  echo "transformers $$release"; \

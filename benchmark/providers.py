@@ -83,11 +83,30 @@ def _torch_layer_norm(o: Options) -> Function:
     return lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, o["eps"])
 
 
+def _torch_group_norm(o: Options) -> Function:
+    def norm(x: Any, weight: Any, bias: Any) -> Any:
+        ones = (
+            torch.ones_like(x[0, :, 0]) if weight is None else weight
+        )  # its backward fails without one
+        return F.group_norm(x, o["num_groups"], ones.flatten()[: x.shape[1]], bias, o["eps"])
+
+    return norm
+
+
+def _torch_softmax(o: Options) -> Function:
+    return lambda x: F.softmax(x, -1)
+
+
 def _torch_cross_entropy(o: Options) -> Function | None:
     if not _plain(o, *LOSS_OPTIONS):
         return None
     options = _only(o, *LOSS_OPTIONS)
     return lambda x, target, weight=None: _loss_tuple(F.cross_entropy(x, target, weight, **options))
+
+
+def _torch_kl_div(o: Options) -> Function:
+    options = _only(o, "reduction", "log_target")
+    return lambda y_pred, y_true: F.kl_div(y_pred, y_true, **options)
 
 
 def _torch_linear_cross_entropy(o: Options) -> Function | None:
@@ -119,7 +138,10 @@ def _torch_linear_cross_entropy(o: Options) -> Function | None:
 TORCH: Table = {
     "rms_norm": _torch_rms_norm,
     "layer_norm": _torch_layer_norm,
+    "group_norm": _torch_group_norm,
+    "softmax": _torch_softmax,
     "cross_entropy": _torch_cross_entropy,
+    "kl_div": _torch_kl_div,
     "fused_linear_cross_entropy": _torch_linear_cross_entropy,
 }
 
@@ -141,9 +163,17 @@ def _liger_norm(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
-def _liger_layer_norm(o: Options) -> Function:
-    function = _liger("liger_layer_norm")
-    return lambda x, weight, bias: function(x, weight, bias, o["eps"])
+def _liger_with_eps(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
+        function = _liger(name)
+        return lambda x, weight, bias: function(x, weight, bias, o["eps"])
+
+    return adapter
+
+
+def _liger_group_norm(o: Options) -> Function:
+    function = _liger("liger_group_norm")
+    return lambda x, *affine: function(x, *affine, x.shape[1], o["num_groups"], o["eps"])
 
 
 def _liger_glu(o: Options) -> Function | None:
@@ -162,6 +192,11 @@ def _liger_rope(o: Options) -> Function | None:
     return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
 
 
+def _liger_sparsemax(o: Options) -> Function:
+    function = _liger("liger_sparsemax")
+    return lambda x: function(x, o["dim"])
+
+
 def _liger_loss(name: str) -> Callable[[Options], Function]:
     def adapter(o: Options) -> Function:
         function = _liger(name)
@@ -170,14 +205,31 @@ def _liger_loss(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
+def _liger_divergence(name: str) -> Callable[[Options], Function]:
+    def adapter(o: Options) -> Function:
+        function = _liger(name)
+        return lambda *tensors: function(*tensors, **o)
+
+    return adapter
+
+
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
-    "layer_norm": _liger_layer_norm,
+    "modulated_rms_norm": _liger_norm("liger_modulated_rms_norm"),
+    "layer_norm": _liger_with_eps("liger_layer_norm"),
     "glu": _liger_glu,
     "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
+    "softmax": lambda o: _liger("liger_softmax"),
+    "sparsemax": _liger_sparsemax,
+    "dyt": lambda o: _liger("liger_dyt"),
+    "group_norm": _liger_group_norm,
+    "poly_norm": _liger_with_eps("liger_poly_norm"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
+    "jsd": _liger_divergence("liger_jsd"),
+    "kl_div": _liger_divergence("liger_kl_div"),
+    "tvd": _liger_divergence("liger_tvd"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
 }
 

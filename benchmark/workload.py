@@ -65,9 +65,7 @@ class Workload:
         The case knows those of the full call. The forward reads its inputs and writes its outputs; the backward is the
         rest. FLOPs of fused losses cannot be split: their forward computes gradients.
         """
-        case = self.case
-        assert self.inputs[0] is not None
-        full = case.bytes_moved(self.inputs[0].element_size()) if case.bytes_moved else 0
+        case, full = self.case, self.spec.bytes_moved(self.inputs)
         if mode == "full":
             return full, case.flops
         if not full or case.flops:

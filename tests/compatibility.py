@@ -1,26 +1,37 @@
 """Which public names of the incumbent are there: `python -m tests.compatibility --write` renews docs/compatibility.md.
 
-`incumbent_names.txt` lists the names, each under the module that it is imported from. Every one is looked up as a user
-would import it, so aliases count, and whatever an earlier import happens to leave behind does not: run it in a process
-of its own.
+`incumbent_signatures.txt` lists the names, each under the module that it is imported from. Every one is looked up as a
+user would import it, so aliases count, and whatever an earlier import happens to leave behind does not: run it in a
+process of its own. Of what is there, the parameters are compared; each difference is explained in `ON_PURPOSE`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.on_purpose import BEHAVIOURS, PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "liger_kernel"
-NAMES_FILE = Path(__file__).with_name("incumbent_names.txt")
+NAMES_FILE = Path(__file__).with_name("incumbent_signatures.txt")
 PAGE = ROOT / "docs" / "compatibility.md"
 README = ROOT / "README.md"
 MARK = "compatibility"
 
 Name = tuple[str, str]  # module, name
+Differing = dict[str, list[tuple[str, str]]]  # "module.name" -> (theirs, ours)
+
+_STARS = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
 
 #: area -> the "module name" of a row; the first that matches
 AREAS = {
@@ -34,16 +45,27 @@ AREAS = {
 }
 
 
-def read_names(text: str) -> list[Name]:
-    """`module: names`, continued on indented lines; `#` starts a comment line."""
-    names, module = [], ""
+@dataclass(frozen=True)
+class Entry:
+    """A name, and the calls that its line shows: method ("" for the function or the class itself) -> parameters."""
+
+    name: Name
+    calls: dict[str, str]
+
+
+def read_entries(text: str) -> list[Entry]:
+    """`module: names`, continued on indented lines; an indented line with parentheses is one name; `#` is a comment."""
+    entries, module = [], ""
     for line in text.splitlines():
         if line.startswith("#"):
             continue
         if not line.startswith(" "):
             module, _, line = line.partition(":")
-        names += [(module, name) for name in line.split()]
-    return names
+        calls = re.findall(r"(\w+)\(([^()]*(?:\(\)[^()]*)*)\)", line)
+        for name in re.findall(r"\w+", line.split("(")[0])[:1] if calls else line.split():
+            methods = {method if method != name else "": rest for method, rest in calls}
+            entries.append(Entry((module, name), methods))
+    return entries
 
 
 def is_there(module: str, name: str) -> bool:
@@ -55,6 +77,50 @@ def is_there(module: str, name: str) -> bool:
             raise
         return False
     return hasattr(found, name)
+
+
+def parameters(text: str) -> list[Parameter]:
+    function = eval(f"lambda {text}: None", {"torch": torch})
+    return list(inspect.signature(function).parameters.values())
+
+
+def ours(found: Any, method: str) -> list[Parameter]:
+    """What the same call of ours takes. `apply` of an autograd function takes what its `forward` takes after ctx."""
+    autograd = method == "apply" and issubclass(found, torch.autograd.Function)
+    function = getattr(found, "forward" if autograd else method) if method else found
+    taken = list(inspect.signature(function).parameters.values())
+    while taken and taken[0].name in ("self", "cls", "ctx"):
+        del taken[0]
+    # a default of None may stand for an attribute of the class
+    return [
+        p.replace(default=getattr(found, p.name, None)) if p.default is None else p for p in taken
+    ]
+
+
+def differences(
+    theirs: list[Parameter], ours: list[Parameter], by_name: bool = True
+) -> Iterator[tuple[str, str]]:
+    """What a caller who knows theirs runs into, as (theirs, ours); without `by_name`, one who passes by position."""
+    if not by_name:
+        renamed = {a.name: b.name for a, b in zip(ours, theirs, strict=False)}
+        ours = [p.replace(name=renamed.get(p.name, p.name)) for p in ours]
+    here, there = ({_STARS.get(p.kind, "") + p.name: p for p in side} for side in (ours, theirs))
+    anything = {"*", "**"} <= {_STARS.get(p.kind) for p in ours}
+    missing = [name for name in there if name not in here and not anything]
+    if missing:
+        yield f"`{', '.join(missing)}`", "not taken"
+    for name, p in here.items():
+        if name in there:
+            wanted = there[name].default
+            if wanted is not p.empty and repr(p.default) != repr(wanted):
+                yield f"`{name}={wanted!r}`", f"`{name}={p.default!r}`"
+        elif p.default is p.empty and p.kind not in _STARS:
+            yield "", f"needs `{name}`"
+    order, wanted = (
+        [n for n, p in side.items() if p.kind <= p.POSITIONAL_OR_KEYWORD] for side in (here, there)
+    )
+    if not missing and not anything and order[: len(wanted)] != wanted:
+        yield f"`{', '.join(wanted)}`", f"`{', '.join(order)}`"
 
 
 def area_of(name: Name) -> str:
@@ -78,7 +144,7 @@ def listed(names: Iterable[Name]) -> list[str]:
     return [f"- `{module}`: {', '.join(found)}" for module, found in sorted(by_module.items())]
 
 
-def page(found: dict[Name, bool]) -> str:
+def page(found: dict[Name, bool], differing: Differing) -> str:
     areas = {area: [name for name in found if area_of(name) == area] for area in AREAS}
     lines = [
         "# Compatibility with liger-kernel 0.8.5",
@@ -87,7 +153,8 @@ def page(found: dict[Name, bool]) -> str:
         "",
         "The public functions and classes of that package, and which of them can be imported from this library. A name",
         "counts once for each path that it is imported from. Constants and back-ends for one vendor are left out.",
-        "The page says that a name is there, not that it takes every parameter.",
+        "What is there takes the same parameters in the same order with the same defaults, unless a row below says why",
+        "not.",
         "",
         "| area | there | missing | all |",
         "|---|--:|--:|--:|",
@@ -95,13 +162,29 @@ def page(found: dict[Name, bool]) -> str:
     for area, names in [*areas.items(), ("**all**", list(found))]:
         there = sum(found[name] for name in names)
         lines.append(f"| {area} | {there} | {len(names) - there} | {len(names)} |")
+    lines += [
+        "",
+        "## Different on purpose",
+        "",
+        "| name | incumbent | ours | why |",
+        "|---|---|---|---|",
+    ]
+    rows = [behaviour[:4] for behaviour in BEHAVIOURS]
+    for name, pairs in differing.items():
+        theirs, ours = ("; ".join(filter(None, side)) for side in zip(*pairs, strict=True))
+        rows.append((f"`{name}`", theirs, ours, " ".join(whys(name))))
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     for title, wanted in (("There", True), ("Missing", False)):
         lines += ["", f"## {title}"]
         for area, names in areas.items():
-            rows = listed(name for name in names if found[name] is wanted)
-            if rows:
-                lines += ["", f"### {title}: {area}", "", *rows]
+            rows_of = listed(name for name in names if found[name] is wanted)
+            if rows_of:
+                lines += ["", f"### {title}: {area}", "", *rows_of]
     return "\n".join(lines) + "\n"
+
+
+def whys(name: str) -> list[str]:
+    return [why for pattern, why in PARAMETERS.items() if re.fullmatch(pattern, name)]
 
 
 def between_marks(text: str, new: str | None = None) -> str:
@@ -115,12 +198,34 @@ def between_marks(text: str, new: str | None = None) -> str:
 
 
 def survey() -> dict[Name, bool]:
-    return {name: is_there(*name) for name in read_names(NAMES_FILE.read_text(encoding="utf-8"))}
+    return {entry.name: is_there(*entry.name) for entry in entries()}
 
 
-def outdated(found: dict[Name, bool]) -> list[Path]:
+def entries() -> list[Entry]:
+    return read_entries(NAMES_FILE.read_text(encoding="utf-8"))
+
+
+def compare() -> Differing:
+    """The names that are there and take something else."""
+    differing: Differing = {}
+    for entry in entries():
+        if not entry.calls or not is_there(*entry.name):
+            continue
+        found = getattr(importlib.import_module(entry.name[0]), entry.name[1])
+        pairs: list[tuple[str, str]] = []
+        for method, text in entry.calls.items():
+            if method and not hasattr(found, method):
+                pairs.append((f"`{method}()`", "not there"))
+                continue
+            pairs += differences(parameters(text), ours(found, method), method != "apply")
+        if pairs:
+            differing[".".join(entry.name)] = pairs
+    return differing
+
+
+def outdated(found: dict[Name, bool], differing: Differing) -> list[Path]:
     """The files that say something else."""
-    pairs = [(PAGE, page(found)), (README, totals(found))]
+    pairs = [(PAGE, page(found, differing)), (README, totals(found))]
     read = {PAGE: lambda text: text, README: between_marks}
     return [
         path for path, wanted in pairs if read[path](path.read_text(encoding="utf-8")) != wanted
@@ -130,14 +235,18 @@ def outdated(found: dict[Name, bool]) -> list[Path]:
 def main(arguments: list[str]) -> str | None:
     if arguments not in (["--write"], ["--check"]):
         return "usage: python -m tests.compatibility --write | --check"
-    found = survey()
+    found, differing = survey(), compare()
+    if unexplained := [name for name in differing if len(whys(name)) != 1]:
+        return f"not explained once in tests/on_purpose.py: {', '.join(unexplained)}: {differing}"
     if arguments == ["--write"]:
-        PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(page(found, differing), encoding="utf-8")
         readme = README.read_text(encoding="utf-8")
         README.write_text(between_marks(readme, totals(found)), encoding="utf-8")
         print(totals(found))
         return None
-    stale = ", ".join(str(path.relative_to(ROOT)) for path in outdated(found))
+    if unused := [p for p in PARAMETERS if not any(re.fullmatch(p, name) for name in differing)]:
+        return f"explain nothing in tests/on_purpose.py: {', '.join(unused)}"
+    stale = ", ".join(str(path.relative_to(ROOT)) for path in outdated(found, differing))
     return f"out of date: {stale}. Renew: python -m tests.compatibility --write" if stale else None
 
 

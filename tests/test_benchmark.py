@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import e2e, host, losses, measure, providers, shapes, tables, workload
+from benchmark import e2e, host, losses, measure, providers, results, shapes, tables, workload
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.testing import specs
@@ -219,6 +219,17 @@ def test_adapters_compute_the_op(name: str) -> None:
                 work.check(function, exact_dtype=False)
                 bound += 1
         assert bound or (op == "fused_linear_cross_entropy" and name == "TORCH"), f"no case of {op}"
+
+
+def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
+    """Not beside it: its gated MLP runs on a few GPUs only, and scaled gradients are no function of its own."""
+    assert set(SPECS) - set(providers.LIGER) == {"gated_mlp", "scale_gradients"}
+
+
+def test_results_of_a_cpu_are_not_committed() -> None:
+    path = results.default_path("cpu").relative_to(ROOT)
+    patterns = (ROOT / ".gitignore").read_text().split()
+    assert any(path.match(pattern) for pattern in patterns)
 
 
 def test_power_bound_cases_have_a_second_turn_in_the_opposite_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,17 @@ import pytest
 
 from tests import compatibility
 from tests.compatibility import Name
+from tests.on_purpose import BEHAVIOURS
 
 
 def test_page_and_readme_are_up_to_date() -> None:
     """In a process of its own: some names appear once another module has been imported."""
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     pytest.importorskip("triton")
+    from tests.transformers.zoo.releases import DOCUMENTED
+
+    if transformers.__version__ != DOCUMENTED:
+        pytest.skip(f"the page is about transformers {DOCUMENTED}, whose output classes we extend")
     command = [sys.executable, "-m", "tests.compatibility", "--check"]
     done = subprocess.run(
         command, cwd=compatibility.ROOT, capture_output=True, text=True, check=False
@@ -24,9 +30,13 @@ def test_page_and_readme_are_up_to_date() -> None:
 
 
 def test_names_file() -> None:
-    text = "# comment\na.b: x y\n  z\nc: x\n"
-    assert compatibility.read_names(text) == [("a.b", "x"), ("a.b", "y"), ("a.b", "z"), ("c", "x")]
-    names = compatibility.read_names(compatibility.NAMES_FILE.read_text(encoding="utf-8"))
+    text = "# comment\na.b: x y\n  z\n  F(a, b=()) apply(c)\nc: x\n"
+    entries = compatibility.read_entries(text)
+    assert [e.name for e in entries] == [
+        ("a.b", "x"), ("a.b", "y"), ("a.b", "z"), ("a.b", "F"), ("c", "x"),
+    ]  # fmt: skip
+    assert [e.calls for e in entries] == [{}, {}, {}, {"": "a, b=()", "apply": "c"}, {}]
+    names = [entry.name for entry in compatibility.entries()]
     assert len(names) == len(set(names)) == 671
 
 
@@ -78,14 +88,64 @@ def test_a_name_that_comes_or_goes_changes_page_and_readme(
     monkeypatch.setattr(compatibility, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(compatibility, "README", tmp_path / "README.md")
     mark = compatibility.MARK
-    compatibility.PAGE.write_text(compatibility.page(found))
+    compatibility.PAGE.write_text(compatibility.page(found, {}))
     sentence = compatibility.totals(found)
     compatibility.README.write_text(f"before\n<!-- {mark} -->\n{sentence}\n<!-- /{mark} -->\nafter")
-    assert "| ops | 1 | 1 | 2 |" in compatibility.page(found)
-    assert compatibility.outdated(found) == []
+    assert "| ops | 1 | 1 | 2 |" in compatibility.page(found, {})
+    assert compatibility.outdated(found, {}) == []
     changed = {**found, ("liger_kernel.ops", "b"): True}
-    assert compatibility.outdated(changed) == [compatibility.PAGE, compatibility.README]
+    assert compatibility.outdated(changed, {}) == [compatibility.PAGE, compatibility.README]
+    differing = {"liger_kernel.ops.a": [("`x`", "not taken"), ("", "needs `y`")]}
+    assert "| `x` | not taken; needs `y` |" in compatibility.page(found, differing)
+    assert compatibility.outdated(found, differing) == [compatibility.PAGE]
     renewed = compatibility.between_marks(
         "a\n<!-- compatibility -->\n1\n<!-- /compatibility -->\nb", "2"
     )
     assert renewed == "a\n<!-- compatibility -->\n2\n<!-- /compatibility -->\nb"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "found"),
+    [
+        ("a, b=1", "a, b=1, c=2", []),
+        ("a, b", "a=None, b=1", []),
+        ("a, b=1", "a, *args, **kwargs", []),
+        ("a, b=1", "a, b=2", [("`b=1`", "`b=2`")]),
+        ("a, b=1", "a", [("`b`", "not taken")]),
+        ("a", "a, b", [("", "needs `b`")]),
+        ("a, b=1, c=2", "a, c=2, b=1", [("`a, b, c`", "`a, c, b`")]),
+        ("a, **kwargs", "a", [("`**kwargs`", "not taken")]),
+    ],
+)
+def test_differences(theirs: str, ours: str, found: list[tuple[str, str]]) -> None:
+    sides = map(compatibility.parameters, (theirs, ours))
+    assert list(compatibility.differences(*sides)) == found
+
+
+def test_differences_by_position() -> None:
+    sides = list(map(compatibility.parameters, ("X, eps", "x, epsilon, mode=1")))
+    assert list(compatibility.differences(*sides, by_name=False)) == []
+    assert list(compatibility.differences(*sides))
+
+
+def test_every_behaviour_that_differs_is_pinned_by_a_test() -> None:
+    for behaviour in BEHAVIOURS:
+        file, _, function = behaviour.test.partition("::")
+        text = (compatibility.ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {function}(" in text, behaviour
+
+
+def test_what_is_missing_says_so_as_python_does() -> None:
+    """No other error: frameworks guard these imports, some of them against ModuleNotFoundError alone."""
+    pytest.importorskip("transformers")
+    for module, name in (entry.name for entry in compatibility.entries()):
+        if compatibility.is_there(module, name):
+            continue
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        with pytest.raises(AttributeError, match=name):
+            getattr(found, name)
+        with pytest.raises(ImportError, match=name):
+            exec(f"from {module} import {name}")

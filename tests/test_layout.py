@@ -52,7 +52,7 @@ OPS_WITHOUT_KERNELS = frozenset({"gated_mlp"})
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
 KERNEL_SIDE = ("contract.py", "triton.py")
 #: rooms in `ops/` that ops share
-FAMILIES = frozenset({"norms"})
+FAMILIES = frozenset({"divergences", "norms"})
 KERNEL_FILES = ("triton.py", "kernels.py")
 
 MAX_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 500, 700, 80

@@ -72,34 +72,28 @@ def infer_device_arch(device_id: int = 0) -> str:
     """Architecture of the accelerator ("hopper", "cdna3", "pvc", ...), or its device type where that is unknown."""
     device = infer_device()
     vendor = "amd" if device == "cuda" and torch.version.hip else device
-    infer = {
-        "cuda": _infer_nvidia_arch,
-        "amd": _infer_amd_arch,
-        "xpu": _infer_xpu_arch,
-        "npu": _infer_npu_arch,
-    }.get(vendor)
     try:
-        return infer(device_id) if infer else device
+        return _ARCHITECTURE_OF[vendor](device_id) or device
     except Exception:  # only a label: a driver that cannot say is no reason to fail
         return device
 
 
-def _infer_nvidia_arch(device_id: int) -> str:
-    return nvidia.architecture(torch.cuda.get_device_capability(device_id))
-
-
-def _infer_amd_arch(device_id: int) -> str:
+def _amd_architecture(device_id: int) -> str:
     found = torch.cuda.get_device_properties(device_id)
-    return amd.architecture(getattr(found, "gcnArchName", "")) or "cuda"
+    return amd.architecture(getattr(found, "gcnArchName", ""))
 
 
-def _infer_xpu_arch(device_id: int) -> str:
-    return intel.architecture(torch.xpu.get_device_name(device_id))
-
-
-def _infer_npu_arch(device_id: int) -> str:
+def _npu_architecture(device_id: int) -> str:
     name = _runtime("npu").get_device_name(device_id)
     return next((arch for part, arch in NPU_ARCHITECTURES.items() if part in name), "npu")
+
+
+_ARCHITECTURE_OF: dict[str, Callable[[int], str]] = {
+    "cuda": lambda device_id: nvidia.architecture(torch.cuda.get_device_capability(device_id)),
+    "amd": _amd_architecture,
+    "xpu": lambda device_id: intel.architecture(torch.xpu.get_device_name(device_id)),
+    "npu": _npu_architecture,
+}
 
 
 def get_total_gpu_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from liger_kernel import backends
 from liger_kernel._core.options import OpOptions
 from liger_kernel.backends import dispatch, kernels_of
+from liger_kernel.backends.records import Backend, DeviceFacts
 from liger_kernel.ops import OPS
 from liger_kernel.ops.glu import glu
 from liger_kernel.ops.rms_norm import rms_norm
@@ -29,6 +31,8 @@ def has_options(op: str) -> bool:
 
 
 WITH_OPTIONS = [op for op in OPS if has_options(op)]
+#: where the kernels run: on the CPU there is their interpreter, unless this machine has a GPU
+KERNELS_ON = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Recorder:
@@ -62,7 +66,8 @@ def test_every_option_reaches_every_backend(
         if case.large or not case.options:
             continue
         seen.clear()
-        inputs, grads = drawn(spec, case, Make(torch.float32))
+        device = KERNELS_ON if implementation == "triton" else "cpu"
+        inputs, grads = drawn(spec, case, Make(torch.float32, device))
         with backends.use_implementation(implementation):
             call(
                 spec.function,
@@ -87,7 +92,7 @@ def test_every_option_reaches_every_backend(
 
 def test_an_explicit_request_is_honoured_under_compile() -> None:
     """Inductor would fuse the reference; who asks for the kernels gets them, outside of the graph."""
-    x, weight = torch.randn(4, 8), torch.randn(8)
+    x, weight = torch.randn(4, 8, device=KERNELS_ON), torch.randn(8, device=KERNELS_ON)
     ran: list[str] = []
     found = kernels_of
 
@@ -96,7 +101,9 @@ def test_an_explicit_request_is_honoured_under_compile() -> None:
         return found(name, x)
 
     compiled = torch.compile(lambda x, w: rms_norm(x * 2, w) + 1, backend="eager")
-    assert torch.equal(compiled(x, weight), rms_norm(x * 2, weight) + 1)
+    with backends.use_implementation("reference"):
+        expected = rms_norm(x * 2, weight) + 1
+    assert torch.equal(compiled(x, weight), expected)
     with pytest.MonkeyPatch.context() as patch, backends.use_implementation("triton"):
         patch.setattr(dispatch, "kernels_of", recording)
         torch._dynamo.reset()
@@ -156,9 +163,27 @@ def test_facts_of_a_device_nobody_knows() -> None:
 
 def test_dummy_is_registered_once() -> None:
     assert backends.BACKENDS["dummy"] is dummy_backend.BACKEND
-    assert backends.backend_of("cpu").name == "cpu", (
-        "the first family of a device type gives its facts"
-    )
+    assert backends.backend_of("cpu").name == "cpu", "the dummy computes there on request alone"
+
+
+@pytest.mark.parametrize("first", ["acme", "cpu"])
+def test_two_families_with_the_facts_of_one_device(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is found first: neither takes the place of the other silently."""
+    both = {
+        "acme": Backend("acme", ("npu", "cpu"), lambda device: DeviceFacts(processors=7)),
+        "cpu": backends.BACKENDS["cpu"],
+    }
+    monkeypatch.setattr(backends, "BACKENDS", {first: both.pop(first)})
+    (second,) = both.values()
+    with pytest.raises(ValueError, match=rf"'{first}' and '{second.name}' both .*'cpu' devices"):
+        backends.register(second)
+    backends.register(dataclasses.replace(second, facts=None))
+    backends.register(dataclasses.replace(second, present=lambda: False))
+    assert backends.backend_of("cpu").name == first
+    for cache in (backends.backend_of, backends.facts_of):
+        cache.cache_clear()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def draw_pair(dtype: torch.dtype, extra: int = 0, shape: tuple[int, ...] = (11,)) -> Any:
-    """A student of width 16 and a teacher of width 24 with `extra` more classes."""
+    """A student of width 16 and a teacher of width 24 with `extra` more classes, or fewer."""
     classes = 29
 
     def draw(seed: int) -> Any:
@@ -72,7 +72,8 @@ def full(i: Any, rows: Any, hard: float, soft: float, beta: float, temperature: 
     n = valid.sum().clamp(min=1)
     hard_loss = -pick(s, i["target"]).sum() / n
     s = wide(s) / temperature
-    s = torch.cat([s, s.new_zeros(*s.shape[:-1], t.shape[-1] - s.shape[-1])], -1)
+    size = max(s.shape[-1], t.shape[-1])  # what one of the two does not know is a logit of 0
+    s, t = (torch.cat([x, x.new_zeros(*x.shape[:-1], size - x.shape[-1])], -1) for x in (s, t))
     soft_loss = rows(s, t, beta)[valid].sum() / n
     return hard * hard_loss + soft * soft_loss, soft_loss.detach(), hard_loss.detach()
 
@@ -87,6 +88,8 @@ def full(i: Any, rows: Any, hard: float, soft: float, beta: float, temperature: 
         ({"beta": 0.3, "temperature": 2.0, "chunk_size": 3}, 0),
         ({"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "chunk_size": 1}, 0),
         ({"weight_hard_loss": 0.8, "weight_soft_loss": 0.1, "chunk_size": 5}, 3),
+        ({"temperature": 2.0, "chunk_size": 4}, -4),
+        ({"beta": 1.0}, -4),
     ],
     ids=str,
 )
@@ -193,13 +196,7 @@ def test_arguments() -> None:
         call(LigerFusedLinearJSDLoss(beta=1.5), i)
     with pytest.raises(ValueError, match=r"chunk_size.*got 0"):
         LigerFusedLinearJSDLoss(chunk_size=0)
-    with pytest.raises(ValueError, match=r"teacher has 28 classes.*29"):
-        call(LigerFusedLinearJSDLoss(), {**i, "t_weight": i["t_weight"][:28], "t_bias": None})
     with pytest.raises(ValueError, match="teacher_input has shape"):
         call(LigerFusedLinearJSDLoss(), {**i, "t_hidden": i["t_hidden"][:4]})
     with pytest.raises(TypeError, match=r"bfloat16.*float32"):
         call(LigerFusedLinearJSDLoss(), {**i, "hidden": i["hidden"].bfloat16()})
-    loss = call(LigerFusedLinearJSDLoss(), {**i, "hidden": i["hidden"].requires_grad_()})[0]
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
-        loss.backward()

@@ -17,6 +17,7 @@ from liger_kernel.chunked_loss.grpo_loss import (
     k3_loss_fn,
     sapo_loss_fn,
 )
+from liger_kernel.testing import assert_draws_no_worse
 from tests.chunked_loss.full_logits import DTYPES, compare, draw_sequences, logits_of, pick
 
 ALL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -24,7 +25,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def draw_policy(
-    dtype: torch.dtype, vllm: str | None = None, sizes: tuple[int, int, int] = (7, 16, 37)
+    dtype: torch.dtype,
+    vllm: str | None = None,
+    sizes: tuple[int, int, int] = (7, 16, 37),
+    advantages: str = "rows",
 ) -> Any:
     sequences = draw_sequences(dtype, batch=4, sizes=sizes)
 
@@ -35,10 +39,10 @@ def draw_policy(
         i["target"] = i["target"].clamp(min=0)
         lengths = torch.tensor([length, 5, 3, 0])  # one completion is empty
         i["mask"] = (torch.arange(length) < lengths[:, None]).long()
-        i["advantages"] = torch.randn(batch, generator=g)
         exact = pick(logits_of(i["hidden"].float(), i["weight"].float(), i["bias"]), i["target"])
         i["old"] = exact + 0.3 * torch.randn(batch, length, generator=g)
         shape = {"rows": (batch,), "column": (batch, 1), "tokens": (batch, length)}
+        i["advantages"] = torch.randn(shape[advantages], generator=g)
         if vllm:
             i["vllm"] = torch.rand(shape[vllm], generator=g) + 0.5
         return i
@@ -57,13 +61,14 @@ def token_loss(o: Any, rho: Any, lp: Any, log_ratio: Any, adv: Any, mask: Any, v
     if kind == "cispo":
         return -rho.detach().clamp(max=high) * adv * lp
     if kind == "sapo":
-        t = o.get("sapo_temperature_pos", 1.0) if adv > 0 else o.get("sapo_temperature_neg", 1.05)
+        pos, neg = o.get("sapo_temperature_pos", 1.0), o.get("sapo_temperature_neg", 1.05)
+        t = torch.where(adv > 0, pos, neg)
         return -adv * 4 / t * (1 / (1 + torch.exp(-t * (rho - 1))))
     if kind == "vespo":
         log_w = (log_ratio.detach() * mask).sum()
         if vllm is not None:
             log_w = log_w + vllm.log().sum()
-        k, rate = (2.0, 3.0) if adv >= 0 else (3.0, 2.0)
+        k, rate = torch.where(adv >= 0, 2.0, 3.0), torch.where(adv >= 0, 3.0, 2.0)
         phi = torch.exp(log_w.clamp(min=math.log(1e-8)) * k + rate * (1 - log_w.exp()))
         return -phi * adv * lp
     bounded = rho.clamp(max=o["delta"]) if o.get("delta") else rho
@@ -126,10 +131,13 @@ def check(
     temperature: float = 1.0,
     items: float | None = None,
     without: tuple[str, ...] = (),
+    advantages: str = "rows",
     **more: Any,
 ) -> None:
+    drawn = draw_policy(dtype, vllm, advantages=advantages)
+
     def draw(seed: int) -> Any:
-        return {k: t for k, t in draw_policy(dtype, vllm)(seed).items() if k not in without}
+        return {k: t for k, t in drawn(seed).items() if k not in without}
 
     module = LigerFusedLinearGRPOLoss(**o, temperature=temperature, chunk_size=2)
     module.use_ref_model = "ref_hidden" not in without
@@ -158,8 +166,9 @@ def check(
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", ALL)
 def test_loss_types(loss_type: str, beta: float, dtype: torch.dtype) -> None:
-    high = 1.1 if loss_type == "cispo" else 0.3
-    o = {"loss_type": loss_type, "beta": beta, "epsilon_high": high, "max_completion_length": 9}
+    o = {"loss_type": loss_type, "beta": beta, "max_completion_length": 9}
+    if loss_type not in ("sapo", "vespo"):
+        o["epsilon_high"] = 1.1 if loss_type == "cispo" else 0.3
     check(dtype, o)
 
 
@@ -175,6 +184,18 @@ def test_sequence_level(loss_type: str, beta: float, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("loss_type", ["grpo", "luspo", "vespo"])
 def test_vllm_ratio(loss_type: str, vllm: str) -> None:
     check(torch.float32, {"loss_type": loss_type}, vllm)
+
+
+@pytest.mark.parametrize("advantages", ["column", "tokens"])
+@pytest.mark.parametrize("loss_type", ALL)
+def test_advantages_of_sequences_and_tokens(loss_type: str, advantages: str) -> None:
+    o = {"loss_type": loss_type, "max_completion_length": 9}
+    check(torch.float32, o, advantages=advantages)
+    check(torch.float32, o, "tokens", advantages=advantages)
+
+
+def test_advantages_of_tokens_with_the_ratio_of_a_sequence() -> None:
+    check(torch.float32, {"importance_sampling_level": "sequence"}, advantages="tokens")
 
 
 @dtypes
@@ -205,22 +226,146 @@ def test_nothing_sampled_and_garbage_outside_the_mask(loss_type: str) -> None:
     i = draw_policy(torch.float32)(0)
     hidden, weight = i["hidden"].requires_grad_(), i["weight"].requires_grad_()
     mask = torch.zeros_like(i["mask"])
-    old = i["old"] if loss_type == "luspo" else torch.full_like(i["old"], -math.inf)
     module = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=5)
+    for garbage in (-math.inf, math.inf, math.nan):
+        old = torch.full_like(i["old"], garbage)
+        for rows in (old, old[:, :1], old[:, 0]):
+            loss, metrics = module(
+                hidden,
+                weight,
+                i["target"],
+                mask,
+                rows,
+                old_per_token_logps=old,
+                ref_per_token_logps=old,
+                vllm_is_ratio=rows.abs(),
+            )
+            hidden.grad = weight.grad = None
+            loss.backward()
+            assert loss == 0
+            assert all(t == 0 for t in metrics)
+            assert not hidden.grad.any()
+            assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("loss_type", [kind for kind in ALL if kind != "luspo"])
+def test_garbage_outside_the_mask_changes_nothing(loss_type: str) -> None:
+    i = draw_policy(torch.float32, advantages="tokens")(0)
+    module = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=5)
+    found = []
+    for garbage in (1.0, -math.inf, math.inf, math.nan):
+        old, advantages, ratio = (
+            t.masked_fill(i["mask"] == 0, garbage)
+            for t in (i["old"], i["advantages"], torch.full_like(i["old"], 1.5))
+        )
+        hidden = i["hidden"].detach().requires_grad_()
+        given = (hidden, i["weight"], i["target"], i["mask"], advantages)
+        loss, metrics = module(
+            *given,
+            old_per_token_logps=old,
+            ref_per_token_logps=old + 0.1,
+            vllm_is_ratio=ratio,
+        )
+        found.append([loss, *metrics, *torch.autograd.grad(loss, hidden)])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def far_from_reference(i: Any, gap: float, beta: float, dtype: torch.dtype) -> Any:
+    """The default loss and its gradients, where the reference is `gap` surer of one token; powers in float64."""
+    leaves = [i[n].detach().to(dtype).requires_grad_() for n in ("hidden", "weight")]
+    logps = pick(logits_of(*leaves, None), i["target"]).double()
+    x = i["ref"].double() - logps
+    loss = -i["advantages"][:, None] + beta * (x.exp() - x - 1)
+    ratio = (logps - logps.detach()).exp()
+    loss = loss + i["advantages"][:, None] * (1 - ratio)  # the ratio is 1, and has a slope
+    loss = (loss * i["mask"]).sum() / i["mask"].sum()
+    grads = torch.autograd.grad(loss, leaves)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [loss.detach().to(wide), *grads]
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0, 89.0, 92.0])
+def test_a_divergence_that_float32_can_hold(gap: float) -> None:
+    """e^89 is beyond it, and yet a mean with a small weight is not."""
+
+    def draw(seed: int) -> Any:
+        i = draw_policy(torch.float32)(seed)
+        exact = pick(logits_of(i["hidden"].double(), i["weight"].double(), None), i["target"])
+        i["ref"] = (exact - 0.1).float()
+        i["ref"][0, 3] += gap
+        leaves = [i[n].detach().requires_grad_() for n in ("hidden", "weight")]
+        given = (*leaves, i["target"], i["mask"], i["advantages"])
+        loss, _ = LigerFusedLinearGRPOLoss(beta=1e-3)(*given, ref_per_token_logps=i["ref"])
+        runs = [
+            [loss.detach(), *torch.autograd.grad(loss, leaves)],
+            far_from_reference(i, gap, 1e-3, torch.float64),
+            far_from_reference(i, gap, 1e-3, torch.float32),
+        ]
+        return [{f"output or gradient {n}": t for n, t in enumerate(run)} for run in runs]
+
+    assert_draws_no_worse(draw, first=4)
+
+
+@pytest.mark.parametrize("gap", [89.0, 120.0, 800.0])
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_a_divergence_beyond_float32_is_its_largest_number(
+    bias_correction: bool, gap: float
+) -> None:
+    i = draw_policy(torch.float32)(0)
+    leaves = [i[n].detach().requires_grad_() for n in ("hidden", "weight")]
+    i["old"][0, 3] += gap
+    module = LigerFusedLinearGRPOLoss(use_bias_correction_kl=bias_correction, beta=1e6)
     loss, metrics = module(
-        hidden,
-        weight,
-        i["target"],
-        mask,
-        i["advantages"],
-        old_per_token_logps=old,
-        ref_per_token_logps=old,
+        *leaves, i["target"], i["mask"], i["advantages"], ref_per_token_logps=i["old"]
     )
     loss.backward()
+    assert loss > 1e38
+    assert metrics[0] > 1e36
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.any()
+
+
+@pytest.mark.parametrize("gap", [90.0, 120.0, 900.0])
+@pytest.mark.parametrize("sign", [0.0, 1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ALL)
+def test_a_ratio_that_overflows(loss_type: str, level: str, sign: float, gap: float) -> None:
+    """A token that the policy before would hardly have sampled: clipped, or without an advantage, it has no slope."""
+    if level == "sequence" and loss_type in ("cispo", "sapo", "vespo"):
+        return
+    i = draw_policy(torch.float32)(0)
+    leaves = [i[n].detach().requires_grad_() for n in ("hidden", "weight")]
+    i["old"][0] -= gap
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0, loss_type=loss_type, max_completion_length=5, importance_sampling_level=level
+    )
+    given = (*leaves, i["target"], i["mask"], i["advantages"].abs() * sign)
+    loss, _ = module(*given, old_per_token_logps=i["old"])
+    loss.backward()
+    assert loss.isfinite()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+    if loss_type != "cispo" or not sign:  # whose gradient is that of the log-probability
+        assert not leaves[0].grad[0].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (4, 0)])
+@pytest.mark.parametrize("loss_type", ALL)
+def test_no_sequences_and_no_tokens(loss_type: str, shape: tuple[int, int]) -> None:
+    i = draw_policy(torch.float32)(0)
+    rows, length = shape
+    leaves = [i["hidden"][:rows, :length].requires_grad_(), i["weight"].requires_grad_()]
+    target, mask, old = (i[name][:rows, :length] for name in ("target", "mask", "old"))
+    module = LigerFusedLinearGRPOLoss(loss_type=loss_type, max_completion_length=5)
+    given = (*leaves, target, mask, i["advantages"][:rows])
+    loss, metrics = module(*given, old_per_token_logps=old, ref_per_token_logps=old)
     assert loss == 0
     assert all(t == 0 for t in metrics)
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, leaves))
 
 
 def test_given_reference_logps_win_with_a_warning() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearSimPOLoss,
 )
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+from liger_kernel.testing import assert_no_worse
 from tests.chunked_loss.full_logits import (
     DTYPES,
     IGNORED,
@@ -44,7 +46,7 @@ def dpo(loss_type: str, beta: float, s: float, tau: float) -> Any:
         a, b = c - ref_c, r - ref_r
         d, won, lost = beta * (a - b), beta * a, beta * b
         if loss_type == "sigmoid":
-            loss = -logsig(d)
+            loss = -(1 - s) * logsig(d) - s * logsig(-d)
         elif loss_type == "hinge":
             loss = (1 - d).clamp(min=0)
         elif loss_type == "exo_pair":
@@ -79,6 +81,11 @@ def run_paired(module: Any, *names: str) -> Any:
     return ours
 
 
+#: what only some of DPO's loss types read
+OWN_OPTIONS: dict[str, dict[str, float]] = {
+    **{kind: {"label_smoothing": 0.1} for kind in ("sigmoid", "exo_pair", "robust")},
+    "discopop": {"discopop_tau": 0.5},
+}
 REF = ("ref_input=ref_hidden", "ref_weight=ref_weight", "ref_bias=ref_bias")
 
 
@@ -89,13 +96,12 @@ def test_dpo(loss_type: str, average: bool, dtype: torch.dtype) -> None:
     nll = average  # each of the two with and without
     module = LigerFusedLinearDPOLoss(
         beta=0.2,
-        alpha=0.7,
+        alpha=0.7 if nll else 1.0,
         compute_nll_loss=nll,
         average_log_prob=average,
         loss_type=loss_type,
-        label_smoothing=0.1,
-        discopop_tau=0.5,
         chunk_size=2,
+        **OWN_OPTIONS.get(loss_type, {}),
     )
     compare(
         run_paired(module, *REF),
@@ -259,6 +265,75 @@ def test_a_pair_with_one_empty_side_compares_nothing() -> None:
     assert hidden.grad is not None
     assert not hidden.grad[0].any()
     assert hidden.grad[1].any()
+
+
+def pairs_of(logps: list[list[float]]) -> dict[str, Any]:
+    """Sequences of one token with these log-probabilities, chosen and rejected, by heads of two classes."""
+    exact = torch.tensor(logps, dtype=torch.float64).flatten()
+    logits = torch.stack([exact, torch.log(-torch.expm1(exact))], -1)
+    return {
+        "hidden": logits.float()[:, None].requires_grad_(),
+        "weight": torch.eye(2).requires_grad_(),
+        "target": torch.zeros(len(exact), 1, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LigerFusedLinearORPOLoss(beta=1.0),
+        *(
+            LigerFusedLinearDPOLoss(
+                beta=1.0, use_ref_model=False, loss_type=kind, **OWN_OPTIONS.get(kind, {})
+            )
+            for kind in sorted(LigerFusedLinearDPOLoss._SUPPORTED_LOSS_TYPES)
+        ),
+    ],
+    ids=lambda m: getattr(m, "loss_type", "orpo"),
+)
+def test_what_float64_can_say_is_said(module: Any) -> None:
+    """Of certain tokens, and of such as no model would have sampled; neither is NaN, in loss or gradient."""
+    i = pairs_of([[-1e-10, -300.0, -300.0], [-300.0, -1e-10, -300.0]])
+    loss, _ = module(i["weight"], i["hidden"], i["target"])
+    grads = torch.autograd.grad(loss, (i["hidden"], i["weight"]))
+    double = {n: t.detach().double() if n != "target" else t for n, t in i.items()}
+    exact, _ = module(double["weight"], double["hidden"], double["target"])
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads)
+    if not isinstance(module, LigerFusedLinearORPOLoss):  # which fp32 cannot tell from certain
+        assert_no_worse("loss", loss.detach(), exact, exact.float())
+
+
+def test_options_that_say_nothing_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"label_smoothing=0.3 has no effect with loss_type='hinge'"
+    ):
+        LigerFusedLinearDPOLoss(loss_type="hinge", label_smoothing=0.3)
+    with pytest.raises(
+        ValueError, match=r"discopop_tau=0.3 .* only with discopop; leave it at 0.05"
+    ):
+        LigerFusedLinearDPOLoss(discopop_tau=0.3)
+    with pytest.raises(ValueError, match="discopop_tau must be positive, got 0"):
+        LigerFusedLinearDPOLoss(loss_type="discopop", discopop_tau=0)
+    with pytest.raises(ValueError, match=r"alpha=0.5 .* compute_nll_loss=False"):
+        LigerFusedLinearCPOLoss(alpha=0.5, compute_nll_loss=False)
+    LigerFusedLinearCPOLoss(alpha=0.0, compute_nll_loss=False)  # says the same twice
+    for kind in (LigerFusedLinearCPOLoss, LigerFusedLinearSimPOLoss, LigerFusedLinearDPOLoss):
+        with pytest.raises(ValueError, match=r"label_smoothing=1.5 is not between"):
+            kind(label_smoothing=1.5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2,)])
+def test_kl_is_one_number(shape: tuple[int, ...]) -> None:
+    i = draw_sequences(torch.float32)(0)
+    labels = torch.tensor([True, True, False, False])
+    call = partial(LigerFusedLinearKTOLoss(), i["hidden"], i["weight"], i["target"])
+    with pytest.raises(ValueError, match=r"kl has shape \(.*\); pass one number"):
+        call(preference_labels=labels, kl=torch.ones(shape))
+    one, other = (
+        call(preference_labels=labels, kl=torch.full(shape, 0.3)) for shape in ((), (1, 1))
+    )
+    assert one[0] == other[0]
 
 
 def test_arguments() -> None:

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Sequence[bool]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Needs
+) -> tuple[Tensor, Saved]:
     rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + options.eps)
     normed = x.float() * rstd
     if options.casting_mode == "llama":
@@ -20,13 +19,7 @@ def forward(
     return normed.to(x.dtype), (x, weight, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: RMSNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: RMSNormOptions, needs: Needs) -> Grads:
     x, weight, rstd = saved
     dy, normed = grads[0].float(), x.float() * rstd
     dnormed = dy if weight is None else dy * (weight.float() + options.offset)

@@ -44,7 +44,9 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 @dtypes
 def test_dpo(dtype: torch.dtype) -> None:
-    module = LigerFusedLinearDPOLoss(beta=0.2, alpha=0.7, compute_nll_loss=True)
+    module = LigerFusedLinearDPOLoss(
+        beta=0.2, alpha=0.7, label_smoothing=0.1, compute_nll_loss=True
+    )
     compare(
         run_paired(module, *REF),
         lambda i: paired(dpo("sigmoid", 0.2, 0.1, 0.5), i, False, 0.7, True),

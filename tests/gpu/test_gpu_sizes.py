@@ -46,6 +46,23 @@ def rows_of(op: str, shape: tuple[int, int], vectors: int, **options: Any) -> Hu
     return Huge(op, f"{shape[0]}x{shape[1]}", inputs, (0, *(None,) * vectors), options)
 
 
+def of_parameters(op: str, rows: int, columns: int, *sizes: int, **options: Any) -> Huge:
+    """One matrix, and parameters of these sizes."""
+
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(rows, columns), *map(make.randn, sizes)
+
+    return Huge(op, f"{rows}x{columns}", inputs, (0, *(None,) * len(sizes)), options)
+
+
+def group_norm(num_groups: int, *shape: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        return make.randn(*shape), make.randn(shape[1]), make.randn(shape[1])
+
+    options = {"num_groups": num_groups, "eps": 1e-5}
+    return Huge("group_norm", "x".join(map(str, shape)), inputs, (0, None, None), options)
+
+
 def pair_of(op: str, shape: tuple[int, int], weight: bool, **options: Any) -> Huge:
     def inputs(make: Make) -> tuple[Tensor, ...]:
         return make.randn(*shape), make.randn(*shape), *((make.randn(shape[1]),) if weight else ())
@@ -99,6 +116,23 @@ def linear_cross_entropy(rows: int, hidden: int, classes: int) -> Huge:
     )
 
 
+def divergence(op: str, rows: int, classes: int, *logs: bool, **options: Any) -> Huge:
+    """Term by term, or where a sum has labels, with all but the last rows ignored."""
+
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        made = [make.randn(rows, classes) for _ in logs]
+        for t, is_log in zip(made, logs, strict=True):
+            t.sub_(4) if is_log else t.abs_()
+        if options.get("reduction") == "none":
+            return tuple(made)
+        labels = make.labels(rows, classes)
+        labels[:-TAIL] = -100
+        return *made, labels
+
+    axes = (0, 0) if options.get("reduction") == "none" else (0, 0, 0)
+    return Huge(op, f"{rows}x{classes}", inputs, axes, options)
+
+
 def gated_mlp(rows: int, hidden: int, features: int) -> Huge:
     def inputs(make: Make) -> tuple[Tensor, ...]:
         inner = (make.randn(features, hidden, scale=hidden**-0.5) for _ in range(2))
@@ -129,6 +163,19 @@ HUGE = (
     pair_of("glu", TALL, False, **GLU),
     Huge("glu", "packed", lambda m: (m.randn(65_540, 2 * 16_388), None), (0, None), GLU),
     rows_of("relu_squared", WIDE, 0),
+    rows_of("softmax", WIDE, 0),
+    rows_of("softmax", TALL, 0),
+    rows_of("sparsemax", WIDE, 0, dim=-1),
+    rows_of("sparsemax", TALL, 0, dim=-1),
+    of_parameters("dyt", *WIDE, 1, WIDE[1], WIDE[1]),
+    of_parameters("dyt", *TALL, 1, TALL[1], TALL[1]),
+    of_parameters("modulated_rms_norm", 262_160, 8_194, *(8_194,) * 3, **NORM),
+    of_parameters("modulated_rms_norm", *TALL, *(TALL[1],) * 3, **NORM),
+    group_norm(2, 65_540, 8, 4_097),
+    group_norm(2, 16_777_221, 4, 32),
+    group_norm(1, 4, 2, 268_435_459),
+    of_parameters("poly_norm", *WIDE, 3, 1, eps=1e-6),
+    of_parameters("poly_norm", *TALL, 3, 1, eps=1e-6),
     gated_mlp(16_777_221, 129, 128),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
@@ -137,6 +184,10 @@ HUGE = (
     cross_entropy(16_650_001, 129),
     linear_cross_entropy(524_291, 4_100, 64),
     linear_cross_entropy(64, 8_200, 262_145),
+    divergence("kl_div", *WIDE, True, False, reduction="none"),
+    divergence("jsd", *WIDE, True, True),
+    divergence("jsd", *TALL, True, True),
+    divergence("tvd", *TALL, False, False, reduction="none"),
     gradients(*WIDE),
 )
 MANY = (
@@ -145,10 +196,18 @@ MANY = (
     rope("70001-heads", 1, 70_001, 3, 8, axis=1),
     cross_entropy(3, 70_001 * 16),
     cross_entropy(70_001, 16),
+    divergence("jsd", 3, 70_001 * 4096, True, True),
+    divergence("tvd", 70_001, 16, False, False, reduction="none"),
     linear_cross_entropy(70_001, 16, 24),
     linear_cross_entropy(8, 16, 70_001),
     rows_of("rms_norm", (3, 65_536 * 16 + 1), 1, **NORM),
     rows_of("layer_norm", (3, 65_536 * 16 + 1), 2, eps=1e-5),
+    rows_of("softmax", (3, 65_536 * 16 + 1), 0),
+    rows_of("sparsemax", (3, 65_536 * 16 + 1), 0, dim=-1),
+    of_parameters("dyt", 3, 65_536 * 1024 + 1, 1, *(65_536 * 1024 + 1,) * 2),
+    group_norm(70_001, 4, 140_002, 3),
+    group_norm(2, 3, 4, 65_536 * 16 + 1),
+    of_parameters("poly_norm", 3, 65_536 * 16 + 1, 3, 1, eps=1e-6),
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),

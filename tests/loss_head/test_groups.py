@@ -222,16 +222,6 @@ def test_no_tokens(name: str) -> None:
     assert not db.any()
 
 
-def test_one_backward() -> None:
-    i = inputs()
-    loss, _ = dpo(i | {"weight": i["weight"].requires_grad_()})
-    loss.backward(retain_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"second backward through this loss.*Call this loss again\."
-    ):
-        loss.backward()
-
-
 def test_labels_are_checked() -> None:
     i = inputs()
     i["target"][0, 5] = 37

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
 from liger_kernel.loss_head.node import linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.row_loss import MOST_OUTPUTS, FormulaLoss, RowLoss
-from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.testing import Make, assert_draws_no_worse, assert_no_worse
 
 N, H, T, V = 23, 8, 12, 31
 CHUNKS = ChunkOptions(chunk_size=5)
@@ -40,8 +41,8 @@ loss_classes = pytest.mark.parametrize("cls", LOSSES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-def inputs(dtype: torch.dtype, ignored: float = 0.3) -> dict[str, Tensor]:
-    make = Make(dtype)
+def inputs(dtype: torch.dtype, ignored: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
+    make = Make(dtype, seed=seed)
     drawn = {
         "hidden": make.randn(N, H),
         "weight": make.randn(V, H),
@@ -229,3 +230,54 @@ def test_float16_keeps_small_gradients() -> None:
         assert exact.grad is not None
         rounded = exact.grad.half().double()
         assert (leaf.grad.double() - rounded).abs().max() <= 4e-3 * rounded.abs().max()
+
+
+def cast(function: Any) -> Any:
+    """`function` under autocast, whose backward comes after it."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*args, **options)
+
+    return call
+
+
+def by_public_name(
+    loss: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor, **options: Any
+) -> Any:
+    """As `linear_loss`, through the helpers that frameworks wrap by name."""
+    assert type(loss) is CrossEntropyLoss
+    return fused_linear_cross_entropy(
+        hidden, weight, target, bias, reduction=loss.reduction, chunk_size=CHUNKS.chunk_size
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("cls", "function"),
+    [
+        *(pytest.param(*p.values, linear_loss, id=p.id) for p in LOSSES),
+        pytest.param(CrossEntropyLoss, by_public_name, id="fused_linear_cross_entropy"),
+    ],
+)
+def test_backward_after_autocast(cls: Any, function: Any, reduction: str) -> None:
+    """A 16-bit body and a head in fp32, as autocast makes them: each gets its gradient in its own dtype."""
+    loss = cls(reduction=reduction)
+
+    def draw(seed: int) -> Any:
+        i = inputs(torch.float32, seed=seed)
+        i["hidden"] = i["hidden"].bfloat16()
+        ours, grads = run(loss, i, function=cast(function))
+        assert {name: grad.dtype for name, grad in grads.items()} == {
+            "hidden": torch.bfloat16,
+            "weight": torch.float32,
+            "bias": torch.float32,
+        }
+        high, high_grads = eager(loss, in_double(i))
+        low, low_grads = cast(eager)(loss, i)
+        return [
+            {"loss": found[0].detach(), **of_inputs}
+            for found, of_inputs in ((ours, grads), (high, high_grads), (low, low_grads))
+        ]
+
+    assert_draws_no_worse(draw)

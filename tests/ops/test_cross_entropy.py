@@ -235,13 +235,16 @@ def test_in_place_is_refused_to_who_needs_the_logits() -> None:
         loss.backward()
 
 
-def test_backward_scales_and_happens_once() -> None:
+def test_backward_scales_each_time() -> None:
     logits, target = drawn()
     unit, scaled = (cross_entropy(logits, target)[0] for _ in range(2))
     (once,) = torch.autograd.grad(unit, logits)
     (half,) = torch.autograd.grad(scaled * 0.5, logits, retain_graph=True)
     assert torch.equal(half, once * 0.5)
-    with pytest.raises(RuntimeError, match="second backward"):
+    (again,) = torch.autograd.grad(scaled, logits)
+    assert torch.equal(again, once)
+    assert torch.equal(half, once * 0.5)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
         torch.autograd.grad(scaled, logits)
 
 

@@ -17,6 +17,7 @@ import torch
 import liger_kernel.transformers as package
 from liger_kernel import compat, ops, utils
 from liger_kernel.ops import utils as ops_utils
+from liger_kernel.testing import assert_no_worse
 
 
 @pytest.fixture
@@ -59,6 +60,12 @@ class TestAliases:
             ops.LigerSiLUMulFunction,
         )
         assert swiglu_forward is ops.swiglu_forward
+
+    def test_from_the_parent(self) -> None:
+        """As ms-swift imports `loss_utils`, before anybody else has."""
+        pairs = [alias.rpartition(".")[::2] for alias in compat.ALIASES]
+        lines = [f"from {parent} import {child}" for parent, child in reversed(pairs)]
+        in_a_new_process("\n".join(lines))
 
     def test_installed_once_and_last(self) -> None:
         compat.install()
@@ -315,3 +322,60 @@ class TestUtils:
             is utils.is_peft_available()
             is (importlib.util.find_spec("peft") is not None)
         )
+
+
+class TestLossUtils:
+    def test_what_frameworks_pass(self) -> None:
+        from liger_kernel.transformers.model import loss_utils
+
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
+        labels = torch.randint(11, (2, 5))
+        flat = hidden.view(-1, 8), weight, labels.view(-1)
+        plain = loss_utils.fixed_fused_linear_cross_entropy(*flat)
+        logits = (flat[0] @ weight.T, flat[0].double() @ weight.double().T)
+        low, high = (torch.nn.functional.cross_entropy(x, flat[2]) for x in logits)
+        assert_no_worse("loss", plain, high, low)
+        more = loss_utils.fixed_fused_linear_cross_entropy(
+            *flat, 7, -100, None, torch.float32, True, True
+        )
+        assert_no_worse("loss", more.loss, high * 10 / 7, low * 10 / 7)
+        assert torch.equal(more.predicted_tokens, logits[0].argmax(-1))
+        found = loss_utils.LigerForCausalLMLoss(
+            hidden, weight, labels, 8, None, -100, labels, None, True, chunk_mem_const=2, bogus=1
+        )
+        assert torch.equal(found.loss, plain)
+        assert torch.equal(found.token_accuracy, more.token_accuracy)
+        assert found.predicted_tokens is None
+
+    def test_what_stands_in_for_the_loss_sees_no_more_than_was_asked(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from liger_kernel.transformers.model import loss_utils
+
+        def stand_in(hidden: Any, weight: Any, target: Any, n: Any, ignored: Any, cap: Any) -> Any:
+            return target
+
+        monkeypatch.setattr(loss_utils, "fixed_fused_linear_cross_entropy", stand_in)
+        labels = torch.arange(6).view(2, 3)
+        found = loss_utils.LigerForCausalLMLoss(
+            torch.zeros(2, 3, 4), None, labels, 4, return_token_accuracy=False
+        )
+        assert found.tolist() == [1, 2, -100, 4, 5, -100]
+
+
+def test_outputs_of_models_import_the_file_that_defines_them() -> None:
+    pytest.importorskip("transformers")
+    program = (
+        "import pickle, sys; from transformers import models\n"
+        "from liger_kernel.transformers.model import output_classes\n"
+        "made = output_classes.LigerPaliGemmaCausalLMOutputWithPast(loss=1, token_accuracy=3)\n"
+        "from transformers.models.paligemma import modeling_paligemma as file\n"
+        "assert isinstance(made, file.PaliGemmaCausalLMOutputWithPast)\n"
+        "assert output_classes.LigerQwen3_5MoeCausalLMOutputWithPast if hasattr(models, 'qwen3_5_moe') else True\n"
+        "assert not any('.internvl' in name for name in sys.modules)\n"
+        "assert pickle.loads(pickle.dumps(made)) == made\n"
+        "assert not hasattr(output_classes, 'LigerNobodysCausalLMOutputWithPast')\n"
+        "assert not hasattr(output_classes, 'LigerQwen2OutputWithPast')"
+    )
+    in_a_new_process(program)

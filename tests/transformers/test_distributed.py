@@ -9,35 +9,31 @@ ZeRO-3 is skipped without deepspeed, which HF's Trainer would import at every ru
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import socket
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
+from tests.transformers import ranks
 from tests.transformers.steps import fused
 from tests.transformers.tiny import batch, build
 
-WORLD = 2
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+HAS_FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
 
 
 def averaged_gradients(dtype: torch.dtype, **overrides: Any) -> dict[str, torch.Tensor]:
     """Of the unpatched model on both ranks' batches, in one process."""
     model = build("llama", dtype, **overrides).train()
-    for rank in range(WORLD):
-        (model(**batch(seed=rank)).loss / WORLD).backward()
+    for rank in range(ranks.WORLD):
+        (model(**batch(seed=rank)).loss / ranks.WORLD).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -125,6 +121,15 @@ SCENARIOS = {
 }
 
 
+def lacking(wrap: Callable[[nn.Module], nn.Module]) -> str:
+    """What this machine lacks for it, if anything."""
+    if wrap is zero3 and not HAS_DEEPSPEED:
+        return "deepspeed is not installed"
+    if wrap in (fsdp2, fsdp2_head_apart) and not HAS_FSDP2_ON_CPU:
+        return f"torch {torch.__version__} has no fully_shard on the CPU"
+    return ""
+
+
 def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, tied: bool) -> None:
     overrides = {"tie_word_embeddings": tied}
     model = build("llama", **overrides)
@@ -148,41 +153,23 @@ def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, 
         assert_no_worse(name, grad, high[name], low[name])
 
 
-def worker(rank: int, port: int, results: str) -> None:
-    """All scenarios in one pair of processes; after a failure the two may be out of step, so the rest is not run."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    deepspeeds = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "DS_ACCELERATOR": "cpu"}
-    os.environ.update({name: str(value) for name, value in deepspeeds.items()})
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    found = {}
-    for name, scenario in SCENARIOS.items():
-        if scenario[0] is zero3 and not HAS_DEEPSPEED:
-            continue
-        try:
-            check(rank, *scenario)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-            break
-    Path(results, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def checks() -> dict[str, ranks.Check]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return {
+        name: partial(check, wrap=wrap, patch_first=first, tied=tied)
+        for name, (wrap, first, tied) in SCENARIOS.items()
+        if not lacking(wrap)
+    }
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return ranks.outcomes(checks, tmp_path_factory.mktemp("ranks"), "cpu")
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_averaged_gradients(scenario: str, outcomes: list[dict[str, str]]) -> None:
-    if SCENARIOS[scenario][0] is zero3 and not HAS_DEEPSPEED:
-        pytest.skip("deepspeed is not installed")
-    for rank, found in enumerate(outcomes):
-        assert found.get(scenario, "not run: an earlier scenario failed") == "", f"rank {rank}"
+    if lacking(SCENARIOS[scenario][0]):
+        pytest.skip(lacking(SCENARIOS[scenario][0]))
+    ranks.assert_passed(scenario, outcomes)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections import Counter
 from typing import Any
 
 import pytest
+import transformers
 from torch import nn
 
 import liger_kernel
 from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.patching import PatchReport
+from liger_kernel.transformers.patching.classes import GlobalPatch
 from liger_kernel.transformers.patching.families import FAMILIES, Family
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.zoo import build, check, inputs
+from tests.transformers.here import ENTRIES
+from tests.transformers.zoo import build, check, inputs, releases
 
-ENTRIES = {entry.model_type: entry for entry in build.ENTRIES}  # image-text where a type has both
 NO_LANGUAGE_MODEL = {"pixtral"}  # a vision tower
-TESTED = [f for f in FAMILIES if f.name in ENTRIES and f.name not in build.UNBUILT]
+TESTED = [f for f in FAMILIES if f.name in ENTRIES]
 
 
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
@@ -29,9 +32,14 @@ def apply(family: Family, **arguments: Any) -> None:
 
 
 def test_every_family_is_tested() -> None:
-    assert {f.name for f in FAMILIES} - {f.name for f in TESTED} == NO_LANGUAGE_MODEL
-    for family in FAMILIES:  # and names a file that exists
+    def is_there(family: Family) -> bool:
+        return importlib.util.find_spec(f"transformers.models.{family.modeling}") is not None
+
+    here = [family for family in FAMILIES if is_there(family)]
+    assert {f.name for f in here} - {f.name for f in TESTED} == NO_LANGUAGE_MODEL
+    for family in here:  # and names a file that exists
         importlib.import_module(monkey_patch._modeling_name(family))
+    assert len(here) == len(FAMILIES) or transformers.__version__ != releases.DOCUMENTED
 
 
 @pytest.mark.parametrize("family", TESTED, ids=lambda f: f.name)
@@ -70,13 +78,43 @@ def test_classes_reach_what_a_model_reaches(family: Family) -> None:
     apply(family, model=model)
     expected = Counter((row.kind, row.path, row.by) for row in state_of(model).report.replaced)
     liger_kernel.unpatch(model)
+    found = []
     apply(family)
     try:
-        built = build.build(entry)
+        for one in (model, build.build(entry)):  # it lives already, it comes later
+            replaced = state_of(one).report.replaced
+            found.append(Counter((row.kind, row.path, row.by) for row in replaced))
     finally:
         getattr(monkey_patch, f"revert_liger_kernel_to_{family.name}")()
-    found = Counter((row.kind, row.path, row.by) for row in state_of(built).report.replaced)
-    assert found == expected
-    assert found
-    liger_kernel.unpatch(built)
-    assert state_of(build.build(entry)) is None
+    assert found == [expected, expected]
+    assert expected
+    assert state_of(model) is state_of(build.build(entry)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("glm4", "rope"), ("glm4v", "rope"), ("glm4v_moe", "rope"), ("qwen3_5", "rope"), ("qwen3_5_moe", "rope"),
+        ("gemma4", "rope"), ("gemma4_text", "rope"), ("deepseek_v3", "rope"),
+        ("granite", "fused_linear_cross_entropy"),
+    ],
+)  # fmt: skip
+def test_flags_that_the_incumbent_refuses(name: str, flag: str) -> None:
+    family = next(f for f in FAMILIES if f.name == name)
+    model = build.build(ENTRIES[name])
+    apply(family, model=model, **{"cross_entropy": False, flag: True})
+    state = state_of(model)
+    found = {row.kind for row in state.report.replaced}
+    if any(isinstance(handle, GlobalPatch) for handle in state.handles):
+        found.add("rope")
+    liger_kernel.unpatch(model)
+    assert {"rope": "rope"}.get(flag, "loss") in found
+
+
+def test_a_model_of_another_family() -> None:
+    model = build.build(ENTRIES["qwen2"])
+    llama = next(f for f in FAMILIES if f.name == "llama")
+    apply(llama, model=model)
+    kinds = {row.kind for row in state_of(model).report.replaced}
+    liger_kernel.unpatch(model)
+    assert {"loss", "norm", "mlp"} <= kinds

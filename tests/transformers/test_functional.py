@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+import liger_kernel.loss_head.fused_linear_cross_entropy as head
 import liger_kernel.transformers.functional as F
 from liger_kernel import backends, ops
 from liger_kernel.ops.glu import glu, glu_packed
@@ -404,3 +405,25 @@ class TestDTensor:
         assert torch.equal(y.to_local(), glu_packed(packed))
         whole = glu_packed(self.dtensor(packed, Shard(1)))  # halves do not lie on one rank
         assert (whole.placements, whole.shape) == ((Replicate(),), (3, 8))
+
+
+def test_chunk_mem_const_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 16), torch.randn(48, 16)
+    target = torch.randint(48, (64,))
+    seen: list[Any] = []
+    original = head.fused_linear_cross_entropy
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["memory_budget"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(head, "fused_linear_cross_entropy", spy)
+    losses = [
+        F.liger_fused_linear_cross_entropy(x, weight, target, chunk_mem_const=c) for c in (1, 2)
+    ]
+    F.liger_fused_linear_cross_entropy(x, weight, target, chunk_mem_const=2, memory_budget=5000)
+    assert seen == [None, 2 * x.numel() * 4, 5000]
+    assert_no_worse("loss", losses[1], losses[0].double(), losses[0])
+    with pytest.raises(ValueError, match="chunk_mem_const must be a positive integer, got True"):
+        F.liger_fused_linear_cross_entropy(x, weight, target, chunk_mem_const=True)

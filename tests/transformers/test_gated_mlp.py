@@ -138,7 +138,8 @@ def test_whoever_watches_a_projection_sees_its_call(way: str, name: str, calls: 
     with WAYS[way](getattr(module, name), seen):
         watched = step(module)
     assert seen == [1]
-    assert calls == ["glu"]
+    # such a hook has to see the activation, too, which only HF's code calls
+    assert calls == ([] if way == "hook on all modules" else ["glu"])
     high = step(copy.deepcopy(module).double())
     for ours, truth, low in zip(watched, high, alone, strict=True):
         assert_no_worse(way, ours, truth, low)
@@ -234,7 +235,8 @@ def test_memory_is_reused_where_nobody_can_see_it(interpreted: None) -> None:
     (inner,) = [n for n, _ in y.grad_fn.next_functions if n is not None and "Product" in n.name()]
     gate, was = inner.saved_tensors[1], inner.saved_tensors[1].clone()
     torch.autograd.grad(y.square().sum(), wanted)
-    assert not torch.equal(gate, was)
+    known = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
+    assert torch.equal(gate, was) is not known
 
 
 @pytest.mark.parametrize("first", ["x", "down"])

@@ -100,12 +100,12 @@ def test_rotary(calls: collections.Counter[str]) -> None:
             module = cls()
             module.forward = MethodType(hub.RotaryEmbedding.forward, module)
             tensors = (q, k, angles.cos(), angles.sin())
-            module(*tensors, unsqueeze_dim)
+            module(*tensors, unsqueeze_dim=unsqueeze_dim)
             calls.clear()
-            found = module(*tensors, unsqueeze_dim)
+            found = module(*tensors, unsqueeze_dim=unsqueeze_dim)
             assert calls["rope"] == ours
-            high = cls()(*(t.double() for t in tensors), unsqueeze_dim)
-            low = cls()(*tensors, unsqueeze_dim)
+            high = cls()(*(t.double() for t in tensors), unsqueeze_dim=unsqueeze_dim)
+            low = cls()(*tensors, unsqueeze_dim=unsqueeze_dim)
             for name, *values in zip("qk", found, high, low, strict=True):
                 assert_no_worse(name, *values)
 

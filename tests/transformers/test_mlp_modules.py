@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +37,11 @@ def config(**fields: Any) -> SimpleNamespace:
 TANH = "gelu_pytorch_tanh"
 GEMMA = config(hidden_act=TANH, hidden_activation=TANH)
 GEMMA4 = config(
-    hidden_activation=TANH, use_double_wide_mlp=True, num_hidden_layers=6, num_kv_shared_layers=2
+    hidden_activation=TANH,
+    use_double_wide_mlp=True,
+    num_hidden_layers=6,
+    num_kv_shared_layers=2,
+    kv_sharing_modes=[None] * 4 + ["reuse"] * 2,  # since transformers 5.24
 )
 #: ours, the module and class of HF (or ours above), config, further arguments
 ROWS = {
@@ -81,8 +84,9 @@ def hf_class(where: Any) -> Any:
     if not isinstance(where, str):
         return where
     pytest.importorskip("transformers")
-    family, name = where.split(".")
-    return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    from tests.transformers import here
+
+    return here.hf_class(where)
 
 
 def run(module: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def nothing_proven() -> None:
     """Verdicts are kept for the process."""
     for site in (experts, mlps, norms, relu_squared):
         site.find_plan.cache_clear()
-    for function in (rope.prove, rope.replacement, rope._rebound):
+    for function in (rope.prove, rope._rebound):
         function.cache_clear()
 
 
@@ -200,7 +200,7 @@ class InFloat32(BrokenMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x).float(), self.up(x).to(torch.float32)
-        return F.linear(F.silu(gate) * up, self.down.weight, self.down.bias)
+        return self.down(F.silu(gate) * up)
 
 
 def test_float64_for_what_computes_in_float32() -> None:

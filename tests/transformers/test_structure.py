@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers.patching import Row
 from liger_kernel.transformers.patching.plans import marker
 from liger_kernel.transformers.patching.sites import rope
+from tests.transformers.here import hf_class
 from tests.transformers.steps import assert_all_no_worse, assert_identical, snapshot, step
 from tests.transformers.tiny import batch, build
 
@@ -31,8 +33,10 @@ Calls = collections.Counter[str]
 
 def hf(file: str, name: str, *args: Any, **kwargs: Any) -> Any:
     """Something of a modeling file, called; not every release has every file."""
-    modeling = pytest.importorskip(f"transformers.models.{file}.modeling_{file}")
-    return getattr(modeling, name)(*args, **kwargs)
+    made: Any = hf_class(f"{file}.{name}")
+    if file == "bamba" and "group_size" in inspect.signature(made).parameters:  # transformers 5.24
+        kwargs["group_size"] = SIZE
+    return made(*args, **kwargs)
 
 
 def patched(module: nn.Module) -> tuple[Any, list[Row]]:
@@ -137,7 +141,8 @@ class TestGatedNorms:
         assert torch.equal(ours(X.bfloat16(), None), ours(X.bfloat16(), gate=None))
         assert calls["rms_norm"] == 3
         needs, _ = patched(hf("qwen3_next", "Qwen3NextRMSNormGated", SIZE))
-        with pytest.raises(TypeError, match="gate"):
+        # before transformers 5 it fails inside
+        with pytest.raises((TypeError, AttributeError), match=r"gate|NoneType"):
             needs(X)
 
 
@@ -154,6 +159,18 @@ class UnscaledNorm(nn.Module):
         self.seen += 1
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return y * self.scale.to(x.dtype) if self.scaled else y
+
+
+class DropsADimension(nn.Module):
+    """Of size 1, the second of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(SIZE)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return y.squeeze(1)
 
 
 class TestOtherNorms:
@@ -184,7 +201,7 @@ class TestOtherNorms:
         [
             lambda: hf("hy_v4", "HYV4UnweightedRMSNorm"),  # the inverse alone
             lambda: hf("sam", "SamLayerNorm", SIZE, data_format="channels_first"),
-            lambda: hf("falcon_h1", "FalconH1RMSNormGated", SIZE),  # drops a dimension of size 1
+            DropsADimension,  # as Falcon-H1's gated norm did before transformers 5.24
             lambda: nn.GroupNorm(4, SIZE),
             lambda: nn.BatchNorm1d(SIZE),
             UnscaledNorm,
@@ -199,7 +216,8 @@ class TestOtherNorms:
 
     def test_the_proof_leaves_the_real_buffers_alone(self) -> None:
         norm, rows = patched(UnscaledNorm(scaled=False))
-        assert [row.by for row in rows] == ["LigerRMSNorm(llama)"]
+        assert [row.by for row in rows] == [None]  # it counts its calls, which ours would not
+        assert "scale, seen" in rows[0].reason
         assert norm.seen == 0
 
     def test_weights_wider_than_the_activations(self, calls: Calls) -> None:

@@ -99,9 +99,11 @@ class TestAsAMethod:
 
     def test_prepared_by_accelerate(self) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         model = build("llama").train()
         liger_kernel.patch(model)
+        AcceleratorState._reset_state(True)  # of an earlier test
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         prepared = accelerator.prepare(model)
         outputs = prepared(**batch())

@@ -16,11 +16,11 @@ from tests.transformers.zoo import build, check, inputs, releases, table
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 RELEASE = releases.RELEASES.get(transformers.__version__)
 DOCUMENTED = transformers.__version__ == releases.DOCUMENTED
-#: of this release
-UNBUILT = build.UNBUILT | (RELEASE.unbuilt if RELEASE else {})
+UNBUILT = releases.unbuilt()
 #: built and right, but their loss is computed in a way that needs real logits
 NOT_FUSED = {
     "chameleon": "writes into its logits before the loss",
+    "dory": "its head is no plain Linear: a parameter scales the logits of each token",
     "idefics": "its head is two matrices, not a Linear",
     "musicgen": "one head and one loss per codebook",
     "musicgen_melody": "one head and one loss per codebook",
@@ -61,7 +61,7 @@ def assert_right(entry: build.Entry, result: check.Result) -> None:
 def test_same_loss_and_gradients(entry: build.Entry) -> None:
     result = check.run(entry, inputs.inputs)
     assert_right(entry, result)
-    if DOCUMENTED and result.status == "ok":
+    if DOCUMENTED and result.status == "ok" and str(entry) not in UNBUILT:
         assert the_page_says(result), (
             f"python -m tests.transformers.zoo.table; now: {table.row(result.as_dict())}"
         )

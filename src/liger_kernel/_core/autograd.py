@@ -16,15 +16,73 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+_MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
+_IS_GRADS_BATCHED = torch._C._dispatch_key_parse("VmapMode")
+
+
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func, or forward-mode AD, is under way; within a compiled graph as outside."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether somebody follows PyTorch's ops one by one, which then have to compute: a kernel would go unseen.
+
+    So do torch.compile, torch.func, forward-mode AD, torch.jit.trace and make_fx.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or in_torch_func()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(_MAKE_FX) is not None
+    )
+
+
+def has_numbers(x: Tensor) -> bool:
+    """False for a meta or a fake tensor, which has a shape, a dtype and a device only."""
+    return type(x) is not FakeTensor and not x.is_meta
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which autocast runs matrix products on the device of x; None where it is off."""
+    device_type = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def refuse_double_backward() -> None:
-    """For the start of a backward: RuntimeError if its own gradient is asked for."""
+    """For the start of a backward: RuntimeError if its own gradient, or many gradients at once, are asked for."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "The fused ops have no second derivative (backward ran with create_graph=True); "
-            "unpatch the model, or compute this part with plain PyTorch."
+            "The fused ops have no second derivative (backward ran with create_graph=True). Take derivatives by "
+            "torch.func (grad, jvp, hessian), for which PyTorch's own ops compute; or unpatch the model."
         )
+    batched = torch._C._dispatch_tls_is_dispatch_key_included(_IS_GRADS_BATCHED)
+    if batched or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "The fused ops take one gradient at a time (backward ran under vmap, as with is_grads_batched=True or "
+            "vectorize=True). Run forward within the transform, too, as torch.func does; or call backward in a loop."
+        )
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether another one through the same graph may follow (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def made_in_forward(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that a loss made in forward and saved, for its backward to scale in place and hand out.
+
+    Copies where another backward may follow; where not, autograd itself refuses a second one.
+    """
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    if not graph_is_kept():
+        return saved
+    return tuple(None if grad is None else grad.clone() for grad in saved)
 
 
 class Op(torch.autograd.Function):

@@ -52,3 +52,20 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(
                 f"{name} must have a floating dtype, got {t.dtype}; convert it with .to()."
             )
+
+
+def check_rows(x: Tensor) -> None:
+    """For an op over the last dimension of x, without parameters."""
+    check_floating(x=x)
+    if x.ndim == 0:
+        raise ValueError("x has shape (), but the op works over its last dimension; pass x[None].")
+
+
+def check_scalar(name: str, tensor: Tensor, x: Tensor) -> None:
+    """`tensor` must hold one floating number on the device of x."""
+    check_floating(**{name: tensor})
+    check_same_device(x=x, **{name: tensor})
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but it is one number; pass a tensor of shape (1,) or ()."
+        )

@@ -9,20 +9,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-Saved = tuple[Tensor | None, ...]
+Saved = tuple[Tensor | None, ...]  # what forward keeps for backward
+Grads = Sequence[Tensor | None]
+Needs = Sequence[bool]  # of each tensor of forward: whether it requires a gradient
 
 
 class Backward(Protocol):
     """The half of a contract that is the same for every op with an autograd node."""
 
-    def backward(
-        self,
-        grads: Sequence[Tensor | None],
-        saved: Saved,
-        *,
-        options: Any,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, grads: Grads, saved: Saved, *, options: Any, needs: Needs) -> Grads:
         """One gradient (or None) per tensor of `forward`, of which `needs` says who requires one."""
 
 

@@ -26,9 +26,10 @@ def on_shards(
 
     All tensors are brought to the mesh and the placements of the first DTensor among them, except that a partial sum,
     or a shard of one of `whole_dims`, is made whole first. A plain tensor counts as replicated. Differentiable.
-    `shapes`: of the outputs, one for all or a list; default: that of the first tensor.
+    `shapes`: of the outputs, one for all or a list; default: that of the first tensor. A 0-d output is a sum over
+    what each rank has.
     """
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     like = next(t for t in tensors if is_dtensor(t))
     mesh = like.device_mesh
@@ -50,6 +51,9 @@ def on_shards(
     def whole(local: Tensor | None, shape: torch.Size) -> Any:
         if local is None:
             return None
+        if local.ndim == 0 and like.ndim:
+            summed = [Partial() if p.is_shard() else p for p in placements]
+            return DTensor.from_local(local, mesh, summed, run_check=False)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=stride
@@ -63,12 +67,12 @@ def on_shards(
 
 
 def on_row_shards(
-    function: Callable[..., Any], *tensors: Tensor | None, n_rows_tensors: int
+    function: Callable[..., Any], *tensors: Tensor | None, n_rows_tensors: int, row_dim: int = -1
 ) -> Any:
     """`function(*tensors)` of the first `n_rows_tensors`, whose rows it works on, and of parameters of a row.
 
-    Each rank computes the rows it holds. The parameters are made whole first; their gradients are summed over the ranks
-    that hold different rows.
+    A row has the dimensions from `row_dim` on. Each rank computes the rows it holds. The parameters are made whole
+    first; their gradients are summed over the ranks that hold different rows.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -84,12 +88,13 @@ def on_row_shards(
         for t in tensors[:n_rows_tensors]
     ]
     x: Any = next(t for t in rows if is_dtensor(t))
+    whole_dims = tuple(range(row_dim % x.ndim, x.ndim))
     grads = [
-        Partial() if p.is_shard() and not p.is_shard(x.ndim - 1) else Replicate()
+        Partial() if p.is_shard() and not any(map(p.is_shard, whole_dims)) else Replicate()
         for p in x.placements
     ]
     whole = [
         p if p is None else spread(p).redistribute(mesh, everywhere).to_local(grad_placements=grads)
         for p in tensors[n_rows_tensors:]
     ]
-    return on_shards(lambda *local: function(*local, *whole), *rows, whole_dims=(-1,))
+    return on_shards(lambda *local: function(*local, *whole), *rows, whole_dims=whole_dims)

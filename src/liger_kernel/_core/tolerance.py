@@ -20,7 +20,7 @@ def excess(
 ) -> float:
     """The error of `ours` over the error allowed: at most 1.0 where `ours` obeys the rule.
 
-    `eps`: the spacing at 1, that of the dtype of `ours` if None. `factor`: 2 is the rule; patching also asks for 1.
+    `eps`: the spacing at 1, that of the dtype of `ours` if None. `factor`: 2 is the rule; patching also applies 1.
 
     Infinite where shapes, dtypes, integers, or the places and signs of NaNs and infinities differ.
     """

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from liger_kernel._core.autograd import Recompute
+from liger_kernel._core.autograd import Recompute, has_numbers
 from liger_kernel._core.contract import check_contract
 from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
@@ -43,7 +44,18 @@ _UNKNOWN = Backend("unknown", (), lambda device: DeviceFacts(queues=True))
 
 
 def register(backend: Backend) -> None:
-    """Add a family of devices; one of the same name is replaced."""
+    """Add a family of devices; one of the same name is replaced.
+
+    Raises: ValueError if another family has the facts of a device type that this one claims.
+    """
+    for other in BACKENDS.values():
+        claimed = set(backend.device_types) & set(other.device_types)
+        both = all(b.facts is not None and b.present() for b in (backend, other))
+        if claimed and both and other.name != backend.name:
+            raise ValueError(
+                f"The backends {other.name!r} and {backend.name!r} both have the facts of {claimed.pop()!r} devices. "
+                f"Give one of them facts=None, if it only computes there on request, or a `present` of its own."
+            )
     BACKENDS[backend.name] = backend
     for implementation in (backend.implementation, *backend.on_request):
         if implementation is not None:
@@ -52,16 +64,26 @@ def register(backend: Backend) -> None:
         cache.cache_clear()
 
 
+def _here(device_type: str) -> Iterator[Backend]:
+    return (b for b in BACKENDS.values() if device_type in b.device_types and b.present())
+
+
 @functools.cache
 def backend_of(device_type: str) -> Backend:
     """The family that tensors on `device_type` belong to on this machine."""
-    families = (b for b in BACKENDS.values() if device_type in b.device_types and b.present())
-    return next(families, _UNKNOWN)
+    return next((b for b in _here(device_type) if b.facts is not None), _UNKNOWN)
 
 
 @functools.cache
 def facts_of(device: torch.device) -> DeviceFacts:
-    return backend_of(device.type).facts(device)
+    facts = backend_of(device.type).facts
+    assert facts is not None
+    return facts(device)
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether the host may read a number of x: it is there, and no device has to be waited for."""
+    return has_numbers(x) and not facts_of(x.device).queues
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
@@ -75,7 +97,7 @@ def is_capturing(device: torch.device) -> bool:
     return streams is not None and streams.is_current_stream_capturing()
 
 
-# --- what was asked for ---------------------------------------------------------------------------
+# --- explicit requests ----------------------------------------------------------------------------
 
 
 def _checked(name: str | None) -> str | None:
@@ -108,7 +130,7 @@ def use_implementation(name: str | None) -> Iterator[None]:
 
 
 def kernels_requested() -> bool:
-    """Whether somebody asked for an implementation by name, and not for the reference."""
+    """Whether an implementation other than the reference was requested by name."""
     return _requested is not None and _requested != REFERENCE
 
 
@@ -117,7 +139,7 @@ def host_bound(x: Tensor, limit: int) -> bool:
 
     On a GPU the kernels take a few microseconds there, and Python most of the time: on the H200 machine a no-op
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
-    was asked for by name.
+    was requested by name.
     """
     return _requested is None and x.numel() <= limit and facts_of(x.device).queues
 
@@ -135,8 +157,8 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
         return None
     found = IMPLEMENTATIONS[requested]
     reason = found.unavailable(device_type)
-    here = [b for b in BACKENDS.values() if device_type in b.device_types and b.present()]
-    if reason is None and not any(found in (b.implementation, *b.on_request) for b in here):
+    offered = (i for b in _here(device_type) for i in (b.implementation, *b.on_request))
+    if reason is None and found not in offered:
         reason = "no backend of this device offers it"
     if reason is not None:
         raise RuntimeError(
@@ -146,7 +168,8 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
     return found
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even its package
@@ -158,10 +181,10 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
     found = implementation_for(device_type, requested)
     package = f"liger_kernel.ops.{op}"
     contract = importlib.import_module(f"{package}.contract").Kernels
-    if found is not None and _is_there(found.module(op)):
+    if found is not None and is_there(found.module(op)):
         module = found.module(op)
         return check_contract(importlib.import_module(module), contract, module)
-    if _is_there(f"{package}.portable"):
+    if is_there(f"{package}.portable"):
         return check_contract(importlib.import_module(f"{package}.portable"), contract, package)
     reference = importlib.import_module(f"{package}.reference")
     return Recompute(getattr(reference, op))
@@ -170,8 +193,11 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
 def kernels_of(op: str, x: Tensor) -> Any:
     """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
-    Kernels compute in fp32, so float64 is left to the reference; asking a kernel for it raises RuntimeError.
+    Kernels compute in fp32, so float64 is left to the reference; requesting a kernel for it raises RuntimeError. What
+    becomes of a fake tensor the reference says, whatever was requested.
     """
+    if type(x) is FakeTensor:
+        return _kernels(op, x.device.type, REFERENCE)
     requested = _requested
     if x.dtype == torch.float64:
         if kernels_requested():

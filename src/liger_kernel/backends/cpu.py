@@ -1,4 +1,4 @@
-"""Processors: the reference computes, or the kernels under Triton's interpreter where they are asked for."""
+"""Processors: the reference computes, or the kernels under Triton's interpreter where they are requested."""
 
 from __future__ import annotations
 

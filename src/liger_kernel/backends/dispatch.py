@@ -1,7 +1,8 @@
 """Who computes an op: decided here, in one order for all of them.
 
 1. Under torch.compile the reference, which Inductor fuses with its neighbours. Kernels that were asked for by name run
-   all the same, outside of the graph; `fullgraph=True` then raises.
+   all the same, outside of the graph; `fullgraph=True` then raises. The reference, too, under every other transform
+   that follows PyTorch's ops.
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
 4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op
+from liger_kernel._core.autograd import Op, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound, kernels_of, kernels_requested
 
@@ -39,8 +40,8 @@ class Dispatch:
     eager: Callable[..., Any] | None = None
 
     def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
-        if torch.compiler.is_compiling():
-            if kernels_requested():
+        if is_transformed():
+            if kernels_requested() and torch.compiler.is_compiling() and not in_torch_func():
                 return _outside_the_graph(self, options, *tensors)
             return self.reference(*tensors, **options.named())
         return self.run(options, *tensors)

@@ -92,7 +92,8 @@ class Backend:
 
     name: str
     device_types: tuple[str, ...]
-    facts: Callable[[torch.device], DeviceFacts]
+    #: None: another family has them, and this one computes `on_request` on its devices
+    facts: Callable[[torch.device], DeviceFacts] | None
     #: computes without being asked; None: the reference does
     implementation: Implementation | None = None
     #: computes only when LIGER_KERNEL_IMPL or `use_implementation` names it

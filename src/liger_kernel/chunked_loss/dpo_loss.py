@@ -5,21 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.declared import LossFunction, takes
-from liger_kernel.chunked_loss.preference import PairOptions, ReferencePairLoss
+from liger_kernel.chunked_loss.preference import (
+    PairOptions,
+    ReferencePairLoss,
+    smoothed_sigmoid_loss,
+)
 
 
 @dataclass(frozen=True)
 class DPOOptions(PairOptions):
     """loss_type: one of sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop.
-    label_smoothing: read by exo_pair and robust. discopop_tau: read by discopop.
+    label_smoothing: the share of pairs that are taken to be labelled the wrong way round (sigmoid: cDPO; exo_pair;
+    robust). discopop_tau: temperature of discopop's modulation. Other loss types refuse them.
     use_ref_model: compare with the reference model whose hidden states and head are passed.
 
-    Raises: ValueError for an unknown loss_type or a label_smoothing that it cannot use."""
+    Raises: ValueError for an unknown loss_type, or an option that it cannot use."""
+
+    positive = ("discopop_tau",)
+    read_by: ClassVar = {
+        "label_smoothing": ("sigmoid", "exo_pair", "robust"),
+        "discopop_tau": ("discopop",),
+    }
 
     ignore_index: int = -100
     beta: float = 0.1
@@ -34,11 +46,11 @@ class DPOOptions(PairOptions):
     discopop_tau: float = 0.05
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ValueError(
                 f"Unsupported loss_type: {self.loss_type}. Supported types are: {', '.join(sorted(LOSSES))}."
             )
+        super().__post_init__()
         smoothing = self.label_smoothing
         if self.loss_type == "exo_pair" and not 0.0 < smoothing < 1.0:
             raise ValueError(
@@ -67,13 +79,13 @@ def _robust(o: DPOOptions, a: Tensor, b: Tensor) -> Tensor:
 def _discopop(o: DPOOptions, a: Tensor, b: Tensor) -> Tensor:
     """Log-ratio modulated loss (arXiv 2406.08414)."""
     d = o.beta * (a - b)
-    share = (d / o.discopop_tau).sigmoid()
-    return -F.logsigmoid(d) * (1 - share) + (-d).exp() * share
+    share = d / o.discopop_tau  # its sigmoid vanishes where e^-d overflows
+    return -F.logsigmoid(d) * (-share).sigmoid() + (F.logsigmoid(share) - d).exp()
 
 
 #: (options, a, b) -> loss; a and b: log-ratio to the reference, chosen and rejected
 LOSSES: dict[str, Callable[[DPOOptions, Tensor, Tensor], Tensor]] = {
-    "sigmoid": lambda o, a, b: -F.logsigmoid(o.beta * (a - b)),
+    "sigmoid": lambda o, a, b: smoothed_sigmoid_loss(o.beta * (a - b), o.label_smoothing),
     "hinge": lambda o, a, b: F.relu(1 - o.beta * (a - b)),
     "exo_pair": _exo_pair,
     "nca_pair": lambda o, a, b: (

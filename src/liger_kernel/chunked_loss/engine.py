@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.groups import RowGroups
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
@@ -65,34 +66,35 @@ def loss_of_logps(
     ignore_index: int = -100,
     temperature: float = 1.0,
     *,
-    unit: int,
+    group_size: int,
     order: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`loss_fn` of the `token_logps` of these arguments, with the logits made once where that is possible.
 
-    The loss must be a sum over units of `unit` tokens each, no term of which reads the log-probability of a token of
-    another unit; `order` (B * T,) lists the tokens unit by unit, None: they are so already. `loss_fn` is called for
-    every chunk, with arbitrary numbers for the tokens of others. What it gives beside the loss has no gradient.
+    The loss must be a sum over groups of `group_size` tokens each, no term of which reads the log-probability of a
+    token of another group; `order` (B * T,) lists the tokens group by group, None: they are so already. `loss_fn` is
+    called for every chunk, with arbitrary numbers for the tokens of others. What it gives beside the loss has no
+    gradient.
 
-    The logits are made a second time, in backward, where a unit exceeds two chunks (`loss_head.plan`), under
-    torch.compile, and in float16, whose gradient scaler would come too late.
+    The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
+    torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
     """
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    if any(needs) and target.numel() and not torch.compiler.is_compiling():
+    if any(needs) and target.numel() and not is_transformed():
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
         check_tensors(flat, weight, labels, bias)
         dtype = compute_dtype(flat, weight)
         plan = ChunkPlan.of(labels.numel(), weight, dtype, ChunkOptions(), needs[1])
-        if dtype != torch.float16 and unit <= 2 * plan.rows:
+        if dtype != torch.float16 and group_size <= 2 * plan.rows:
             wide = torch.promote_types(dtype, torch.float32)
             # a log-probability at which every loss is smooth: that of 0 is a singular point of the odds ratio
             neutral = (labels != ignore_index).to(wide)
-            groups = RowGroups(unit, order, lambda x: loss_fn(-x.view(target.shape)), neutral)
-            x, b = _cooled(flat, bias, temperature)
             of_rows = CrossEntropyLoss(ignore_index, reduction="none")
+            groups = RowGroups(group_size, order, lambda x: loss_fn(-x.view(target.shape)), neutral)
+            x, b = _cooled(flat, bias, temperature)
             loss, *reported = linear_loss(of_rows, x, weight, labels, b, groups=groups)
             return loss, tuple(reported)
     loss, found = loss_fn(token_logps(hidden, weight, target, bias, ignore_index, temperature))
@@ -143,8 +145,3 @@ def check_sequences(hidden: Tensor, target: Tensor) -> None:
             f"hidden states have shape {tuple(hidden.shape)} and labels {tuple(target.shape)}, "
             f"not (B, T, H) and (B, T)."
         )
-
-
-def check_chunk_size(chunk_size: int) -> None:
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {chunk_size!r}.")

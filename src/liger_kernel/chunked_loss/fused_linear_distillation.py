@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from liger_kernel._core.autograd import made_in_forward, refuse_double_backward
 from liger_kernel._core.declared import LossModule
-from liger_kernel.chunked_loss.engine import check_chunk_size
+from liger_kernel.chunked_loss.options import LossOptions, check_chunk_size
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses.distillation import DistillationLoss as DistillationRows
 from liger_kernel.loss_head.node import compute_dtype, linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.products import HeadInputs
-from liger_kernel.ops.cross_entropy import refuse_second_backward
 from liger_kernel.ops.scale_gradients import scale_gradients
 
 
@@ -38,7 +37,7 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
 
     A subclass gives `distillation_loss_fn(student_logits, teacher_logits, target=, ignore_index=, beta=, ...)`: the
     sum over the rows of a chunk, from fp32 logits that are already divided by the temperature. Gradients are made in
-    forward, only for tensors with `requires_grad=True`; one backward hands them out.
+    forward, only for tensors with `requires_grad=True`, and handed out by backward.
     """
 
     @staticmethod
@@ -71,8 +70,8 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
     ) -> Any:
         """The loss, or (loss, soft loss, hard loss), 0-d.
 
-        student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht) with
-        Vt >= V; the student's logits of the further classes are 0. target: (...). `chunk_size` rows at a time.
+        student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht). A class
+        that only one of the two has counts as a logit of 0 of the other. target: (...). `chunk_size` rows at a time.
         `compiled` is accepted and has no effect.
         """
 
@@ -88,9 +87,7 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
             return found
 
         check_chunk_size(chunk_size)
-        student, teacher, labels = _flat_rows(
-            student_input, student_weight, teacher_input, teacher_weight, target
-        )
+        student, teacher, labels = _flat_rows(student_input, teacher_input, target)
         loss = _OwnLoss(
             ignore_index,
             hard_weight=weight_hard_loss,
@@ -121,22 +118,15 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function):
         return value, soft, hard
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """Gradients of student_input, student_weight, None for three, and of student_bias."""
-        refuse_second_backward(ctx, "the distillation loss")
-        dx, dw, db = ctx.saved_tensors
+        refuse_double_backward()
+        dx, dw, db = made_in_forward(ctx)
         scale_gradients((dx, dw, db), grad_output)
         return None if dx is None else dx.view(ctx.shape), dw, None, None, None, db
 
 
-def _flat_rows(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flat_rows(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = target.numel()
     for name, hidden in (("student_input", student), ("teacher_input", teacher)):
         if hidden.numel() != rows * hidden.shape[-1]:
@@ -144,11 +134,6 @@ def _flat_rows(
                 f"{name} has shape {tuple(hidden.shape)}, but there are {rows} labels {tuple(target.shape)}; "
                 f"pass one label per row."
             )
-    if teacher_weight.shape[0] < student_weight.shape[0]:
-        raise ValueError(
-            f"The teacher has {teacher_weight.shape[0]} classes, fewer than the student's "
-            f"{student_weight.shape[0]}; drop those of the student that it does not know."
-        )
     return (
         student.reshape(-1, student.shape[-1]),
         teacher.reshape(-1, teacher.shape[-1]),
@@ -157,12 +142,17 @@ def _flat_rows(
 
 
 @dataclass(frozen=True)
-class DistillationOptions:
+class DistillationOptions(LossOptions):
     """weight_hard_loss, weight_soft_loss: of the cross entropy and of the distance to the teacher.
-    temperature: both models' logits are divided by it in the soft loss. chunk_size: rows of logits held at a time.
+    beta: weight of the teacher in the mixture of the JSD, which with 0 is KL(teacher || student) and with 1
+    KL(student || teacher); scale of the cosine distance.
+    temperature: both models' logits are divided by it in the soft loss; an angle does not change by that, so that
+    for the cosine it is without effect. chunk_size: rows of logits held at a time.
     return_soft_hard_loss: return (loss, soft loss, hard loss). compiled: accepted, without effect.
 
     Raises: ValueError for a temperature or a chunk_size that is not positive."""
+
+    positive = ("temperature",)
 
     weight_hard_loss: float = 0.5
     weight_soft_loss: float = 0.5
@@ -172,11 +162,6 @@ class DistillationOptions:
     compiled: bool = True
     chunk_size: int = 1024
     return_soft_hard_loss: bool = False
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
-        check_chunk_size(self.chunk_size)
 
 
 class DistillationLoss(LossModule):
@@ -199,11 +184,10 @@ class DistillationLoss(LossModule):
         """The loss, 0-d and at least fp32, or (loss, soft loss, hard loss) with `return_soft_hard_loss`.
 
         student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht).
-        true_labels: (...). Only the student gets gradients; with no labelled token the loss is 0.
+        true_labels: (...). A class that only one of the two has, which are the last ones of the larger vocabulary,
+        counts as a logit of 0 of the other. Only the student gets gradients; with no labelled token the loss is 0.
         """
-        student, teacher, labels = _flat_rows(
-            student_input, student_weight, teacher_input, teacher_weight, true_labels
-        )
+        student, teacher, labels = _flat_rows(student_input, teacher_input, true_labels)
         loss = cls.rows(
             options.ignore_index,
             hard_weight=options.weight_hard_loss,

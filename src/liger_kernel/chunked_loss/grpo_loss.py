@@ -19,9 +19,9 @@ from liger_kernel.chunked_loss.policy import (
     clip_coef_fn,
     get_gamma_weights,
     k3_loss_fn,
+    of_sequences_or_tokens,
     policy_loss,
     sapo_loss_fn,
-    sequence_ratio,
 )
 from liger_kernel.chunked_loss.preference import LossAndMetrics
 
@@ -65,20 +65,27 @@ class LigerFusedLinearGRPOLoss(LossModule):
         """Loss, and (mean KL, clip ratio), or (clip ratio,) with beta=0.
 
         _input: (B, T, H). selected_token_ids: (B, T). attention_mask: (B, T), which tokens count, may be float.
-        advantages: (B,). vllm_is_ratio: (B,), (B, 1) or (B, T), multiplies the loss before the KL.
+        advantages: of sequences (B,) or (B, 1), or of tokens (B, T). vllm_is_ratio: as them, multiplies the loss
+        before the KL.
         num_items_in_batch: tokens of all ranks, the divisor of dapo, cispo and vespo.
         Without old_per_token_logps the ratio is 1, with the gradient of the log-probability.
         """
         token_ids, mask, ref_logps = selected_token_ids, attention_mask, ref_per_token_logps
         check_sequences(_input, token_ids)
         options.check_length()
-        batch, length = token_ids.shape
-        if mask.shape != token_ids.shape or advantages.shape != (batch,):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)} and advantages {tuple(advantages.shape)}, "
-                f"not {(batch, length)} and {(batch,)}."
-            )
-        ratio = sequence_ratio(vllm_is_ratio, batch, length)
+        per_token = {
+            "attention_mask": mask,
+            "ref_per_token_logps": ref_logps,
+            "old_per_token_logps": old_per_token_logps,
+        }
+        advantages = of_sequences_or_tokens("advantages", advantages, token_ids)
+        if vllm_is_ratio is not None:
+            vllm_is_ratio = of_sequences_or_tokens("vllm_is_ratio", vllm_is_ratio, token_ids)
+        for name, values in per_token.items():
+            if values is not None and values.shape != token_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(values.shape)}, but the tokens {tuple(token_ids.shape)}."
+                )
         if options.loss_type != "luspo":  # which reads the tokens outside the mask as well
             token_ids = token_ids.masked_fill(mask == 0, OUTSIDE)
         if options.use_ref_model and options.beta != 0.0:
@@ -101,12 +108,12 @@ class LigerFusedLinearGRPOLoss(LossModule):
         ref, old = (None if t is None else t.detach() for t in (ref_logps, old_per_token_logps))
 
         def of_logps(logps: Tensor) -> tuple[Tensor, list[Tensor]]:
-            rest = ref, old, ratio, num_items_in_batch
+            rest = ref, old, vllm_is_ratio, num_items_in_batch
             return policy_loss(options, logps, mask, advantages, mask, *rest)
 
-        unit = length if options.reads_sequences else 1
+        group_size = token_ids.shape[1] if options.reads_sequences else 1
         model = _input, lin_weight, token_ids, bias
-        return loss_of_logps(of_logps, *model, OUTSIDE, options.temperature, unit=unit)
+        return loss_of_logps(of_logps, *model, OUTSIDE, options.temperature, group_size=group_size)
 
 
 class LigerFusedLinearGRPOFunction(

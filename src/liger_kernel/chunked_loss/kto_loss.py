@@ -17,14 +17,17 @@ from liger_kernel.chunked_loss.engine import (
     sequence_logit_sums,
     sequence_logps,
 )
-from liger_kernel.chunked_loss.preference import LossAndMetrics, LossOptions
+from liger_kernel.chunked_loss.options import LossOptions
+from liger_kernel.chunked_loss.preference import LossAndMetrics
 
 
 @dataclass(frozen=True)
 class KTOOptions(LossOptions):
-    """beta: scale of the rewards.
+    """ignore_index: the label of tokens that do not count.
+    beta: scale of the rewards.
     use_ref_model: compare with a reference model; without it, one that is passed is not read.
-    average_log_prob: the mean over the tokens of a sequence instead of the sum."""
+    average_log_prob: the mean over the tokens of a sequence instead of the sum.
+    compiled, chunk_size: accepted, without effect; ValueError for a chunk_size that is no positive integer."""
 
     ignore_index: int = -100
     beta: float = 0.1
@@ -77,7 +80,9 @@ class LigerFusedLinearKTOLoss(LossModule):
             )
         labelled = target != options.ignore_index
         desirable = preference_labels.bool()
-        kl = None if kl is None else kl.detach()
+        if kl is not None and kl.numel() != 1:
+            raise ValueError(f"kl has shape {tuple(kl.shape)}; pass one number, () or (1,).")
+        kl = None if kl is None else kl.detach().reshape(())
         ref_logps: Tensor | None = None
         reference = reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias)
         if reference is not None:
@@ -92,7 +97,7 @@ class LigerFusedLinearKTOLoss(LossModule):
             return loss, [logps, rewards]
 
         loss, (logps, rewards) = loss_of_logps(
-            of_logps, _input, lin_weight, target, bias, options.ignore_index, unit=length
+            of_logps, _input, lin_weight, target, bias, options.ignore_index, group_size=length
         )
         logits = sequence_logit_sums(_input, lin_weight, bias)
         return loss, tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def pair_loss(
     options: ORPOOptions, chosen: Tensor, rejected: Tensor, *_: Tensor
 ) -> tuple[Tensor, ...]:
     def log_one_minus_exp(logp: Tensor) -> Tensor:
+        logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)  # 0 is only rounded to be certain
         return (-logp.expm1()).log()  # keeps its digits where the probability is close to 1
 
     beta = options.beta

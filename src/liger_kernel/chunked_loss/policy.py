@@ -1,38 +1,63 @@
 """The GRPO family of losses as pure functions of per-token log-probabilities.
 
-Shapes: b sequences of a chunk, T tokens; log-probabilities and masks (b, T), advantages (b,). Tokens outside the mask
-are taken out before anything is exponentiated, so that what stands there cannot turn into NaN.
+Shapes: b sequences of a chunk, T tokens; log-probabilities and masks (b, T), advantages (b,), (b, 1) or (b, T). Tokens
+outside the mask are taken out before anything is exponentiated, so that what stands there cannot turn into NaN.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from liger_kernel.chunked_loss.engine import check_chunk_size
+from liger_kernel._core.autograd import is_transformed
+from liger_kernel.backends import facts_of
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+from liger_kernel.chunked_loss.options import LossOptions
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
+LOSS_TYPES = (*CLIPPED, *TOKEN_LEVEL_ONLY)
 MAX_LOG_RATIO, MIN_RATIO = 20.0, 1e-8
+STEEPEST = 2.0**120
 
 
 @dataclass(frozen=True)
-class GRPOOptions:
+class GRPOOptions(LossOptions):
     """beta: weight of the KL divergence to the reference; 0 needs no reference.
     compiled, chunk_size: accepted, without effect; ValueError for a chunk_size that is no positive integer.
+    max_completion_length: the divisor of dr_grpo; without effect on the others, since trainers pass it to all.
     use_ref_model: compute the reference's log-probabilities where they are not passed.
     epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]; cispo: to at most `epsilon_high`.
-    loss_type: one of grpo, bnpo, dr_grpo (needs max_completion_length), dapo, cispo, sapo, luspo, vespo.
+    loss_type: one of grpo, bnpo, dr_grpo (needs max_completion_length), dapo, cispo, sapo, luspo, vespo. An option of
+    one that another was chosen without is refused.
     importance_sampling_level: "token", or "sequence" (GSPO, arXiv 2507.18071; not for cispo, sapo, vespo).
     temperature: the logits are divided by it, as they were when the tokens were sampled.
     delta: upper bound of the ratio in the term that is not clipped (two-sided clipping).
     use_bias_correction_kl: weigh the KL estimate by the importance ratio.
 
-    Raises: ValueError for unknown names, for temperatures of SAPO or a delta that are not positive."""
+    Raises: ValueError for unknown names, for temperatures, a delta or a length that are not positive, and for options
+    that the loss_type does not read."""
+
+    positive = (
+        "temperature",
+        "sapo_temperature_pos",
+        "sapo_temperature_neg",
+        "delta",
+        "max_completion_length",
+    )
+    read_by: ClassVar = {
+        "epsilon_low": CLIPPED,
+        "epsilon_high": (*CLIPPED, "cispo"),
+        "delta": CLIPPED,
+        **dict.fromkeys(("sapo_temperature_pos", "sapo_temperature_neg"), ("sapo",)),
+        **dict.fromkeys(
+            ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), ("vespo",)
+        ),
+    }
 
     beta: float = 0.04
     compiled: bool = True
@@ -54,7 +79,6 @@ class GRPOOptions:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        check_chunk_size(self.chunk_size)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(
                 f"Unknown loss type: {self.loss_type}. Known types are: {', '.join(LOSS_TYPES)}."
@@ -69,10 +93,7 @@ class GRPOOptions:
                 f"Sequence-level importance sampling is not supported for loss_type={self.loss_type!r}. "
                 f"Use importance_sampling_level='token' instead."
             )
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "delta"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
+        super().__post_init__()
 
     @property
     def reads_sequences(self) -> bool:
@@ -94,7 +115,7 @@ class GRPOOptions:
 def k3_loss_fn(log_p: Tensor, log_q: Tensor) -> Tensor:
     """e^(log_p - log_q) - (log_p - log_q) - 1: KL(q || p) estimated from samples of q (Schulman's k3)."""
     difference = log_p - log_q
-    return difference.exp() - difference - 1.0
+    return _exp(difference) - difference - 1.0
 
 
 def sapo_loss_fn(importance_ratio: Tensor, temperature: float) -> Tensor:
@@ -128,7 +149,7 @@ def get_gamma_weights(
     k_neg: float = 3.0,
     lambda_neg: float = 2.0,
 ) -> Tensor:
-    """w^k e^(lambda (1 - w)) of the sequence ratio w, (b, 1) of VESPO."""
+    """w^k e^(lambda (1 - w)) of the sequence ratio w of VESPO, (b, 1), or (b, T) for advantages of tokens."""
     smallest = math.log(MIN_RATIO)
     log_w = (log_ratio_per_token.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) * mask).sum(-1, keepdim=True)
     if importance_sampling_ratio is not None:
@@ -136,7 +157,7 @@ def get_gamma_weights(
             -1, keepdim=True
         )
     log_w = log_w.clamp(smallest, MAX_LOG_RATIO)
-    good = advantages.unsqueeze(-1) >= 0
+    good = (advantages if advantages.ndim == 2 else advantages.unsqueeze(-1)) >= 0
     k = torch.where(good, k_pos, k_neg)
     rate = torch.where(good, lambda_pos, lambda_neg).clamp(min=1e-4)
     return (rate + k * log_w - rate * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -155,40 +176,81 @@ def policy_loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of a chunk, normalised by the whole batch, and its metrics [mean KL if beta != 0, clip ratio]."""
     options.check_length()
+    dtype, logps = logps.dtype, _unbounded(logps)
     inside = mask != 0
-    if options.loss_type != "luspo":  # which averages over padding too
-        logps = logps.masked_fill(~inside, 0.0)
-        old_logps = None if old_logps is None else old_logps.masked_fill(~inside, 0.0)
-        ref_logps = None if ref_logps is None else ref_logps.masked_fill(~inside, 0.0)
-    advantages = advantages.unsqueeze(1)  # (b, 1)
+    if options.loss_type == "luspo":  # which averages over the padding of a sequence too
+        inside = inside.any(1, keepdim=True).expand_as(inside)
+
+    def counted(t: Tensor, otherwise: float = 0.0) -> Tensor:
+        """(b, T) or (b, 1) in the dtype of the computation, with `otherwise` where no token counts."""
+        counts = inside if t.shape == inside.shape else inside.any(1, keepdim=True)
+        return t.to(logps.dtype).masked_fill(~counts, otherwise)
+
+    logps = counted(logps)
+    old_logps = None if old_logps is None else counted(old_logps)
+    ref_logps = None if ref_logps is None else counted(ref_logps)
+    advantages = counted(of_sequences_or_tokens("advantages", advantages, mask))
+    if vllm_is_ratio is not None:
+        vllm_is_ratio = of_sequences_or_tokens("vllm_is_ratio", vllm_is_ratio, mask).to(logps.dtype)
+        # VESPO multiplies the ratios of padding, too, where they are numbers
+        vllm_is_ratio = torch.where(
+            vllm_is_ratio.isfinite(), vllm_is_ratio, counted(vllm_is_ratio, 1.0)
+        )
     mask = mask.to(logps.dtype)
-    log_ratio = logps - (logps.detach() if old_logps is None else old_logps.to(logps.dtype))
+    log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
     log_weight = log_ratio
     if options.importance_sampling_level == "sequence":
         log_weight = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(
             min=1.0
         )
-    ratio = log_weight.exp()
+    ratio = _exp(log_weight)
     clipped, below, above = clip_coef_fn(
         ratio, options.epsilon_low, options.epsilon_high, options.loss_type
     )
     loss = _token_loss(options, logps, log_ratio, ratio, clipped, advantages, mask, vllm_is_ratio)
     if vllm_is_ratio is not None and options.loss_type != "vespo":
-        if vllm_is_ratio.shape == mask.shape and options.loss_type != "luspo":
-            vllm_is_ratio = vllm_is_ratio.masked_fill(~inside, 1.0)
         loss = loss * vllm_is_ratio
 
     tokens = full_mask.sum().to(logps.dtype).clamp(min=1.0)
     metrics = []
     if options.beta != 0.0:
-        kl = k3_loss_fn(logps.detach() if ref_logps is None else ref_logps.to(logps.dtype), logps)
+        kl = k3_loss_fn(logps.detach() if ref_logps is None else ref_logps, logps)
         if options.use_bias_correction_kl:
             kl = kl * ratio
         loss = loss + options.beta * kl
         metrics.append((kl.detach() * mask).sum() / tokens)
     clips = (below & (advantages < 0)) | (above & (advantages > 0))
     metrics.append((clips * mask).sum() / tokens)
-    return _reduce(options, loss, mask, full_mask, num_items_in_batch), metrics
+    loss = _reduce(options, loss, mask, full_mask, num_items_in_batch)
+    return _rounded(loss, dtype), [_rounded(metric, dtype) for metric in metrics]
+
+
+def _unbounded(logps: Tensor) -> Tensor:
+    """In float64 where the device has it: e^89, of a token that drifted far from its reference, is beyond fp32.
+
+    A slope of more than STEEPEST would leave no room for the matrix products, whose sums would be inf - inf.
+    """
+    wide = logps.to(torch.float64) if _has_float64(logps.device) else logps
+    if wide.requires_grad and not is_transformed():
+        wide.register_hook(lambda grad: grad.clamp(-STEEPEST, STEEPEST))
+    return wide
+
+
+@torch.compiler.assume_constant_result
+def _has_float64(device: torch.device) -> bool:
+    return facts_of(device).float64
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; what is beyond its largest number becomes that number, with the gradient that it has."""
+    largest, fixed = torch.finfo(dtype).max, value.detach()
+    bounded = fixed.clamp(-largest, largest) + (value - fixed)
+    return torch.where(fixed.isfinite(), bounded, value).to(dtype)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """At most about the largest number of the dtype: a token without an advantage would make NaN of infinity."""
+    return x.clamp(max=int(math.log(torch.finfo(x.dtype).max))).exp()
 
 
 def _token_loss(
@@ -213,7 +275,7 @@ def _token_loss(
         return -gate * advantages
     if options.loss_type == "vespo":
         gamma = get_gamma_weights(
-            advantages.squeeze(1),
+            advantages,
             log_ratio,
             mask,
             vllm_is_ratio,
@@ -252,14 +314,12 @@ def _reduce(
     )
 
 
-def sequence_ratio(vllm_is_ratio: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """(B,), (B, 1) or (B, T) -> something that broadcasts over (B, T)."""
-    if vllm_is_ratio is None:
-        return None
-    ratio = vllm_is_ratio.unsqueeze(1) if vllm_is_ratio.ndim == 1 else vllm_is_ratio
-    if tuple(ratio.shape) not in ((batch, 1), (batch, length)):
+def of_sequences_or_tokens(name: str, values: Tensor, tokens: Tensor) -> Tensor:
+    """(B,), (B, 1) or (B, T) as (B, 1) or (B, T), constants; `tokens` are (B, T)."""
+    batch, length = tokens.shape
+    found = values.unsqueeze(1) if values.ndim == 1 else values
+    if tuple(found.shape) not in ((batch, 1), (batch, length)):
         raise ValueError(
-            f"vllm_is_ratio has shape {tuple(vllm_is_ratio.shape)}; "
-            f"pass ({batch},), ({batch}, 1) or ({batch}, {length})."
+            f"{name} has shape {tuple(values.shape)}; pass ({batch},), ({batch}, 1) or ({batch}, {length})."
         )
-    return ratio.detach()
+    return found.detach()

@@ -13,7 +13,6 @@ from torch import Tensor
 from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.engine import (
     Reference,
-    check_chunk_size,
     check_sequences,
     loss_of_logps,
     reference_of,
@@ -22,6 +21,7 @@ from liger_kernel.chunked_loss.engine import (
     sequence_logps,
     token_logps,
 )
+from liger_kernel.chunked_loss.options import LossOptions
 
 #: the loss and the metrics
 LossAndMetrics = tuple[Tensor, tuple[Tensor, ...]]
@@ -29,25 +29,28 @@ LossAndMetrics = tuple[Tensor, tuple[Tensor, ...]]
 PairFormula = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-class LossOptions:  # nothing here is compiled, and the engine sizes its chunks by memory
+class PairOptions(LossOptions):
     """ignore_index: the label of tokens that do not count.
+    beta: scale of the rewards.
+    compute_nll_loss: add `alpha` times the NLL of the chosen tokens; without it, alpha has no effect and is refused.
+    average_log_prob: the mean over the tokens of a sequence instead of the sum.
     compiled, chunk_size: accepted, without effect; ValueError for a chunk_size that is no positive integer."""
 
     ignore_index: int
-    chunk_size: int
-
-    def __post_init__(self) -> None:
-        check_chunk_size(self.chunk_size)
-
-
-class PairOptions(LossOptions):
-    """beta: scale of the rewards.
-    compute_nll_loss: add `alpha` times the NLL of the chosen tokens.
-    average_log_prob: the mean over the tokens of a sequence instead of the sum."""
-
     alpha: float = 1.0  # these hold for a loss that does not offer them
     compute_nll_loss: bool = False
     average_log_prob: bool = False
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={self.label_smoothing} is not between 0.0 and 1.0.")
+        if not self.compute_nll_loss and self.alpha not in (0.0, type(self).alpha):
+            raise ValueError(
+                f"alpha={self.alpha} weighs the NLL, which compute_nll_loss=False leaves out; "
+                f"pass compute_nll_loss=True, or leave alpha at {type(self).alpha}."
+            )
 
 
 class PairLoss(LossModule):
@@ -176,7 +179,7 @@ def paired_loss(
     rows = torch.arange(batch * length, device=target.device)
     by_pair = rows.view(2, pairs, length).transpose(0, 1).reshape(-1)
     loss, (chosen, rejected, nll_loss, *metrics) = loss_of_logps(
-        of_logps, hidden, weight, target, bias, ignore_index, unit=2 * length, order=by_pair
+        of_logps, hidden, weight, target, bias, ignore_index, group_size=2 * length, order=by_pair
     )
     if compute_nll_loss and nll_target is not None:
         labels = nll_target[:pairs]

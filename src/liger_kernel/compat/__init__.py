@@ -1,6 +1,7 @@
-"""What other projects import under paths that do not fit this house: a row here, or a shim in this folder.
+"""What other projects import under paths and names that do not fit this house: a row here, or a shim in this folder.
 
-Nothing else in the library imports this package, except `liger_kernel` itself, which installs the paths.
+Nothing else in the library imports this package, except `liger_kernel` itself, which installs the paths, and the ops,
+which serve the names in `ops.py` when they are used.
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ ALIASES = {
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
+        for module in ("jsd", "kl_div", "tvd")
+    },
+    **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",
+            "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
             "geglu",
+            "group_norm",
             "layer_norm",
             "mlp",
+            "modulated_rms_norm",
+            "poly_norm",
             "relu_squared",
             "rms_norm",
             "rope",
+            "softmax",
+            "sparsemax",
             "swiglu",
         )
     },

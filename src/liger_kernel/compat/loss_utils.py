@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from liger_kernel.transformers import functional
@@ -38,6 +39,9 @@ def fixed_fused_linear_cross_entropy(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     final_logit_softcapping: float | None = None,
+    accum_dtype: torch.dtype | None = None,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Mean over the labels, or sum / num_items_in_batch: the rule of HF's `fixed_cross_entropy`.
@@ -54,6 +58,9 @@ def fixed_fused_linear_cross_entropy(
         reduction="mean" if num_items_in_batch is None else "sum",
         ignore_index=ignore_index,
         softcap=final_logit_softcapping,
+        accum_dtype=accum_dtype,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
         **kwargs,
     )
     if num_items_in_batch is None:
@@ -76,6 +83,8 @@ def LigerForCausalLMLoss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     final_logit_softcapping: float | None = None,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Loss of a causal LM from hidden states (B, S, H): `labels` (B, S) are shifted, `shift_labels` are not.
@@ -83,6 +92,13 @@ def LigerForCausalLMLoss(
     Keyword arguments that the fused loss does not know are ignored: model forwards pass on all they were given.
     """
     known = {name: value for name, value in kwargs.items() if name in _LOSS_ARGUMENTS}
+    extras = {
+        "return_token_accuracy": return_token_accuracy,
+        "return_predicted_tokens": return_predicted_tokens,
+    }
+    known |= {
+        name: True for name, wanted in extras.items() if wanted
+    }  # who replaces the loss may not know them
     return fixed_fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_size),
         lm_head_weight,

@@ -76,15 +76,11 @@ def get_amp_custom_fwd_bwd() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def __getattr__(name: str) -> Any:
-    """On first use: these ask for triton, or which accelerator there is."""
+    """Made on first use: these import triton, or look for accelerators."""
     if name == "torch_to_triton_dtype":
         import triton.language as tl
 
-        return {
-            torch.float32: tl.float32,
-            torch.float16: tl.float16,
-            torch.bfloat16: tl.bfloat16,
-        }
+        return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     if name in ("amp_custom_fwd", "amp_custom_bwd"):
         return get_amp_custom_fwd_bwd()[name == "amp_custom_bwd"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

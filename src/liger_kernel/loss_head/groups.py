@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import can_look
 from liger_kernel.loss_head.label_count import LabelCount, kept_rows
 
 
@@ -54,7 +54,7 @@ def rows_to_visit(
     if groups is None or groups.size == 1:
         return kept_rows(target, ignore_index, label_count), None
     n_rows = target.shape[0]
-    if facts_of(target.device).queues:
+    if not can_look(target):
         return groups.order, [groups.size] * (n_rows // groups.size)
     order = torch.arange(n_rows) if groups.order is None else groups.order
     labelled = (target != ignore_index)[order]

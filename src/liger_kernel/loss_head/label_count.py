@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.backends import facts_of
+from liger_kernel._core.autograd import has_numbers
+from liger_kernel.backends import can_look, facts_of
 
 
 class LabelCount:
@@ -23,6 +24,9 @@ class LabelCount:
         self.size = labels.numel()
         self.ignore_index = ignore_index
         self._done: Any = None
+        if not has_numbers(labels):
+            self._number: Tensor | int = labels.numel()
+            return
         streams: Any = facts_of(labels.device).streams
         if streams is None:
             self._number = (labels != ignore_index).sum().cpu()
@@ -30,9 +34,9 @@ class LabelCount:
         current = streams.current_stream(labels.device)
         stream = _stream(labels.device)
         stream.wait_stream(current)
-        self._number = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self._number = pinned = torch.empty((), dtype=torch.int64, pin_memory=True)
         with streams.stream(stream):
-            self._number.copy_((labels != ignore_index).sum(), non_blocking=True)
+            pinned.copy_((labels != ignore_index).sum(), non_blocking=True)
             self._done = stream.record_event()
         labels.record_stream(stream)
 
@@ -58,7 +62,7 @@ def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) 
     """
     n_rows = target.shape[0]
     ignored = None
-    if kept is None and not facts_of(target.device).queues:
+    if kept is None and can_look(target):
         ignored = target == ignore_index
         kept = n_rows - int(ignored.sum())
     if kept is None:

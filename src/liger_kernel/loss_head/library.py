@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import refuse_double_backward
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses import row_loss_class
 from liger_kernel.loss_head.plan import ChunkOptions
@@ -190,6 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward()
     found: tuple[Tensor, ...]
     nothing = (None,) * (_N_TENSORS - 3 + 1 + len(ctx.options))
     if grads[0] is None:

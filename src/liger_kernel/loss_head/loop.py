@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
@@ -29,7 +30,7 @@ def run(
     row_scale: Tensor | RowGroups | None = None,
     teacher: HeadInputs | None = None,
 ) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
-    """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) that `needs` asks for.
+    """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
 
     target: (N,). row_scale: (N,), or the groups that make it from the losses. The gradients are those of the student's
     hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
@@ -81,7 +82,7 @@ def run(
         if grad is not None:
             sums.add(head, rows, x, where)
 
-    with _no_autocast(hidden.device.type):
+    with _no_autocast(hidden):
         for at in chunks:
             n = at.stop - at.start
             chunk(at, slab[:n], None if teacher_slab is None else teacher_slab[:n])
@@ -94,7 +95,7 @@ def run(
     return out, loss.reduced(out, prepared), grads
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    if autocast_dtype(x) is not None:
+        return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()

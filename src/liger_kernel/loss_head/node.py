@@ -6,9 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from liger_kernel._core.autograd import (
+    autocast_dtype,
+    in_torch_func,
+    is_transformed,
+    made_in_forward,
+    refuse_double_backward,
+)
 from liger_kernel._core.checks import check_floating, check_last_dim, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.loss_head import library, loop
@@ -19,11 +26,9 @@ from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.products import HeadInputs
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.cross_entropy import (
-    NONE_RECOMPUTES,
     check_class_indices,
     check_labels,
     only_loss_has_gradient,
-    refuse_second_backward,
 )
 from liger_kernel.ops.scale_gradients import scale_gradients
 
@@ -53,9 +58,9 @@ def linear_loss(
 
     Returns: what `loss.reduced` says; the first is the loss. Under autocast the matrix products run in its dtype; the
     gradients have the dtypes of their parameters. With reductions "mean" and "sum", and with groups, gradients are made
-    in forward, only for tensors that require one, and handed out by one backward; with "none" backward runs the loop
-    again.
-    Raises: ValueError and TypeError for tensors that do not fit; RuntimeError for a second backward.
+    in forward, only for tensors that require one, and handed out by backward; with "none" backward runs the loop again.
+    Under the transforms of torch.func, forward-mode AD and torch.jit.trace all logits are made, by PyTorch's own ops.
+    Raises: ValueError and TypeError for tensors that do not fit.
     """
     check_tensors(hidden, weight, target, bias, class_weight)
     check_label_count(chunks.label_count, target.numel(), loss.ignore_index)
@@ -71,7 +76,10 @@ def linear_loss(
         raise ValueError(
             f"{type(loss).__name__} {'needs a' if loss.reads_teacher else 'has no'} teacher, got {teacher!r:.40}."
         )
-    if torch.compiler.is_compiling() and groups is None:
+    compiling = torch.compiler.is_compiling()
+    if in_torch_func() or (is_transformed() and not compiling):
+        return _by_all_logits(loss, student, target, class_weight, other)
+    if compiling and groups is None:
         if type(loss).name in ROW_LOSSES:
             return library.call(loss, student, target, class_weight, chunks, other)
         return _outside_the_graph(loss, student, target, class_weight, chunks, other)
@@ -96,6 +104,23 @@ def _run(
     rest = (dtype, target, class_weight, teacher, loss, chunks, groups, helpers)
     found: tuple[Any, ...] = _LinearLoss.apply(hidden, weight, bias, rest)
     return found
+
+
+def _by_all_logits(
+    loss: RowLoss,
+    student: HeadInputs,
+    target: Tensor,
+    class_weight: Tensor | None,
+    teacher: HeadInputs | None,
+) -> tuple[Any, ...]:
+    def logits(head: HeadInputs) -> Tensor:
+        hidden, weight, bias, dtype = head
+        bias = None if bias is None else bias.to(dtype)
+        found = F.linear(hidden.to(dtype), weight.to(dtype), bias)
+        return found.to(torch.promote_types(dtype, torch.float32))
+
+    of_teacher = None if teacher is None else logits(teacher)
+    return loss.of_logits(logits(student), of_teacher, target.to(torch.int64), class_weight)
 
 
 @torch.compiler.disable
@@ -131,15 +156,13 @@ class _LinearLoss(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if grads[0] is None:
             return (None,) * 4
-        dtype, target, class_weight, teacher, loss, chunks, groups, helpers = ctx.rest
+        dtype, target, class_weight, teacher, loss, chunks, _, helpers = ctx.rest
         if not ctx.recomputes:
-            has_reduction = groups is None and teacher is None
-            refuse_second_backward(ctx, "this loss", NONE_RECOMPUTES if has_reduction else "")
-            found = ctx.saved_tensors
+            found = made_in_forward(ctx)
             if helpers is not None:
                 return *helpers[1](grads[0], *found), None
             scale_gradients(found, grads[0])
@@ -167,9 +190,9 @@ class _LinearLoss(torch.autograd.Function):
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
+    autocast = autocast_dtype(hidden)
+    if autocast is not None and hidden.dtype != torch.float64:
+        return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"hidden is {hidden.dtype}, but weight is {weight.dtype}; convert one with .to(), or use torch.autocast."

@@ -70,6 +70,15 @@ class RowLoss(OpOptions, ABC):
     def reduced(self, out: RowOutputs, prepared: Any) -> tuple[Tensor | None, ...]:
         """What the caller gets: the loss first, at most `MOST_OUTPUTS`. Only the loss carries a gradient."""
 
+    def of_logits(
+        self, logits: Tensor, teacher: Tensor | None, target: Tensor, class_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """What `reduced` says of all logits (N, V), at least fp32, in PyTorch's own ops: for who follows them."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no formula in PyTorch's own ops, which torch.func, forward-mode AD and "
+            f"torch.jit.trace follow; define its of_logits, or call it outside of them."
+        )
+
     @abstractmethod
     def output_likes(self, target: Tensor, dtype: torch.dtype) -> list[tuple[Any, torch.dtype]]:
         """(shape, dtype) of each tensor of `reduced`, None for the shape of one that is None."""
@@ -136,6 +145,20 @@ class FormulaLoss(RowLoss):
             cotangent = scale.to(wide).masked_fill(ignored, 0)
             (g,) = torch.autograd.grad(found[0], leaf, cotangent)
             grad.copy_(g.masked_fill_(ignored[:, None], 0))
+
+    def of_logits(
+        self, logits: Tensor, teacher: Tensor | None, target: Tensor, class_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        prepared = self.prepare(target, class_weight)
+        divisor = self.divisor(prepared)
+        loss, *others = self.formula(logits, teacher, target)
+        columns = (
+            (column if divisor is None else column / divisor).masked_fill(
+                target == self.ignore_index, 0
+            )
+            for column in (loss, *(other.detach() for other in others))
+        )
+        return self.reduced(RowOutputs(*columns), prepared)
 
     def reduced(self, out: RowOutputs, prepared: Any) -> tuple[Tensor | None, ...]:
         if self.reduction == "none":

@@ -1,17 +1,17 @@
-"""The ops. `OPS` is the complete list; every name below is imported on first use."""
+"""The ops: a folder each. `OPS` is the complete list."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from liger_kernel._core.lazy import compat_names
 
-#: op -> the public names that live in `liger_kernel.ops.<op>`
+#: op -> the incumbent's names that `liger_kernel.ops.<op>` serves
 OPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": (
         "LigerCrossEntropyFunction",
         "cross_entropy_backward",
         "cross_entropy_forward",
     ),
+    "dyt": ("LigerDyTFunction", "liger_dyt_bwd", "liger_dyt_fwd"),
     "gated_mlp": ("LigerMLPFunction",),
     "glu": (
         "LigerFusedGateUpSiLUMulFunction",
@@ -29,34 +29,33 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
+    "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
+    "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
-    "relu_squared": (
-        "LigerReLUSquaredFunction",
-        "relu_squared_backward",
-        "relu_squared_forward",
+    "modulated_rms_norm": (
+        "LigerModulatedRMSNormFunction",
+        "modulated_rms_norm_backward",
+        "modulated_rms_norm_forward",
     ),
+    "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
+    "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
     "scale_gradients": (),
+    "softmax": ("LigerSoftmaxFunction",),
+    "sparsemax": ("LigerSparsemaxFunction",),
+    "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
-#: names of the incumbent's `liger_kernel.ops` -> the module above the ops that has them here
-_ABOVE = dict.fromkeys(
-    (
-        "LigerFusedLinearCrossEntropyFunction",
-        "fused_linear_cross_entropy_backward",
-        "fused_linear_cross_entropy_forward",
-    ),
-    "liger_kernel.loss_head.fused_linear_cross_entropy",
+#: the same for the loss that lives above the ops
+_FUSED_LOSS = (
+    "LigerFusedLinearCrossEntropyFunction",
+    "fused_linear_cross_entropy_backward",
+    "fused_linear_cross_entropy_forward",
 )
-
-_HOME = {name: f"{__name__}.{op}" for op, names in OPS.items() for name in names} | _ABOVE
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_NAMES = {name for names in (*OPS.values(), _FUSED_LOSS) for name in names}
+__getattr__ = compat_names(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_NAMES})

@@ -21,12 +21,12 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def wanted_inputs(spec: OpSpec, case: OpCase, inputs: Inputs) -> set[int]:
-    """Positions of every input that is there and asks for a gradient in `case`."""
+    """Positions of every input that is there and requires a gradient in `case`."""
     return {i for i in spec.differentiable if inputs[i] is not None and i not in case.frozen}
 
 
 def leaves(inputs: Inputs, wanted: set[int], dtype: torch.dtype | None = None) -> list[Any]:
-    """The inputs with their own strides (floats in `dtype`), those in `wanted` as leaves that ask for a gradient."""
+    """The inputs with their own strides (floats in `dtype`), those in `wanted` as leaves that require a gradient."""
     result: list[Any] = []
     for i, t in enumerate(inputs):
         if t is not None and t.is_floating_point():
@@ -39,7 +39,7 @@ def cotangents(
     spec: OpSpec, case: OpCase, outputs: tuple[Any, ...], make: Make
 ) -> dict[int, Tensor]:
     """A random gradient for every output that carries one."""
-    without = (*spec.outputs_without_grad, *case.outputs_without_grad)
+    without = (*spec.outputs_without_grad, *case.unused)
     return {
         i: make.randn(1, *out.shape)[0].to(out.dtype)
         for i, out in enumerate(outputs)
@@ -63,7 +63,7 @@ def output_shapes(spec: OpSpec, case: OpCase, inputs: Inputs) -> tuple[Any, ...]
 def backward(
     outputs: tuple[Any, ...], inputs: list[Any], grads: dict[int, Tensor], **options: Any
 ) -> dict[int, Tensor]:
-    """The gradient of every input that asks for one."""
+    """The gradient of every input that requires one."""
     wanted = {i: t for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
     roots = [
         (outputs[i], g.to(outputs[i].dtype)) for i, g in grads.items() if outputs[i].requires_grad
@@ -89,7 +89,7 @@ def call(
     inputs: list[Any],
     grads: dict[int, Tensor],
 ) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
-    """Outputs, and the gradient of every input that asks for one."""
+    """Outputs, and the gradient of every input that requires one."""
     outputs = as_tuple(function(*inputs, **options))
     return outputs, backward(outputs, inputs, grads)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -62,28 +62,35 @@ class Make:
         return logits.to(self.device, self.dtype)
 
 
+Inputs = Callable[[Make], tuple[Tensor | None, ...]]
+
+
 @dataclass(frozen=True)
 class OpCase:
-    """One named input of an op.
+    """One named input of an op; made by `case`.
 
     `inputs(make)` returns the positional tensors (or None); `options` are the keyword arguments after them. `why` says
-    what the case is there to catch. `bytes_moved(element_size)` and `flops` are the least the forward and backward
-    together must do (0: not meaningful). `large` cases are for the GPU: too slow for the CPU suite; of these, `sweep`
-    cases map a whole plane of shapes, and are measured only when asked for.
-    `outputs_without_grad`: positions of outputs that nobody uses in this case, beyond those of the spec. `frozen`:
-    positions of differentiable inputs that ask for no gradient in it.
+    what the case is there to catch. `flops` are the least that forward and backward together must do (0: not
+    meaningful). `large` cases are for the GPU: too slow for the CPU suite; of these, `sweep` cases map a whole plane of
+    shapes, and are measured only on request. `unused`: positions of outputs that nobody uses in this case.
+    `frozen`: positions of differentiable inputs that require no gradient in it.
     """
 
     id: str
     why: str
-    inputs: Callable[[Make], tuple[Tensor | None, ...]]
+    inputs: Inputs
     options: Mapping[str, Any] = field(default_factory=dict)
-    bytes_moved: Callable[[int], int] | None = None
     flops: int = 0
     large: bool = False
     sweep: bool = False
-    outputs_without_grad: tuple[int, ...] = ()
+    unused: tuple[int, ...] = ()
     frozen: tuple[int, ...] = ()
+
+
+def case(id: str, why: str, inputs: Inputs, **more: Any) -> OpCase:
+    """`more`: fields of the case, and options of the op."""
+    fields = {name: more.pop(name) for name in OpCase.__match_args__ if name in more}
+    return OpCase(id, why, inputs, more, **fields)
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,10 @@ class OpSpec:
     """An op under test: how to call it, its reference with the same arguments, and its cases.
 
     `function(*inputs, **options)` and `reference(*inputs, **options)` return a tensor or a tuple of tensors and Nones.
-    `differentiable`: positions of the inputs that may ask for a gradient. `one_backward`: a second one is refused.
-    `outputs_without_grad`: positions of outputs
-    that carry none. `elementwise`: positions of outputs compared element by element.
+    `defaults`: options of every case that has no others. `differentiable`: positions of the inputs that may require a
+    gradient. `outputs_without_grad`: positions of outputs that carry none.
+    `elementwise`: positions of outputs compared element by element. `traffic`: how often forward and backward together
+    must move the elements of the inputs at these positions (0: not meaningful).
     """
 
     name: str
@@ -103,7 +111,17 @@ class OpSpec:
     differentiable: tuple[int, ...]
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
-    one_backward: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    traffic: tuple[int, tuple[int, ...]] = (0, ())
+
+    def __post_init__(self) -> None:
+        cases = (replace(c, options={**self.defaults, **c.options}) for c in self.cases)
+        object.__setattr__(self, "cases", tuple(cases))
+
+    def bytes_moved(self, inputs: Sequence[Tensor | None]) -> int:
+        times, positions = self.traffic
+        moved = (t for i in positions if (t := inputs[i]) is not None)
+        return times * sum(t.numel() * t.element_size() for t in moved)
 
 
 def specs() -> dict[str, OpSpec]:

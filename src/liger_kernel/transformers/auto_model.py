@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from liger_kernel.transformers.monkey_patch import (
     MODEL_TYPE_TO_APPLY_LIGER_FN,
     _apply_liger_kernel_to_instance,
+    _known_flags,
 )
 from liger_kernel.transformers.patching.classes import patched_on_init
-from liger_kernel.transformers.patching.families import OPTION_OF
 from liger_kernel.transformers.patching.state import state_of
 
 
@@ -32,9 +31,8 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
     ) -> Any:
         config = kwargs.get("config")
         if config is None or isinstance(config, str):
-            known = {k: v for k, v in kwargs.items() if k not in OPTION_OF and k != "config"}
             config = AutoConfig.from_pretrained(
-                config or pretrained_model_name_or_path, **_for_config(known)
+                config or pretrained_model_name_or_path, **_for_config(kwargs)
             )
         flags, rest = _split(config, kwargs)
         with _patch_as_built(cls, config, flags):
@@ -65,10 +63,7 @@ def _for_config(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _split(config: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(flags of the entry point, everything else)."""
-    function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(config, "model_type", ""))
-    names = (
-        inspect.signature(function).parameters.keys() - {"model"} if function else OPTION_OF.keys()
-    )
+    names = _known_flags(MODEL_TYPE_TO_APPLY_LIGER_FN.get(getattr(config, "model_type", "")))
     flags = {name: value for name, value in kwargs.items() if name in names}
     return flags, {name: value for name, value in kwargs.items() if name not in names}
 

@@ -13,13 +13,23 @@ from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
 import liger_kernel.ops.cross_entropy as _cross_entropy
+import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
 import liger_kernel.ops.glu as _glu
+import liger_kernel.ops.group_norm as _group_norm
+import liger_kernel.ops.jsd as _jsd
+import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.modulated_rms_norm as _modulated_rms_norm
+import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
 import liger_kernel.ops.rope as _rope
+import liger_kernel.ops.softmax as _softmax
+import liger_kernel.ops.sparsemax as _sparsemax
+import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
@@ -28,7 +38,7 @@ _torch_cross_entropy = torch.nn.functional.cross_entropy
 
 @dataclass
 class CrossEntropyOutput:
-    """What a cross entropy returns when it is asked for more than the loss; None for what was not asked."""
+    """What a cross entropy returns with a `return_*` flag; a field without its flag is None."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -37,7 +47,7 @@ class CrossEntropyOutput:
 
 
 def _loss_or_output(outputs: _cross_entropy.Outputs) -> Tensor | CrossEntropyOutput:
-    """The loss alone, unless more was asked for."""
+    """The loss alone, unless there is more."""
     if all(output is None for output in outputs[1:]):
         return outputs[0]
     return CrossEntropyOutput(*outputs)
@@ -103,51 +113,32 @@ def liger_cross_entropy(
     return _loss_or_output(outputs)
 
 
+@spells_out(_fused_linear_cross_entropy.SHARED_OPTIONS, before="chunk_mem_const")
 def liger_fused_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None = None,
     ce_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    lse_square_scale: float = 0.0,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    return_z_loss: bool = False,
-    accum_dtype: torch.dtype | None = None,
-    use_token_scaling: bool = False,
-    return_token_accuracy: bool = False,
-    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     label_count: LabelCount | int | None = None,
+    **options: Any,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of `input @ weight.T + bias` without the logits: `fused_linear_cross_entropy`.
 
+    A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `input`.
+
     Returns: the loss, or a `CrossEntropyOutput` if one of the `return_*` flags is set.
     """
-    outputs = _fused_linear_cross_entropy.fused_linear_cross_entropy(
-        input,
-        weight,
-        target,
-        bias=bias,
-        class_weight=ce_weight,
-        ignore_index=ignore_index,
-        lse_square_scale=lse_square_scale,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        softcap=softcap,
-        return_z_loss=return_z_loss,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-        accum_dtype=accum_dtype,
-        use_token_scaling=use_token_scaling,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        label_count=label_count,
+    op = _fused_linear_cross_entropy
+    if memory_budget is None:
+        memory_budget = op.memory_budget(input, weight, chunk_mem_const)
+    options.update(chunk_size=chunk_size, memory_budget=memory_budget, label_count=label_count)
+    return _loss_or_output(
+        op.fused_linear_cross_entropy(input, weight, target, bias, ce_weight, **options)
     )
-    return _loss_or_output(outputs)
 
 
 def liger_rms_norm(
@@ -206,3 +197,87 @@ def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
 def liger_relu_squared(x: Tensor) -> Tensor:
     """`max(x, 0)^2`."""
     return _relu_squared.relu_squared(x)
+
+
+def liger_kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = True,
+    reduce: bool | None = True,
+    reduction: str = "mean",
+    log_target: bool = False,
+    eps: float = 1e-10,
+) -> Tensor:
+    """`kl_div`; False for `reduce` or `size_average` means "none" or "sum", as in torch."""
+    if reduce is False:
+        reduction = "none"
+    elif size_average is False:
+        reduction = "sum"
+    return _kl_div.kl_div(input, target, reduction, log_target, eps)
+
+
+@spells_out(parameters_of(_jsd.jsd)[2:])
+def liger_jsd(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """`jsd` of log-probabilities."""
+    return _jsd.jsd(input, target, **options)
+
+
+def liger_tvd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
+    """`tvd` of probabilities."""
+    return _tvd.tvd(input, target, shift_labels, reduction, ignore_index)
+
+
+def liger_softmax(x: Tensor) -> Tensor:
+    """`softmax` over the last dimension."""
+    return _softmax.softmax(x)
+
+
+def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+    """`sparsemax` along `dim`."""
+    return _sparsemax.sparsemax(input, dim)
+
+
+def liger_dyt(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None) -> Tensor:
+    """`tanh(alpha x) gamma + beta`."""
+    return _dyt.dyt(x, alpha, gamma, beta)
+
+
+def liger_poly_norm(
+    X: Tensor, W: Tensor, B: Tensor, eps: float = 1e-6, in_place: bool = True
+) -> Tensor:
+    """`poly_norm`; `in_place` is accepted and changes nothing."""
+    return _poly_norm.poly_norm(X, W, B, eps)
+
+
+def liger_group_norm(
+    X: Tensor,
+    affine_scaling_weight: Tensor | None,
+    affine_shifting_bias: Tensor | None,
+    num_channels: int,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """`group_norm`, whose channels are counted: ValueError unless X has `num_channels`."""
+    _group_norm.check_channels(X, num_channels)
+    weight, bias = affine_scaling_weight, affine_shifting_bias
+    return _group_norm.group_norm(X, weight, bias, num_groups, eps)
+
+
+def liger_modulated_rms_norm(
+    X: Tensor,
+    W: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> Tensor:
+    """`modulated_rms_norm`; `in_place` is accepted and changes nothing."""
+    return _modulated_rms_norm.modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode)

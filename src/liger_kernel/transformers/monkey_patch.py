@@ -6,10 +6,12 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from liger_kernel.transformers.modules.geglu import LigerGEGLUMLP
 from liger_kernel.transformers.modules.rope import liger_rotary_pos_emb as liger_rotary_pos_emb
 from liger_kernel.transformers.patching import PatchOptions, PatchReport, patch, sites
 from liger_kernel.transformers.patching.classes import (
@@ -19,7 +21,7 @@ from liger_kernel.transformers.patching.classes import (
     unpatch_classes,
 )
 from liger_kernel.transformers.patching.families import FAMILIES, OPTION_OF, Family
-from liger_kernel.transformers.patching.plans import install
+from liger_kernel.transformers.patching.plans import MethodPlan, install
 from liger_kernel.transformers.patching.sites import mlps, norms
 from liger_kernel.transformers.patching.state import State, state_of
 
@@ -32,7 +34,7 @@ def _modeling_name(family: Family) -> str:
     return f"transformers.models.{family.modeling}.modeling_{family.modeling}"
 
 
-def _patch_instance(model: nn.Module, options: dict[str, Any], modeling_name: str) -> None:
+def _patch_instance(model: nn.Module, options: dict[str, bool], modeling_name: str) -> None:
     """Patch one model; rope goes onto the modeling file, where HF's own tests and other libraries look for it."""
     held = None
     if options["rope"]:
@@ -57,31 +59,35 @@ def _entry_point(family: Family) -> ApplyFunction:
     def apply(*args: Any, **kwargs: Any) -> None:
         bound = apply.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
         flags = dict(bound.arguments)
+        flags |= _known(apply, flags.pop("kwargs", {}))
         model = flags.pop("model", None)
+        for flag, value in flags.items():
+            if not isinstance(value, int | None):
+                raise TypeError(
+                    f"{apply.__name__}: {flag} is True or False, got {type(value).__name__}; "
+                    "pass a model by name, as model=."
+                )
         options = family.options(flags)
         # flags that exclude each other are refused before anything changes
         PatchOptions.of(sites.OPTIONS, **options)
         name = _modeling_name(family)
         if model is None:
-            patch_classes(
-                name, options["rope"], lambda built: _patch_instance(built, options, name)
-            )
+            patch_classes(name, options, _patch_instance)
         else:
             _patch_instance(model, options, name)
 
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [
-        inspect.Parameter(n, keyword, default=d, annotation=bool) for n, d in family.flags.items()
-    ]
-    parameters.append(
-        inspect.Parameter("model", keyword, default=None, annotation=nn.Module | None)
-    )
+    defaults = {**family.flags, "model": None}
+    parameters = [inspect.Parameter(n, keyword, default=d) for n, d in defaults.items()]
+    if family.takes_more:
+        parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
     apply.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     apply.__name__ = apply.__qualname__ = f"apply_liger_kernel_to_{family.name}"
     apply.__doc__ = (
-        f"Patch `model`, or without one every {family.name} model built from now on (until "
-        f"`revert_liger_kernel_to_{family.name}()`).\n\nFlags given as None or False leave that kind alone. "
-        "Raises ValueError if cross_entropy and fused_linear_cross_entropy are both True, TypeError for unknown flags."
+        f"Patch `model`, or without one every {family.name} model and module of the process, built already or later, "
+        f"until `revert_liger_kernel_to_{family.name}()`; flags of several calls add up.\n\nFlags given as None or "
+        "False leave that kind alone. Raises ValueError if cross_entropy and fused_linear_cross_entropy are both "
+        "True, TypeError for unknown flags."
     )
     return apply
 
@@ -92,7 +98,7 @@ def _exit_point(family: Family) -> Callable[[], None]:
 
     revert.__name__ = revert.__qualname__ = f"revert_liger_kernel_to_{family.name}"
     revert.__doc__ = (
-        f"Take back `apply_liger_kernel_to_{family.name}()`; models already built stay patched."
+        f"Take back all that `apply_liger_kernel_to_{family.name}()` did, in models that live, too."
     )
     return revert
 
@@ -106,9 +112,21 @@ for _row in FAMILIES:
     MODEL_TYPE_TO_APPLY_LIGER_FN.update(dict.fromkeys(_row.model_types, _apply))
 
 
-def _known_flags(function: ApplyFunction, given: dict[str, Any]) -> dict[str, Any]:
-    accepted = inspect.signature(function).parameters
-    return {name: value for name, value in given.items() if name in accepted and name != "model"}
+def _known_flags(function: ApplyFunction | None) -> set[str]:
+    """The flags that an entry point takes; without one, those of any."""
+    if function is None:
+        return {*OPTION_OF}
+    accepted = {*inspect.signature(function).parameters}
+    more = {*OPTION_OF} if "kwargs" in accepted else set()
+    return (accepted | more) - {"model", "kwargs"}
+
+
+def _known(function: ApplyFunction, given: dict[str, Any]) -> dict[str, Any]:
+    known = _known_flags(function)
+    if ignored := sorted(given.keys() - known):
+        name, names = function.__name__, ", ".join(sorted(known))
+        logger.warning("%s() ignores %s; it knows %s.", name, ", ".join(ignored), names)
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
@@ -120,7 +138,7 @@ def _apply_liger_kernel(model_type: str, **kwargs: Any) -> None:
             model_type,
         )
         return
-    function(**_known_flags(function, kwargs))
+    function(**_known(function, kwargs))
 
 
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
@@ -128,7 +146,7 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type or "")
     if function is not None:
-        function(**_known_flags(function, kwargs), model=model)
+        function(**_known(function, kwargs), model=model)
         return
     logger.info("No entry point for model type %r; patching by structure.", model_type)
     options = {OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF}
@@ -144,6 +162,12 @@ def _eps_name(module: nn.Module, default: float) -> str:
     return "variance_epsilon"
 
 
+def _copies(module: nn.Module) -> list[nn.Module]:
+    """The module; or, of PEFT's wrapper for modules that are trained and saved whole, what is in it."""
+    saved: Any = getattr(module, "modules_to_save", None)
+    return [module] if saved is None else [*saved.values(), module.original_module]  # type: ignore[list-item]
+
+
 def _patch_rms_norm_module(
     module: nn.Module,
     offset: float = 0.0,
@@ -153,25 +177,47 @@ def _patch_rms_norm_module(
     row_mode: bool | None = None,
 ) -> None:
     """Make one module an RMSNorm by decree, without a proof: the caller vouches for it."""
-    name = _eps_name(module, eps)
-    plan = norms.NormPlan("rms_norm", name, offset, casting_mode, wide_weight=True, wide_x=True)
-    install(module, plan, _unrecorded())
+    for norm in _copies(module):
+        name = _eps_name(norm, eps)
+        plan = norms.NormPlan("rms_norm", name, offset, casting_mode, wide_weight=True, wide_x=True)
+        install(norm, plan, _unrecorded())
 
 
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
-    name = _eps_name(module, eps)
-    install(module, norms.NormPlan("layer_norm", name), _unrecorded())
+    for norm in _copies(module):
+        install(norm, norms.NormPlan("layer_norm", _eps_name(norm, eps)), _unrecorded())
+
+
+@dataclass(frozen=True)
+class _Decreed(MethodPlan):
+    """The forward of another class, over the children of the module."""
+
+    kind = "mlp"
+
+    by: type[nn.Module]
+
+    def __str__(self) -> str:
+        return self.by.__name__
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.by.forward(module, *args, **kwargs)
 
 
 def _patch_swiglu_module(module: nn.Module, liger_module: type[nn.Module] | None = None) -> None:
-    """Fuse the gated product of one MLP; ValueError if it is not proven to be one."""
-    plan = mlps.find_plan(module)
+    """Give one MLP the forward of `liger_module` by decree; without a class, what it is proven to compute, fused.
+
+    Raises: ValueError if nothing is proven, or `liger_module` needs children that the module has not.
+    """
+    plan = mlps.find_plan(module) if liger_module is None else _Decreed(liger_module)
     if isinstance(plan, str):
-        raise ValueError(
-            f"{type(module).__name__} is not a gated MLP that {liger_module} computes; leave it as it is."
-        )
+        raise ValueError(f"{plan}: it is not a gated MLP that we know; leave it as it is.")
     install(module, plan, _unrecorded())
+
+
+def _patch_geglu_module(module: nn.Module) -> None:
+    """Give one MLP the forward of `LigerGEGLUMLP` by decree."""
+    _patch_swiglu_module(module, LigerGEGLUMLP)
 
 
 def _unrecorded() -> State:

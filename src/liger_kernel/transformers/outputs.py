@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
+import re
 import sys
 from typing import Any, cast
 
@@ -40,17 +43,19 @@ def __getattr__(name: str) -> type:
     if name.startswith("Liger") and base.endswith("OutputWithPast"):
         from transformers import modeling_outputs
 
-        found = getattr(modeling_outputs, base, None) or _search(base)
+        found = getattr(modeling_outputs, base, None) or _of_model(base)
         if found is not None:
             return _liger_class(found)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _search(name: str) -> type | None:
-    """An output class that a modeling file already imported defines."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("transformers.models.") and name in getattr(
-            module, "__dict__", {}
-        ):
-            return getattr(module, name)
+def _of_model(name: str) -> type | None:
+    """The output class of one model: `Qwen2_5_VLCausalLMOutputWithPast` is in the modeling file of `qwen2_5_vl`."""
+    from transformers import models
+
+    wanted = re.sub("(CausalLM|Model)?OutputWithPast$", "", name).replace("_", "").lower()
+    for folder in (module.name for module in pkgutil.iter_modules(models.__path__)):
+        if folder.replace("_", "") == wanted:
+            file = importlib.import_module(f"{models.__name__}.{folder}.modeling_{folder}")
+            return getattr(file, name, None)
     return None

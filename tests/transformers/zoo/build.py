@@ -309,6 +309,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "doge": _NO_ROUTER_LOSS,
+    "dory": {"use_cache": False},  # its loops attend to a cache that the mask does not know
     "dots3_note": {f"text_config.{_DOTS_ROPE}": 1.0},
     "dots3_note_text": {_DOTS_ROPE: 1.0},
     "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
@@ -419,11 +420,20 @@ def _set(owner: Any, path: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-def config_for(entry: Entry) -> PretrainedConfig:
+def _let_drop(config: PretrainedConfig, rate: float) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _let_drop(value, rate)
+        elif rate and re.fullmatch(r".*(dropout|pdrop|jitter).*", name) and type(value) is float:
+            setattr(config, name, rate)
+
+
+def config_for(entry: Entry, dropout: float = 0.0) -> PretrainedConfig:
     config = AutoConfig.for_model(
         entry.model_type, **copy.deepcopy(ARGUMENTS.get(entry.model_type, {}))
     )
     shrink(config, {})
+    _let_drop(config, dropout)
     if hasattr(config, "is_decoder") and entry.task == "causal":
         config.is_decoder = True
     for path, value in OVERRIDES.get(entry.model_type, {}).items():
@@ -431,11 +441,11 @@ def config_for(entry: Entry) -> PretrainedConfig:
     return config
 
 
-def build(entry: Entry) -> nn.Module:
-    """The same random model at every call."""
+def build(entry: Entry, dropout: float = 0.0) -> nn.Module:
+    """The same random model at every call, with or without dropout."""
     torch.manual_seed(0)
     cls = getattr(transformers, entry.class_name)
-    whole = config_for(entry)
+    whole = config_for(entry, dropout)
     config = next(
         (c for c in (whole, *_sub_configs(whole)) if isinstance(c, cls.config_class)), whole
     )

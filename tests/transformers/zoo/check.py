@@ -28,6 +28,9 @@ LOSS_OPS = ("fused_linear_cross_entropy", "cross_entropy")
 #: the one tolerance, because no result of ours is compared with it: it only tells which run can serve as the truth.
 OTHER_PATH = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
+#: types whose code refuses dropout
+NO_DROPOUT = {"diffllama"}
+
 Gradients = dict[str, Tensor]
 Step = tuple[Tensor, Gradients]
 
@@ -48,6 +51,7 @@ class Result:
     )  # kind -> replacement -> modules
     skipped: dict[str, int] = field(default_factory=dict)  # "kind: reason" -> modules
     calls: dict[str, int] = field(default_factory=dict)  # op -> calls in one forward
+    drops: bool = False  # compared with dropout on, too
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -55,6 +59,7 @@ class Result:
         kinds = " ".join(
             f"{kind}={sum(by.values())}" for kind, by in self.replaced.items() if kind != "loss"
         )
+        kinds += " drops" * self.drops
         text = f"{self.status:8}{self.entry:28}{self.inputs:6}{self.loss:10}{kinds:28}{self.seconds:5.1f}s"
         return " ".join([text, *self.notes, self.detail]).rstrip()
 
@@ -124,6 +129,39 @@ def check(
         assert not unequal, f"{name}: differ: {sorted(unequal)[:3]}"
 
 
+def check_dropout(fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
+    """With dropout on, the patched model draws the same random numbers and gives the same loss and gradients."""
+    with torch.no_grad():
+        fresh.train()(
+            **inputs
+        )  # some of HF's models settle on a way to compute in their first forward
+    stock = copy.deepcopy(fresh)
+    drawn = _drawn(stock, inputs)
+    torch.manual_seed(0)
+    if torch.equal(drawn, _random_states()):
+        return
+    if not torch.equal(drawn, _drawn(stock, inputs)):
+        result.notes.append("draws other random numbers in every run")
+        return
+    model = copy.deepcopy(fresh).eval()  # as `from_pretrained` returns it
+    liger_kernel.patch(model)
+    assert torch.equal(drawn, _drawn(model, inputs)), "with dropout, other random numbers are drawn"
+    # a GPU drops others in float64
+    compare(model, fresh, inputs, result, exactly=next(fresh.parameters()).is_cpu)
+    result.drops = True
+
+
+def _drawn(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Where a training step leaves the random states."""
+    step(model, inputs)
+    return _random_states()
+
+
+def _random_states() -> Tensor:
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.cat([torch.get_rng_state(), *on_gpus])
+
+
 def _unequal(ours: Step, theirs: Step) -> set[str]:
     """Which of the loss and the gradients are not bit-equal."""
     names = {
@@ -164,16 +202,22 @@ def _assert_nothing_silent(model: nn.Module, report: PatchReport) -> None:
     assert not silent, f"no row for {silent[:4]}"
 
 
-def compare(patched: nn.Module, fresh: nn.Module, inputs: dict[str, Any], result: Result) -> None:
+def compare(
+    patched: nn.Module,
+    fresh: nn.Module,
+    inputs: dict[str, Any],
+    result: Result,
+    exactly: bool = True,
+) -> None:
     """Loss and every gradient of `patched` by the one tolerance, against `fresh`, whose weights it has.
 
     More draws are weights that are moved by one rounding error. Where a model does not run in float64, or takes another
-    path there, the truth is the stock run itself, and that of moved weights says what rounding does to it.
+    path there (or not `exactly`), the truth is the stock run, and that of moved weights says what rounding does to it.
     """
     stock = copy.deepcopy(fresh)
     originals = [p.detach().clone() for p in stock.parameters()]
     first = step(stock, inputs)[:2]
-    high, exact = _exact(fresh, inputs, first, result)
+    high, exact = _exact(fresh, inputs, first, result) if exactly else (None, None)
 
     def run(model: nn.Module, seed: int) -> Step:
         move([model], originals, seed)
@@ -288,9 +332,9 @@ def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> set[Any]:
     }
 
 
-def built(entry: Entry) -> nn.Module:
+def built(entry: Entry, dropout: float = 0.0) -> nn.Module:
     """The model, with the experts as HF runs them by default, but for float64, which grouped_mm does not know."""
-    model = build(entry)
+    model = build(entry, dropout)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
     return model
@@ -317,6 +361,8 @@ def run(
     else:
         try:
             check(fresh, inputs, result)
+            if str(entry) not in NO_DROPOUT:
+                check_dropout(built(entry, 0.2).to(device, dtype), inputs, result)
         except AssertionError as error:
             result.status, result.detail = "wrong", str(error)
         except Exception as error:

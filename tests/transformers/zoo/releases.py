@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import transformers
+
+from tests.transformers.zoo import build
+
 
 @dataclass(frozen=True)
 class Release:
@@ -52,4 +56,11 @@ RELEASES: dict[str, Release] = {
     ),
     DOCUMENTED: Release(230),
     "5.23.0": Release(230),
+    "5.24.0": Release(255, {"llama4+image": _BROKEN}),  # without images, and only then
 }
+
+
+def unbuilt() -> dict[str, str]:
+    """What the installed release cannot build, or runs into errors of its own with."""
+    here = RELEASES.get(transformers.__version__)
+    return build.UNBUILT | (here.unbuilt if here else {})

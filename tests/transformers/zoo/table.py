@@ -43,7 +43,8 @@ _OPS = {
 }
 #: what every reason of its kind says
 _USUAL = (
-    " computes something else| is not run by transformers' experts registry|: its rotary function"
+    " computes something else| computes with .*, which may change"
+    "| is not run by transformers' experts registry|: its rotary function"
     "| cannot be run alone: .*"  # in the words of torch, which change from release to release
 )
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger_kernel._core.lazy import compat_names
+from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
@@ -58,8 +60,8 @@ def fused_linear_cross_entropy(
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)` as `cross_entropy`, but loss and z_loss in fp32.
     Under autocast the matrix products run in its dtype; the gradients have the dtypes of their parameters.
-    With "mean" and "sum" gradients are made in forward, only for tensors with `requires_grad=True`, and one backward
-    hands them out; with "none" backward runs the loop again.
+    With "mean" and "sum" gradients are made in forward, only for tensors with `requires_grad=True`, and handed out by
+    backward; with "none" backward runs the loop again.
     Raises: as `cross_entropy`; TypeError if hidden and weight differ in dtype; ValueError for a chunk below one row.
     """
     check_loss_options(label_smoothing, reduction, softcap)
@@ -89,22 +91,17 @@ def fused_linear_cross_entropy(
     return outputs
 
 
+#: the options that the incumbent has, too, in its order
+SHARED_OPTIONS = parameters_of(fused_linear_cross_entropy)[5:15]
+
+
+@spells_out(SHARED_OPTIONS, before="ce_impl")
 def fused_linear_cross_entropy_forward(
     _input: Tensor,
     weight: Tensor,
     target: Tensor,
     ce_weight: Tensor | None = None,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    lse_square_scale: float = 0.0,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    return_z_loss: bool = False,
-    accum_dtype: torch.dtype | None = None,
-    use_token_scaling: bool = False,
-    return_token_accuracy: bool = False,
-    return_predicted_tokens: bool = False,
     ce_impl: str | None = None,
     ce_mode: str | None = None,
     token_grad_output: Tensor | None = None,
@@ -114,6 +111,7 @@ def fused_linear_cross_entropy_forward(
     *,
     settings: tuple[CrossEntropyLoss, ChunkOptions, torch.dtype] | None = None,
     needs: Sequence[bool] | None = None,
+    **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """The four outputs and the gradients of `_input`, `weight` and `bias`; every eager call goes through here.
 
@@ -122,32 +120,25 @@ def fused_linear_cross_entropy_forward(
     `settings` takes the place of the options before.
     """
     if settings is None:
-        _check_legacy(ce_impl, ce_mode)
-        budget = _legacy_budget(_input, weight, chunk_mem_const)
-        settings = (
-            CrossEntropyLoss(
-                ignore_index,
-                lse_square_scale,
-                label_smoothing,
-                reduction,
-                softcap,
-                return_z_loss,
-                return_token_accuracy,
-                return_predicted_tokens,
-                use_token_scaling,
-            ),
-            ChunkOptions(accum_dtype, memory_budget=budget),
-            compute_dtype(_input, weight),
+        check_implementation(ce_impl, ce_mode)
+        accum_dtype = options.pop("accum_dtype", None)
+        options["token_scaling"] = options.pop("use_token_scaling", False)
+        chunks = ChunkOptions(
+            accum_dtype, memory_budget=memory_budget(_input, weight, chunk_mem_const)
         )
+        settings = CrossEntropyLoss(**options), chunks, compute_dtype(_input, weight)
     loss, chunks, dtype = settings
     if needs is None:
-        any_needs = compute_gradients is not False
+        asked = compute_gradients is True
+        if weight_requires_grad is None:
+            weight_requires_grad = weight.requires_grad
         needs = (
-            any_needs and (_input.requires_grad or compute_gradients is True),
-            any_needs
-            and (weight.requires_grad if weight_requires_grad is None else weight_requires_grad),
-            any_needs and bias is not None and (bias.requires_grad or compute_gradients is True),
+            _input.requires_grad or asked,
+            weight_requires_grad,
+            bias is not None and (bias.requires_grad or asked),
         )
+        if compute_gradients is False:
+            needs = (False, False, False)
     check_labels(target, weight.shape[0], loss.ignore_index)
     head = HeadInputs(_input, weight, bias, dtype)
     _, outputs, grads = loop.run(loss, head, target, ce_weight, chunks, needs, token_grad_output)
@@ -166,67 +157,21 @@ def fused_linear_cross_entropy_backward(
     return grads
 
 
-class LigerFusedLinearCrossEntropyFunction:
-    """`apply` in the argument order of the incumbent."""
-
-    @staticmethod
-    def apply(
-        _input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        ce_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        use_token_scaling: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-        ce_impl: str | None = None,
-        ce_mode: str | None = None,
-        chunk_mem_const: int = 1,
-    ) -> Outputs:
-        """A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `_input`."""
-        _check_legacy(ce_impl, ce_mode)
-        return fused_linear_cross_entropy(
-            _input,
-            weight,
-            target,
-            bias,
-            ce_weight,
-            ignore_index,
-            lse_square_scale,
-            label_smoothing,
-            reduction,
-            softcap,
-            return_z_loss,
-            accum_dtype,
-            use_token_scaling,
-            return_token_accuracy,
-            return_predicted_tokens,
-            memory_budget=_legacy_budget(_input, weight, chunk_mem_const),
-        )
-
-
-def _legacy_budget(hidden: Tensor, weight: Tensor, chunk_mem_const: int) -> int | None:
-    if (
-        isinstance(chunk_mem_const, bool)
-        or not isinstance(chunk_mem_const, int)
-        or chunk_mem_const < 1
-    ):
+def memory_budget(hidden: Tensor, weight: Tensor, chunk_mem_const: int) -> int | None:
+    """Bytes of a chunk's logits by the incumbent's option; None for the default."""
+    if type(chunk_mem_const) is not int or chunk_mem_const < 1:  # a bool is no number
         raise ValueError(f"chunk_mem_const must be a positive integer, got {chunk_mem_const!r}.")
     if chunk_mem_const == 1:
         return None
     return max(chunk_mem_const * hidden.numel(), weight.shape[0]) * hidden.element_size()
 
 
-def _check_legacy(ce_impl: str | None, ce_mode: str | None) -> None:
+def check_implementation(ce_impl: str | None, ce_mode: str | None) -> None:
     if ce_impl is not None or ce_mode is not None:
         raise ValueError(
             f"ce_impl={ce_impl!r} and ce_mode={ce_mode!r} name implementations of another package; "
             f"pass None and choose with LIGER_KERNEL_IMPL."
         )
+
+
+__getattr__ = compat_names(__name__, ["LigerFusedLinearCrossEntropyFunction"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from liger_kernel._core.rows import RowOutputs
 from liger_kernel.backends import kernels_of
 from liger_kernel.loss_head.row_loss import RowLoss
+from liger_kernel.ops.cross_entropy import reference
 from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
 
 Prepared = tuple[Totals, Tensor | None]
@@ -56,6 +57,11 @@ class CrossEntropyLoss(CrossEntropyOptions, RowLoss):
             row_scale=row_scale,
             padded=padded,
         )
+
+    def of_logits(
+        self, logits: Tensor, teacher: Tensor | None, target: Tensor, class_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return reference.terms(logits, target, class_weight, **self.named())
 
     def reduced(self, out: RowOutputs, prepared: Prepared) -> tuple[Tensor | None, ...]:
         assert isinstance(out, CrossEntropyRows)

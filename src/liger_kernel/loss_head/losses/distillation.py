@@ -17,8 +17,8 @@ from liger_kernel.loss_head.row_loss import FormulaLoss
 class DistillationLoss(FormulaLoss):
     """`hard_weight * cross entropy + soft_weight * soft`, a mean over the labels that are not ignored.
 
-    Logits of both models are divided by `temperature` in the soft loss. Classes that only the teacher has count as
-    logits of 0 of the student. Returns (loss, soft loss, hard loss).
+    Logits of both models are divided by `temperature` in the soft loss. There, a class that only one of the two has,
+    one of the last of the larger vocabulary, counts as a logit of 0 of the other. Returns (loss, soft loss, hard loss).
     """
 
     reads_teacher: ClassVar[bool] = True
@@ -31,7 +31,7 @@ class DistillationLoss(FormulaLoss):
 
     @abstractmethod
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """(C,) from logits (C, Vt), at least fp32, divided by the temperature."""
+        """(C,) from logits (C, the larger vocabulary), at least fp32, divided by the temperature."""
 
     def formula(
         self, logits: Tensor, teacher: Tensor | None, target: Tensor
@@ -41,9 +41,11 @@ class DistillationLoss(FormulaLoss):
         if self.hard:
             index = self.ignore_index
             hard = F.cross_entropy(logits, target, ignore_index=index, reduction="none")
-        student = logits / self.temperature
         extra = teacher.shape[1] - logits.shape[1]
-        soft = self.soft(
-            F.pad(student, (0, extra)) if extra else student, teacher / self.temperature, target
-        )
+        student, teacher = logits / self.temperature, teacher / self.temperature
+        if extra > 0:
+            student = F.pad(student, (0, extra))
+        elif extra < 0:
+            teacher = F.pad(teacher, (0, -extra))
+        soft = self.soft(student, teacher, target)
         return self.hard_weight * hard + self.soft_weight * soft, soft, hard

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from liger_kernel._core.autograd import Op
+from liger_kernel._core.autograd import Op, is_transformed, made_in_forward, refuse_double_backward
 from liger_kernel._core.checks import (
     check_choice,
     check_floating,
     check_last_dim,
     check_same_device,
 )
+from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.rows import gradient_scale
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import can_look
 from liger_kernel.backends.dispatch import Dispatch, no_shards
+from liger_kernel.ops import OPS
 from liger_kernel.ops.cross_entropy import reference
 from liger_kernel.ops.cross_entropy.contract import (
     CrossEntropyOptions,
@@ -58,11 +59,11 @@ def cross_entropy(
         in_place: the gradient may take the memory of the logits, whose values are lost: nothing may read them
             afterwards, and autograd raises if a backward would. Saves N * V elements.
 
-    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`. What was not asked for is None.
+    Returns: `(loss, z_loss, token_accuracy, predicted_tokens)`; the last three are None without their `return_*` flag.
         loss: in the dtype of the logits; 0-d, or (N,) with reduction "none". z_loss: its part that is the z-loss.
         token_accuracy: fp32, mean over the labels that are not ignored, or (N,). predicted_tokens: (N,) int64, the
         first maximum, -1 where the label is ignored. Only the loss carries a gradient.
-    Differs from torch: a mean over nothing but ignored labels is 0, not NaN; one backward only, except with "none".
+    Differs from torch: a mean over nothing but ignored labels is 0, not NaN.
     Raises: ValueError and TypeError for arguments that do not fit, `in_place` with "none" among them; IndexError for a
         label out of range on the CPU. Elsewhere that would cost a synchronisation: such a label gives NaN, in the loss
         and in the gradient.
@@ -90,7 +91,7 @@ def cross_entropy(
         in_place=in_place,
     )
     target = target.to(torch.int64)
-    if not torch.compiler.is_compiling():
+    if not is_transformed():
         check_labels(target, logits.shape[1], ignore_index)
         if not torch.is_grad_enabled():
             logits = logits.detach()  # `needs_input_grad` does not know about no_grad
@@ -112,11 +113,10 @@ class _CrossEntropy(Op):
     def forward(ctx: Any, impl: Any, options: Any, *tensors: Any) -> Outputs:
         logits, target, weight = tensors
         rows = as_rows(logits)
+        needs, recomputes = ctx.needs_input_grad[2], options.reduction == "none"
         totals = Totals.of(target, weight, options)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        out = CrossEntropyRows.empty(target, wide, options)
         grad = scale = None
-        if ctx.needs_input_grad[2] and options.reduction != "none":
+        if needs and not recomputes:
             if options.in_place and rows.is_contiguous():
                 grad = rows.detach()
                 # whoever saved the logits for a backward learns that they are gone
@@ -124,74 +124,55 @@ class _CrossEntropy(Op):
             else:
                 grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             scale = gradient_scale(logits.dtype, totals.divisor(options), logits.device)
-        _step(impl, rows, target, weight, totals, options, out, grad, scale)
+        out = _step(impl, (rows, target, weight), totals, options, grad, scale, reports=options)
         loss, z_loss, accuracy, predicted = out.reduced(options, totals)
-        outputs = (
-            loss.to(logits.dtype),
-            None if z_loss is None else z_loss.to(logits.dtype),
-            accuracy,
-            predicted,
-        )
+        rounded = None if z_loss is None else z_loss.to(logits.dtype)
+        outputs = (loss.to(logits.dtype), rounded, accuracy, predicted)
         only_loss_has_gradient(ctx, outputs)
-        if ctx.needs_input_grad[2]:
-            none = options.reduction == "none"
-            ctx.save_for_backward(*((rows, target, weight) if none else (grad, scale)))
+        if needs:
+            ctx.save_for_backward(*((rows, target, weight) if recomputes else (grad, scale)))
             ctx.of_forward = impl, options
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if grads[0] is None:
             return (None,) * 5
         impl, options = ctx.of_forward
         if options.reduction != "none":
-            refuse_second_backward(ctx, "cross_entropy", NONE_RECOMPUTES)
-            grad, scale = ctx.saved_tensors
+            grad, scale = made_in_forward(ctx)
             scale_gradients([grad], grads[0] if scale is None else grads[0] / scale)
-            return None, None, grad, None, None
-        rows, target, weight = ctx.saved_tensors
-        grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        totals = Totals.of(target, weight, options)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        out = CrossEntropyRows.empty(target, wide, CrossEntropyOptions())
-        _step(impl, rows, target, weight, totals, options, out, grad, grads[0])
+        else:
+            rows, target, weight = ctx.saved_tensors
+            grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            totals, nothing = Totals.of(target, weight, options), CrossEntropyOptions()
+            _step(impl, (rows, target, weight), totals, options, grad, grads[0], reports=nothing)
         return None, None, grad, None, None
 
 
 def _step(
     impl: Any,
-    rows: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
     totals: Totals,
     options: CrossEntropyOptions,
-    out: CrossEntropyRows,
     grad: Tensor | None,
     scale: Tensor | None,
-) -> None:
-    impl.step(
-        rows,
-        target,
-        weight,
-        totals=totals,
-        options=options,
-        out=out,
-        grad=grad,
-        row_scale=None if scale is None else scale.expand(rows.shape[0]).contiguous(),
-        padded=False,
-    )
-
-
-def _by_reference(logits: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Outputs:
-    options.pop("token_scaling")
-    return reference.cross_entropy(logits, target, weight, **options)
+    reports: CrossEntropyOptions,
+) -> CrossEntropyRows:
+    """The step for all rows; `scale` of their gradient is 0-d or one per row, `reports` says what is written down."""
+    rows, target, _ = tensors
+    out = CrossEntropyRows.empty(target, torch.promote_types(rows.dtype, torch.float32), reports)
+    row_scale = None if scale is None else scale.expand(rows.shape[0]).contiguous()
+    how = {"totals": totals, "options": options, "out": out, "grad": grad, "row_scale": row_scale}
+    impl.step(*tensors, **how, padded=False)
+    return out
 
 
 _dispatch = Dispatch(
     "cross_entropy",
     _CrossEntropy,
-    _by_reference,
+    reference.cross_entropy,
     shards=no_shards("cross_entropy", "pass logits.full_tensor(), or the rows of this rank"),
 )
 
@@ -199,19 +180,6 @@ _dispatch = Dispatch(
 def only_loss_has_gradient(ctx: Any, outputs: Sequence[Tensor | None]) -> None:
     ctx.mark_non_differentiable(*(o for o in outputs[1:] if o is not None))
     ctx.set_materialize_grads(False)
-
-
-NONE_RECOMPUTES = ', or use reduction="none", whose backward recomputes'
-
-
-def refuse_second_backward(ctx: Any, name: str, way_out: str = "") -> None:
-    """The gradient made in forward is scaled in place and handed out: there is only one of it."""
-    if getattr(ctx, "spent", False):
-        raise RuntimeError(
-            f"A second backward through {name}: its gradient was computed in forward and handed out by the first one. "
-            f"Call {name} again{way_out}."
-        )
-    ctx.spent = True
 
 
 def check_loss_options(label_smoothing: float, reduction: str, softcap: float | None) -> None:
@@ -237,7 +205,7 @@ def check_class_indices(target: Tensor) -> None:
 
 def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """IndexError for a label that is no class, where looking costs no synchronisation: on the CPU."""
-    if facts_of(target.device).queues:
+    if not can_look(target):
         return
     wrong = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if wrong.any():
@@ -247,24 +215,4 @@ def check_labels(target: Tensor, n_classes: int, ignore_index: int) -> None:
         )
 
 
-class LigerCrossEntropyFunction:
-    """`apply` is `cross_entropy`, whose argument order is that of the incumbent."""
-
-    apply = staticmethod(cross_entropy)
-
-
-def cross_entropy_forward(
-    _input: Tensor, target: Tensor, *args: Any, **options: Any
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The outputs of `cross_entropy` and d sum(loss) / d _input, which is None if `_input` asks for no gradient."""
-    logits = _input.detach().requires_grad_(_input.requires_grad)
-    with torch.enable_grad():
-        loss, *others = cross_entropy(logits, target, *args, **options)
-    grad = torch.autograd.grad(loss.sum(), logits)[0] if logits.requires_grad else None
-    z_loss, accuracy, predicted = others
-    return loss.detach(), z_loss, accuracy, predicted, grad
-
-
-def cross_entropy_backward(grad_tensor: Tensor, grad_output: Tensor) -> Tensor:
-    """`grad_tensor` times the gradient of the loss, 0-d or one per row; out of place."""
-    return grad_tensor * (grad_output[:, None] if grad_output.ndim else grad_output)
+__getattr__ = compat_names(__name__, OPS["cross_entropy"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,15 @@ Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 def terms(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    lse_square_scale: float,
-    label_smoothing: float,
-    reduction: str,
-    softcap: float | None,
-    return_z_loss: bool,
-    return_token_accuracy: bool,
-    return_predicted_tokens: bool,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
     token_scaling: bool = False,
 ) -> Terms:
     """Loss, z-loss, accuracy and prediction in the compute dtype, which is fp32, or float64 for float64 logits.
@@ -67,7 +69,7 @@ def terms(
         loss, z = loss * probability, z * probability
     loss, z = loss.masked_fill(~valid, 0), z.masked_fill(~valid, 0)
     predicted = x.argmax(-1).masked_fill(~valid, -1)
-    accuracy = (predicted == target).masked_fill(~valid, False).to(torch.float32)
+    accuracy = ((predicted == target) & valid).to(torch.float32)
     if reduction != "none":
         loss, z, accuracy = loss.sum(), z.sum(), accuracy.sum() / count.clamp(min=1)
     return (
@@ -82,29 +84,11 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
-    lse_square_scale: float = 0.0,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    softcap: float | None = None,
-    return_z_loss: bool = False,
-    return_token_accuracy: bool = False,
-    return_predicted_tokens: bool = False,
+    *,
     in_place: bool = False,
+    **options: Any,
 ) -> Terms:
     """`terms` with loss and z-loss rounded to the dtype of the logits, which `in_place` leaves as they are."""
-    loss, z_loss, accuracy, predicted = terms(
-        logits,
-        target,
-        weight,
-        ignore_index,
-        lse_square_scale,
-        label_smoothing,
-        reduction,
-        softcap,
-        return_z_loss,
-        return_token_accuracy,
-        return_predicted_tokens,
-    )
+    loss, z_loss, accuracy, predicted = terms(logits, target, weight, **options)
     rounded = None if z_loss is None else z_loss.to(logits.dtype)
     return loss.to(logits.dtype), rounded, accuracy, predicted

@@ -24,7 +24,7 @@ _VECTOR = tl.constexpr(16)
 
 @dataclass(frozen=True)
 class Config:
-    """One program walks a row in blocks, `stages` of them in flight.
+    """One program loops over the blocks of a row, `stages` of them in flight.
 
     Measured on an H100 over 60 settings, in place: rows of 128k fit the L2 only if each processor has one of them under
     way, so a block takes all of its shared memory (2048x128256 0.511 -> 0.468 ms, 2048x256000 1.051 -> 1.006). Shorter
@@ -109,14 +109,14 @@ def _cross_entropy(
 ):
     """Loss terms and gradient of one row (formulas: `contract.py`); grad_ptr may be x_ptr. One program owns one row.
 
-    Where rows are PADDED to a multiple of _VECTOR, an odd number of classes is walked in vectors, too; the padding
+    Where rows are PADDED to a multiple of _VECTOR, an odd number of classes is read in vectors, too; the padding
     counts for nothing, and its gradient is zero.
     """
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ptr + row)
     x_row = x_ptr + row * x_stride
-    n_walked = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
     grad_row = grad_ptr
     if WRITE_GRAD:
         grad_row = grad_ptr + row * grad_stride
@@ -148,8 +148,8 @@ def _cross_entropy(
     total = 0.0  # sum of exp(x - top)
     smooth = 0.0  # sum of w x
     best = 0  # the first column that holds `top`
-    for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
-        inside = start + cols < n_walked
+    for start in tl.range(0, n_read, BLOCK, num_stages=STAGES):
+        inside = start + cols < n_read
         x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(
             tl.float32
         )
@@ -228,11 +228,11 @@ def _cross_entropy(
             share *= row_scale
         # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
         slope = tl.where(in_range, slope / total, float("nan"))
-        n_blocks = tl.cdiv(n_walked, BLOCK)
+        n_blocks = tl.cdiv(n_read, BLOCK)
         for i in tl.range(0, n_blocks, num_stages=STAGES):
             # last block first: it is the one most likely still in the cache
             start = (n_blocks - 1 - i) * BLOCK
-            inside = start + cols < n_walked
+            inside = start + cols < n_read
             x = tl.load(
                 x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first"
             ).to(tl.float32)
@@ -266,7 +266,7 @@ def _cross_entropy(
         if PADDED:
             beyond = n_cols + tl.arange(0, _VECTOR)
             none = tl.zeros((_VECTOR,), tl.float32).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_row + beyond, none, mask=beyond < n_walked)
+            tl.store(grad_row + beyond, none, mask=beyond < n_read)
 
 
 def step(

@@ -7,17 +7,14 @@ import functools
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import (
-    check_choice,
-    check_last_dim,
-    check_parameters,
-    check_same_device,
-)
+from liger_kernel._core.checks import check_choice, check_parameters, check_same_device
 from liger_kernel._core.dtensor import on_row_shards
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
+from liger_kernel.ops import OPS
 from liger_kernel.ops.fused_add_rms_norm import reference
 from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
-from liger_kernel.ops.norms import CASTING_MODES, launch_configuration, mode_name, triton_kernels
+from liger_kernel.ops.norms import CASTING_MODES
 
 
 class _FusedAddRMSNorm(Op):
@@ -61,54 +58,4 @@ def fused_add_rms_norm(
     return _dispatch(FusedAddRMSNormOptions(eps, offset, casting_mode), x, residual, weight)
 
 
-class LigerFusedAddRMSNormFunction:
-    """`apply` in the argument order of the incumbent; `in_place` is accepted and changes nothing."""
-
-    @staticmethod
-    def apply(
-        X: Tensor,
-        R: Tensor,
-        W: Tensor | None,
-        eps: float,
-        offset: float = 0.0,
-        casting_mode: str = "llama",
-        in_place: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        return fused_add_rms_norm(X, R, W, eps, offset, casting_mode)
-
-
-def fused_add_rms_norm_forward(
-    X: Tensor, R: Tensor, W: Tensor | None, eps: float, offset: float, casting_mode: str | int
-) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
-    """(Y, S, rstd, block size, warps, stages, mode code) for the backward helper: the Triton kernel without autograd.
-
-    Raises ValueError for an unknown mode, RuntimeError where Triton cannot run.
-    """
-    mode = mode_name(casting_mode)
-    check_last_dim("W", W, X.shape[-1], "X")
-    impl = triton_kernels("fused_add_rms_norm", X)
-    options = FusedAddRMSNormOptions(eps, offset, mode)
-    (y, s), (_, _, rstd) = impl.forward(X, R, W, options=options, needs=(True, True, True))
-    return y, s, rstd, *launch_configuration(X), 2, CASTING_MODES[mode]
-
-
-def fused_add_rms_norm_backward(
-    dY: Tensor,
-    dS_out: Tensor | None,
-    S: Tensor,
-    W: Tensor | None,
-    RSTD: Tensor,
-    offset: float,
-    casting_mode: str | int,
-    BLOCK_SIZE: int,
-    num_warps: int,
-    num_stages: int,
-    in_place: bool,
-    needs_dw: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dX, the same dX as gradient of R, dW or None), in fresh memory: `in_place` and the launch configuration change
-    nothing."""
-    needs = (True, True, W is not None and needs_dw is not False)
-    options = FusedAddRMSNormOptions(0.0, offset, mode_name(casting_mode))
-    impl = triton_kernels("fused_add_rms_norm", S)
-    return impl.backward((dY, dS_out), (S, W, RSTD), options=options, needs=needs)
+__getattr__ = compat_names(__name__, OPS["fused_add_rms_norm"])

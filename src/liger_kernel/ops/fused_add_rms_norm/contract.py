@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
-from liger_kernel._core.options import OpOptions
+from liger_kernel._core.contract import Backward, Needs, Saved
+from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 
 @dataclass(frozen=True)
-class FusedAddRMSNormOptions(OpOptions):
-    eps: float = 1e-6
-    offset: float = 0.0
-    casting_mode: str = "llama"
+class FusedAddRMSNormOptions(RMSNormOptions):
+    """Those of the norm."""
 
 
 class Kernels(Backward, Protocol):
@@ -27,6 +24,6 @@ class Kernels(Backward, Protocol):
         weight: Tensor | None,
         *,
         options: FusedAddRMSNormOptions,
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[tuple[Tensor, Tensor], Saved]:
         """(y, x + residual), and what `backward` is given as `saved`."""

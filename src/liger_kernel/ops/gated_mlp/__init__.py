@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, refuse_double_backward
+from liger_kernel._core.autograd import (
+    Op,
+    autocast_dtype,
+    graph_is_kept,
+    is_transformed,
+    refuse_double_backward,
+)
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import host_bound, kernels_of
+from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -47,16 +55,16 @@ def gated_mlp(
     """
     check_choice("activation", activation, ACTIVATIONS)
     weights = (gate_weight, up_weight, down_weight)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_dtype(x) is not None
     _check_tensors(x, *weights, autocast)
     options = (activation, float(gate_multiplier))
-    compiling = torch.compiler.is_compiling()
-    if not compiling and gate_multiplier == 1:
+    transformed = is_transformed()
+    if not transformed and gate_multiplier == 1:
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
         if elements <= _SMALL and host_bound(x, x.numel()):
             return reference.gated_mlp(x, *weights, *options)
     if (
-        compiling
+        transformed
         or autocast
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
@@ -120,7 +128,7 @@ class _Down(torch.autograd.Function):
         dy = as_rows(grads[0])
         dproduct = torch.mm(dy, down_weight)  # (T, F)
         needs = (needs_dx or needs_gate, up is not None and (needs_dx or needs_up))
-        into = (gate, up) if node.held_by_us_alone and not _graph_is_kept() else None
+        into = (gate, up) if node.held_by_us_alone and not graph_is_kept() else None
         found, product = impl.backward_with_output(
             dproduct, (gate, up), options=options, needs=needs, into=into
         )
@@ -147,29 +155,6 @@ def _saved_tensors_are_ours() -> bool:
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
-def _graph_is_kept() -> bool:
-    """Whether another backward through the same graph may follow this one (`retain_graph=True`)."""
-    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return known is None or bool(known())
-
-
-class LigerMLPFunction:
-    """`apply` in the argument order of the incumbent: SwiGLU, any device, strides and number of backwards."""
-
-    @staticmethod
-    def apply(
-        input: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        gate_multiplier: float = 1.0,
-        down_multiplier: float = 1.0,
-    ) -> Tensor:
-        weights = (gate_weight, up_weight, down_weight)
-        y = gated_mlp(input, *weights, "silu", gate_multiplier)
-        return y if down_multiplier == 1 else y * down_multiplier
-
-
 def _check_tensors(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
@@ -194,3 +179,6 @@ def _check_tensors(
             f"convert them with .to(), or use torch.autocast."
         )
     check_same_device(x=x, **named)
+
+
+__getattr__ = compat_names(__name__, OPS["gated_mlp"])

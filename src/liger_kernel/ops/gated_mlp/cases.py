@@ -7,59 +7,57 @@ from typing import Any
 from torch import Tensor
 
 from liger_kernel.ops.gated_mlp import gated_mlp, reference
-from liger_kernel.testing import Make, OpCase, OpSpec
+from liger_kernel.testing import Make, OpCase, OpSpec, case
 
 
 def _case(
     id: str,
     why: str,
-    rows: int,
-    hidden: int,
+    shape: tuple[int, ...],
     features: int,
+    draw: Any = Make.randn,
     packed: bool = False,
-    shape: Any = None,
-    large: bool = False,
     **options: Any,
 ) -> OpCase:
+    """x of `shape`, weights of `features`."""
+    *leading, hidden = shape
+    flops = 18 * hidden * features
+    for size in leading:
+        flops *= size
+
     def inputs(make: Make) -> tuple[Tensor | None, ...]:
         def weight(n_out: int, n_in: int) -> Tensor:
             return make.randn(n_out, n_in, scale=n_in**-0.5)
 
-        x = make.randn(rows, hidden) if shape is None else shape(make)
-        if packed:
-            return x, weight(2 * features, hidden), None, weight(hidden, features)
-        return x, weight(features, hidden), weight(features, hidden), weight(hidden, features)
+        gate = weight((1 + packed) * features, hidden)
+        up = None if packed else weight(features, hidden)
+        return draw(make, *shape), gate, up, weight(hidden, features)
 
-    return OpCase(
-        id,
-        why,
-        inputs,
-        {"activation": "silu", "gate_multiplier": 1.0, **options},
-        flops=18 * rows * hidden * features,
-        large=large,
-    )
+    return case(id, why, inputs, flops=flops, **options)
 
 
+CASES = (
+    _case("silu", "odd sizes", (37, 24), 40),
+    _case("gelu-tanh", "Gemma", (9, 16), 66, activation="gelu_tanh"),
+    _case("gelu", "exact, with erf", (9, 16), 66, activation="gelu"),
+    _case("multiplier", "Falcon-H1", (5, 16), 24, gate_multiplier=0.7),
+    _case("packed", "gate and up from one weight", (9, 16), 24, packed=True),
+    _case("packed-gelu", "likewise", (7, 16), 25, packed=True, activation="gelu_tanh"),
+    _case("one-row", "one row", (1, 16), 24),
+    _case("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24),
+    _case("3d", "a batch of sequences", (2, 3, 16), 24),
+    _case("vector", "one dimension", (16,), 24),
+    _case("strided", "rows with gaps", (6, 16), 24, Make.strided),
+    _case("transposed", "columns first", (6, 16), 24, Make.transposed),
+    _case("expanded", "stride 0", (6, 16), 24, Make.expanded),
+    _case("8192x4096x14336", "Llama-3-8B", (8192, 4096), 14336, large=True),
+    _case("16384x2048x8192", "Llama-3.2-1B", (16384, 2048), 8192, large=True),
+)
 SPEC = OpSpec(
     name="gated_mlp",
     function=gated_mlp,
     reference=reference.gated_mlp,
+    cases=CASES,
     differentiable=(0, 1, 2, 3),
-    cases=(
-        _case("silu", "odd sizes", 37, 24, 40),
-        _case("gelu-tanh", "Gemma", 9, 16, 66, activation="gelu_tanh"),
-        _case("gelu", "exact, with erf", 9, 16, 66, activation="gelu"),
-        _case("multiplier", "Falcon-H1", 5, 16, 24, gate_multiplier=0.7),
-        _case("packed", "gate and up from one weight", 9, 16, 24, packed=True),
-        _case("packed-gelu", "likewise", 7, 16, 25, packed=True, activation="gelu_tanh"),
-        _case("one-row", "one row", 1, 16, 24),
-        _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 16, 24),
-        _case("3d", "a batch of sequences", 6, 16, 24, shape=lambda m: m.randn(2, 3, 16)),
-        _case("vector", "one dimension", 1, 16, 24, shape=lambda m: m.randn(16)),
-        _case("strided", "rows with gaps", 6, 16, 24, shape=lambda m: m.strided(6, 16)),
-        _case("transposed", "columns first", 6, 16, 24, shape=lambda m: m.transposed(6, 16)),
-        _case("expanded", "stride 0", 6, 16, 24, shape=lambda m: m.expanded(6, 16)),
-        _case("8192x4096x14336", "Llama-3-8B", 8192, 4096, 14336, large=True),
-        _case("16384x2048x8192", "Llama-3.2-1B", 16384, 2048, 8192, large=True),
-    ),
+    defaults={"activation": "silu", "gate_multiplier": 1.0},
 )

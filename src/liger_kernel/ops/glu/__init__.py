@@ -11,9 +11,9 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import on_shards
-from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import kernels_of
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
+from liger_kernel.ops import OPS
 from liger_kernel.ops.glu import reference
 from liger_kernel.ops.glu.contract import GLUOptions
 
@@ -107,79 +107,4 @@ def gated_product(
     return glu_packed(gate, *options) if up is None else glu(gate, up, *options)
 
 
-class LigerSiLUMulFunction:
-    """`apply` in the argument order of the incumbent."""
-
-    @staticmethod
-    def apply(
-        a: Tensor, b: Tensor, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
-    ) -> Tensor:
-        return glu(a, b, "silu", gate_multiplier, down_multiplier)
-
-
-class LigerFusedGateUpSiLUMulFunction:
-    """`apply` in the argument order of the incumbent; `in_place` is accepted and changes nothing."""
-
-    @staticmethod
-    def apply(y: Tensor, in_place: bool = False) -> Tensor:
-        return glu_packed(y, "silu")
-
-
-class LigerGELUMulFunction:
-    """`apply` in the argument order of the incumbent: the tanh approximation."""
-
-    @staticmethod
-    def apply(a: Tensor, b: Tensor) -> Tensor:
-        return glu(a, b, "gelu_tanh")
-
-
-def swiglu_forward(
-    a: Tensor, b: Tensor, gate_multiplier: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(a and b as (R, F) for `swiglu_backward`, silu(a * gate_multiplier) * b like a). No autograd."""
-    return _forward(a, b, "silu", gate_multiplier)
-
-
-def swiglu_backward(
-    a: Tensor, b: Tensor, dc: Tensor, gate_multiplier: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Fresh gradients of a and b, shaped like dc; a and b as `swiglu_forward` returns them."""
-    return _backward(a, b, dc, "silu", gate_multiplier)
-
-
-def geglu_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(a and b as (R, F) for `geglu_backward`, gelu_tanh(a) * b like a). No autograd."""
-    return _forward(a, b, "gelu_tanh")
-
-
-def geglu_backward(a: Tensor, b: Tensor, dc: Tensor) -> tuple[Tensor, Tensor]:
-    """Fresh gradients of a and b, shaped like dc; a and b as `geglu_forward` returns them."""
-    return _backward(a, b, dc, "gelu_tanh")
-
-
-def swiglu_fused_gate_up_forward(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(y as (R, 2F) for the backward helper, SwiGLU of its halves (..., F)). No autograd."""
-    with torch.no_grad():
-        return as_rows(y), glu_packed(y)
-
-
-def swiglu_fused_gate_up_backward(y: Tensor, dc: Tensor, in_place: bool = False) -> Tensor:
-    """The gradient (R, 2F) of the packed rows, always a fresh tensor."""
-    impl = kernels_of("glu", y)
-    return impl.backward((as_rows(dc),), (y, None), options=GLUOptions(), needs=(True, False))[0]
-
-
-def _forward(
-    a: Tensor, b: Tensor, activation: str, gate_multiplier: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        return as_rows(a), as_rows(b), glu(a, b, activation, gate_multiplier)
-
-
-def _backward(
-    a: Tensor, b: Tensor, dc: Tensor, activation: str, gate_multiplier: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    options = GLUOptions(activation, gate_multiplier)
-    impl = kernels_of("glu", a)
-    da, db = impl.backward((as_rows(dc),), (a, b), options=options, needs=(True, True))
-    return da.view(dc.shape), db.view(dc.shape)
+__getattr__ = compat_names(__name__, OPS["glu"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Grads, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -21,7 +20,7 @@ class GLUOptions(OpOptions):
 
 class Kernels(Backward, Protocol):
     def forward(
-        self, gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
+        self, gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Needs
     ) -> tuple[Tensor, Saved]:
         """y (..., F), and what `backward` is given. Without `up`, gate (..., 2F) holds both halves."""
 
@@ -31,9 +30,9 @@ class Kernels(Backward, Protocol):
         saved: Saved,
         *,
         options: GLUOptions,
-        needs: Sequence[bool],
-        into: Sequence[Tensor | None] | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        needs: Needs,
+        into: Grads | None = None,
+    ) -> tuple[Grads, Tensor]:
         """The gradients of gate and up as rows, and the output of the forward, which may take the memory of dy (R, F).
 
         The gradients may take the memory of `into`, which may be `saved`.

@@ -3,19 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 
 
 def glu(
-    gate: Tensor,
-    up: Tensor | None,
-    activation: str,
-    gate_multiplier: float,
-    down_multiplier: float,
+    gate: Tensor, up: Tensor | None, activation: str, gate_multiplier: float, down_multiplier: float
 ) -> Tensor:
     """f(gate * gate_multiplier) * up * down_multiplier, every product rounded to the dtype of gate as in eager code.
 

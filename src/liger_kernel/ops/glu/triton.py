@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -144,57 +144,50 @@ def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Sequence[bool]
+    gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Needs
 ) -> tuple[Tensor, Saved]:
     if up is None:
         rows = as_rows(gate)
-        saved: tuple[Tensor | None, ...] = (rows, None)
+        saved: Saved = (rows, None)
         gate_rows, up_rows = _halves(rows)
     else:
         gate_rows, up_rows = as_rows(gate), as_rows(up)  # (R, F)
         saved = (gate_rows, up_rows if needs[0] else None)
     n_rows, n_cols = gate_rows.shape
     y = gate.new_empty(*gate.shape[:-1], n_cols)
+    strides = (gate_rows.stride(0), up_rows.stride(0))
+    _launch(_glu_fwd, (gate_rows, up_rows, y, *strides), n_rows, n_cols, options)
+    return y, saved
+
+
+def _launch(
+    kernel: Any, args: tuple[Any, ...], n_rows: int, n_cols: int, options: GLUOptions, **flags: bool
+) -> None:
     config = Config.of(n_cols)
     if n_rows:
         launch(
-            _glu_fwd,
+            kernel,
             (config.programs(n_rows, n_cols),),
-            gate_rows,
-            up_rows,
-            y,
-            gate_rows.stride(0),
-            up_rows.stride(0),
+            *args,
             n_rows,
             n_cols,
             options.gate_multiplier,
             options.down_multiplier,
+            **flags,
             ACTIVATION=options.activation,
             ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,
         )
-    return y, saved
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor | None],
-    *,
-    options: GLUOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: GLUOptions, needs: Needs) -> Grads:
     return _backward(as_rows(grads[0]), grads[0].shape, saved, options, needs, write_y=False)
 
 
 def backward_with_output(
-    dy: Tensor,
-    saved: Sequence[Tensor | None],
-    *,
-    options: GLUOptions,
-    needs: Sequence[bool],
-    into: Sequence[Tensor | None] | None = None,
-) -> tuple[tuple[Tensor | None, Tensor | None], Tensor]:
+    dy: Tensor, saved: Saved, *, options: GLUOptions, needs: Needs, into: Grads | None = None
+) -> tuple[Grads, Tensor]:
     """The gradients, and the output of the forward in the memory of dy (R, F), whose rows have unit stride.
 
     The gradients take the memory of `into`, which may be `saved`: every element is read before it is written.
@@ -205,12 +198,12 @@ def backward_with_output(
 def _backward(
     dy: Tensor,
     shape: torch.Size,
-    saved: Sequence[Tensor | None],
+    saved: Saved,
     options: GLUOptions,
-    needs: Sequence[bool],
+    needs: Needs,
     write_y: bool,
-    into: Sequence[Tensor | None] | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    into: Grads | None = None,
+) -> Grads:
     gate, up = saved
     needs_dgate, needs_dup = needs
     n_rows, n_cols = dy.shape
@@ -225,27 +218,8 @@ def _backward(
         dgate, dup = _halves(found[0])
     else:
         dgate, dup = (None if t is None else as_rows(t) for t in found)
-    config = Config.of(n_cols)
-    if n_rows:
-        launch(
-            _glu_bwd,
-            (config.programs(n_rows, n_cols),),
-            dy,
-            gate,
-            up,
-            dgate,
-            dup,
-            *(0 if t is None else t.stride(0) for t in (dy, gate, up, dgate, dup)),
-            n_rows,
-            n_cols,
-            options.gate_multiplier,
-            options.down_multiplier,
-            NEEDS_DGATE=needs_dgate,
-            NEEDS_DUP=needs_dup,
-            WRITE_Y=write_y,
-            ACTIVATION=options.activation,
-            ROWS=config.rows,
-            COLS=config.cols,
-            num_warps=config.warps,
-        )
+    tensors = (dy, gate, up, dgate, dup)
+    strides = (0 if t is None else t.stride(0) for t in tensors)
+    flags = {"NEEDS_DGATE": needs_dgate, "NEEDS_DUP": needs_dup, "WRITE_Y": write_y}
+    _launch(_glu_bwd, (*tensors, *strides), n_rows, n_cols, options, **flags)
     return found

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import check_last_dim, check_parameters
+from liger_kernel._core.checks import check_parameters
 from liger_kernel._core.dtensor import on_row_shards
-from liger_kernel._core.shapes import as_rows
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
+from liger_kernel.ops import OPS
 from liger_kernel.ops.layer_norm import reference
 from liger_kernel.ops.layer_norm.contract import LayerNormOptions
-from liger_kernel.ops.norms import launch_configuration, triton_kernels
 
 
 class _LayerNorm(Op):
@@ -60,42 +60,4 @@ def layer_norm(
     return _dispatch(LayerNormOptions(eps), x, weight, bias)
 
 
-class LigerLayerNormFunction:
-    """`apply` in the argument order of the incumbent."""
-
-    @staticmethod
-    def apply(X: Tensor, W: Tensor | None, B: Tensor | None, eps: float) -> Tensor:
-        return layer_norm(X, W, B, eps)
-
-
-def layer_norm_forward(
-    X: Tensor, W: Tensor | None, B: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-    """(Y, X as rows, mean, rstd, block size, warps), both statistics fp32: the Triton kernel without autograd.
-
-    Raises ValueError for a W or B that does not fit, RuntimeError where Triton cannot run.
-    """
-    check_last_dim("W", W, X.shape[-1], "X")
-    check_last_dim("B", B, X.shape[-1], "X")
-    impl = triton_kernels("layer_norm", X)
-    y, (rows, _, _, mean, rstd) = impl.forward(
-        X, W, B, options=LayerNormOptions(eps), needs=(True, True, True)
-    )
-    return y, rows, mean, rstd, *launch_configuration(X)
-
-
-def layer_norm_backward(
-    dY: Tensor,
-    X: Tensor,
-    W: Tensor | None,
-    B: Tensor | None,
-    Mean: Tensor,
-    RSTD: Tensor,
-    needs_dw: bool | None = None,
-    needs_db: bool | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dX, dW or None, dB or None) from what `layer_norm_forward` returned; dX in the shape of dY."""
-    needs = (True, W is not None and needs_dw is not False, B is not None and needs_db is not False)
-    saved = (as_rows(X), W, B, Mean, RSTD)
-    impl = triton_kernels("layer_norm", X)
-    return impl.backward((dY,), saved, options=LayerNormOptions(0.0), needs=needs)
+__getattr__ = compat_names(__name__, OPS["layer_norm"])

@@ -5,74 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from liger_kernel.ops.layer_norm import layer_norm, reference
-from liger_kernel.testing import Make, OpCase, OpSpec
+from liger_kernel.testing import Inputs, Make, OpSpec, case
 
 
-def _case(
-    id: str,
-    why: str,
-    rows: int,
-    hidden: int,
-    large: bool = False,
-    weight: bool = True,
-    bias: bool = True,
-) -> OpCase:
-    def inputs(make: Make) -> tuple[Any, ...]:
-        affine = (make.randn(hidden) if wanted else None for wanted in (weight, bias))
-        return make.randn(rows, hidden), *affine
+def of(
+    *shape: int, draw: Any = Make.randn, weight: bool = True, bias: bool = True, **how: float
+) -> Inputs:
+    def inputs(make: Make) -> Any:
+        affine = (make.randn(shape[-1]) if wanted else None for wanted in (weight, bias))
+        return draw(make, *shape, **how), *affine
 
-    return OpCase(
-        id,
-        why,
-        inputs,
-        {"eps": 1e-5},
-        bytes_moved=lambda size: 5 * rows * hidden * size,
-        large=large,
-    )
+    return inputs
 
 
-def _shaped(id: str, why: str, make_x: Any, hidden: int) -> OpCase:
-    return OpCase(id, why, lambda m: (make_x(m), m.randn(hidden), m.randn(hidden)), {"eps": 1e-6})
+def _views(make: Make) -> Any:
+    return make.randn(6, 40), make.randn(80)[::2], make.randn(1).expand(40)
 
 
+CASES = (
+    case("affine", "several tiles of several rows, odd row count", of(37, 96)),
+    case("no-bias", "as Cohere's", of(9, 64, bias=False)),
+    case("no-weight", "a bias alone", of(9, 64, weight=False)),
+    case("plain", "no affine part", of(9, 64, weight=False, bias=False)),
+    case("three-columns", "the shortest row whose gradient is not zero", of(5, 3)),
+    case("one-row", "one row, odd width", of(1, 333)),
+    case("no-rows", "empty batch: gradients of zero, not of garbage", of(0, 32)),
+    case("long-row", "a row that the backward reads twice", of(2, 16384 + 40)),
+    case("longer-row", "a row whose backward takes two kernels", of(3, 24576 + 40)),
+    case("4d", "more dimensions", of(2, 3, 4, 16)),
+    case("strided", "row stride larger than the row", of(6, 40, draw=Make.strided)),
+    case("long-strided", "likewise, at both reads", of(3, 16384 + 8, draw=Make.strided)),
+    case("transposed", "last dimension not contiguous", of(6, 40, draw=Make.transposed)),
+    case("expanded", "stride 0", of(6, 40, draw=Make.expanded)),
+    case("parameter-views", "a weight with gaps, a bias with stride 0", _views),
+    case("far-mean", "one-pass variance would cancel", of(64, 60, shift=100)),
+    case("tiny-values", "eps dominates", of(4, 64, scale=1e-4), eps=1e-6),
+    case("8192x4096", "the usual benchmark size", of(8192, 4096), large=True),
+    case("16384x2048", "a smaller model", of(16384, 2048), large=True),
+    case("8192x16384", "the widest row that one block holds", of(8192, 16384), large=True),
+    case("2048x32768", "a very long row", of(2048, 32768), large=True),
+)
 SPEC = OpSpec(
     name="layer_norm",
     function=layer_norm,
     reference=reference.layer_norm,
+    cases=CASES,
     differentiable=(0, 1, 2),
-    cases=(
-        _case("affine", "several tiles of several rows, odd row count", 37, 96),
-        _case("no-bias", "as Cohere's", 9, 64, bias=False),
-        _case("no-weight", "a bias alone", 9, 64, weight=False),
-        _case("plain", "no affine part", 9, 64, weight=False, bias=False),
-        _case("three-columns", "the shortest row whose gradient is not zero", 5, 3),
-        _case("one-row", "one row, odd width", 1, 333),
-        _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 32),
-        _case("long-row", "a row that the backward reads twice", 2, 16384 + 40),
-        _case("longer-row", "a row whose backward takes two kernels", 3, 24576 + 40),
-        _shaped("4d", "more dimensions", lambda m: m.randn(2, 3, 4, 16), 16),
-        _shaped("strided", "row stride larger than the row", lambda m: m.strided(6, 40), 40),
-        _shaped(
-            "long-strided",
-            "likewise, at both reads of a row",
-            lambda m: m.strided(3, 16384 + 8),
-            16384 + 8,
-        ),
-        _shaped("transposed", "last dimension not contiguous", lambda m: m.transposed(6, 40), 40),
-        _shaped("expanded", "stride 0", lambda m: m.expanded(6, 40), 40),
-        OpCase(
-            "parameter-views",
-            "a weight with gaps, a bias with stride 0",
-            lambda m: (m.randn(6, 40), m.randn(80)[::2], m.randn(1).expand(40)),
-            {"eps": 1e-6},
-        ),
-        _shaped(
-            "far-mean", "one-pass variance would cancel", lambda m: m.randn(64, 60, shift=100), 60
-        ),
-        _shaped("tiny-values", "eps dominates", lambda m: m.randn(4, 64, scale=1e-4), 64),
-        _case("8192x4096", "the usual benchmark size", 8192, 4096, large=True),
-        _case("16384x2048", "a smaller model", 16384, 2048, large=True),
-        _case("8192x16384", "the widest row that one block holds", 8192, 16384, large=True),
-        _case("2048x32768", "a very long row", 2048, 32768, large=True),
-    ),
+    defaults={"eps": 1e-5},
+    traffic=(5, (0,)),
 )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel.ops.layer_norm.contract import LayerNormOptions
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
@@ -17,21 +15,12 @@ def forward(
     bias: Tensor | None,
     *,
     options: LayerNormOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Saved]:
-    y, _, rows, mean, rstd = norm_forward(
-        x, None, weight, bias, options.eps, 0.0, centered=True, rounded=False
-    )
+    y, _, rows, mean, rstd = norm_forward(x, options, weight, bias, centered=True)
     return y, (rows, weight, bias, mean, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: LayerNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: LayerNormOptions, needs: Needs) -> Grads:
     rows, weight, bias, mean, rstd = saved
-    wanted = (needs[0], needs[1], needs[2])
-    return norm_backward(grads[0], None, rows, weight, bias, mean, rstd, 0.0, wanted, rounded=False)
+    return norm_backward(grads[0], rows, options, needs, weight, rstd, bias, mean)

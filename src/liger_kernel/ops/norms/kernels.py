@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
@@ -31,13 +32,13 @@ TILES = {
         (512, 2048, 2, 4, 2),
         (2048, 4096, 4, 4, 1),
         (LONGEST, LONGEST, 8, 3, 1),
-    ),
+    )
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """Forward tile of (rows, block) elements; `looped` walks rows too long for the registers block by block.
+    """Forward tile of (rows, block) elements; `looped` reads rows that do not fit the registers block by block.
 
     Measured on an H100: 2048x32768 takes 0.096 ms at once and 0.113 in blocks of 8192, 1024x65536 0.125 in blocks of
     16384 and 0.140 in those of 8192. Of a block of 32768 at least three quarters have to be columns.
@@ -94,10 +95,8 @@ class BackwardConfig:
         if n_cols <= 24576 and 0 < n_sums * n_cols <= 40960:
             warps = facts.most_warps if n_sums * n_cols <= 16384 else 16
             return BackwardConfig(1, block, warps, processors, 1, reload=True)
-        rows, columns = (
-            4,
-            2048,
-        )  # of the sums: a row has a dozen blocks of columns, each with programs of its own
+        # of the sums: a row has a dozen blocks of columns, each with programs of its own
+        rows, columns = 4, 2048
         stages = facts.stages(3, rows * columns * bytes_per_column)
         return BackwardConfig(
             rows,
@@ -276,7 +275,7 @@ def _norm_bwd(
     """dx = rstd (m - n mean(m n) - mean(m)) + ds, dw = sum over rows of dy n, db = sum over rows of dy,
     with n = (x - mean) rstd and m = dy (offset + w); without CENTERED both means of values are left out.
 
-    A program walks the tiles pid, pid + programs, ... and keeps its share of dw and db in registers until the end; it
+    Programs are persistent: each loops over the tiles pid, pid + programs, ..., accumulates dw and db in registers, and
     owns row `pid` of each of the (programs, N) tables in partial_ptr, fp32: first dw, then db, where they are needed.
     Long rows are read twice (RELOAD), the second time from the L2: the registers hold dw and db, and nothing else fits.
     """
@@ -432,16 +431,14 @@ def _norm_bwd_partial_looped(
 
 def norm_forward(
     x: Tensor,
-    residual: Tensor | None,
+    options: Any,
     weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
-    centered: bool,
-    rounded: bool,
+    centered: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """(y, x + residual, x as rows, mean, rstd); `rounded`: to the dtype of x before the weight."""
+    """(y, x + residual, x as rows, mean, rstd); `options` has eps, offset and casting_mode."""
     rows = as_rows(x)  # (R, N)
     r_rows = None if residual is None else as_rows(residual)
     weight = None if weight is None else weight.contiguous()
@@ -467,14 +464,14 @@ def norm_forward(
             rows.stride(0),
             0 if r_rows is None else r_rows.stride(0),
             n_rows,
-            eps,
-            offset,
+            options.eps,
+            options.offset,
             N=n_cols,
             HAS_RESIDUAL=residual is not None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             CENTERED=centered,
-            ROUND=rounded,
+            ROUND=options.casting_mode == "llama",
             ROWS=config.rows,
             BLOCK=config.block,
             LOOPED=config.looped,
@@ -485,19 +482,17 @@ def norm_forward(
 
 def norm_backward(
     grad: Tensor,
-    grad_sum: Tensor | None,
     rows: Tensor,
+    options: Any,
+    needs: Needs,
     weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
     rstd: Tensor,
-    offset: float,
-    needs: tuple[bool, bool, bool],
-    *,
-    rounded: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    grad_sum: Tensor | None = None,
+) -> Grads:
     """(dx, dw, db) of y as computed by `norm_forward`; `grad_sum` is the gradient of x + residual."""
-    needs_dx, needs_dw, needs_db = needs
+    needs_dx, needs_dw, needs_db = (*needs, False)[:3]
     weight = None if weight is None else weight.contiguous()
     n_rows, n_cols = rows.shape
     loaded = rows.element_size() + grad.element_size() * (1 if grad_sum is None else 2)
@@ -514,12 +509,12 @@ def norm_backward(
     strides = (dy.stride(0), 0 if ds is None else ds.stride(0), rows.stride(0))
     run = _backward_by_two if config.two_kernels else _backward_by_one
     run(
-        (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, offset),
+        (dy, ds, rows, weight, mean, rstd, dx, partial, *strides, n_rows, options.offset),
         config,
         programs,
         NEEDS_DW=needs_dw,
         NEEDS_DB=needs_db,
-        ROUND=rounded,
+        ROUND=options.casting_mode == "llama",
     )
     sums = [] if partial is None else column_sums(partial, dtypes)
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_floating
 from liger_kernel._core.dtensor import on_shards
-from liger_kernel.backends import kernels_of
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
+from liger_kernel.ops import OPS
 from liger_kernel.ops.relu_squared import reference
 from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
 
@@ -41,21 +41,4 @@ def relu_squared(x: Tensor) -> Tensor:
     return _dispatch(ReLUSquaredOptions(), x)
 
 
-class LigerReLUSquaredFunction:
-    """`apply` in the argument order of the incumbent."""
-
-    @staticmethod
-    def apply(X: Tensor) -> Tensor:
-        return relu_squared(X)
-
-
-def relu_squared_forward(X: Tensor) -> Tensor:
-    """max(X, 0)^2 like X. No autograd."""
-    with torch.no_grad():
-        return relu_squared(X)
-
-
-def relu_squared_backward(X: Tensor, dY: Tensor) -> Tensor:
-    """2 max(X, 0) dY, always a fresh tensor."""
-    impl, saved = kernels_of("relu_squared", X), (X.contiguous(),)
-    return impl.backward((dY,), saved, options=ReLUSquaredOptions(), needs=(True,))[0]
+__getattr__ = compat_names(__name__, OPS["relu_squared"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends.kernels import launch
 from liger_kernel.ops.relu_squared.contract import ReLUSquaredOptions
@@ -54,22 +54,14 @@ def _launch(kernel: triton.JITFunction, x: Tensor, *others: Tensor) -> None:
         launch(kernel, grid, x, *others, n, BLOCK=config.block, num_warps=config.warps)
 
 
-def forward(
-    x: Tensor, *, options: ReLUSquaredOptions, needs: Sequence[bool]
-) -> tuple[Tensor, tuple[Tensor]]:
+def forward(x: Tensor, *, options: ReLUSquaredOptions, needs: Needs) -> tuple[Tensor, Saved]:
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(_relu_squared_fwd, x, y)
     return y, (x,)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: ReLUSquaredOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:
+def backward(grads: Grads, saved: Saved, *, options: ReLUSquaredOptions, needs: Needs) -> Grads:
     (x,) = saved
     dx = torch.empty_like(x)
     _launch(_relu_squared_bwd, x, grads[0].contiguous(), dx)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
-from liger_kernel._core.checks import check_choice, check_last_dim, check_parameters
+from liger_kernel._core.checks import check_choice, check_parameters
 from liger_kernel._core.dtensor import on_row_shards
-from liger_kernel._core.shapes import as_rows
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
-from liger_kernel.ops.norms import CASTING_MODES, launch_configuration, mode_name, triton_kernels
+from liger_kernel.ops import OPS
+from liger_kernel.ops.norms import CASTING_MODES
 from liger_kernel.ops.rms_norm import reference
 from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
@@ -67,57 +68,4 @@ def rms_norm(
     return _dispatch(RMSNormOptions(eps, offset, casting_mode), x, weight)
 
 
-class LigerRMSNormFunction:
-    """`apply` in the argument order of the incumbent; `in_place` and `row_mode` are accepted and change nothing."""
-
-    @staticmethod
-    def apply(
-        X: Tensor,
-        W: Tensor | None,
-        eps: float,
-        offset: float = 0.0,
-        casting_mode: str = "llama",
-        in_place: bool = True,
-        row_mode: bool | None = None,
-    ) -> Tensor:
-        return rms_norm(X, W, eps, offset, casting_mode)
-
-
-def rms_norm_forward(
-    X: Tensor,
-    W: Tensor | None,
-    eps: float,
-    offset: float,
-    casting_mode: str | int,
-    row_mode: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
-    """(Y, X as rows, rstd, block size, warps, mode code) for `rms_norm_backward`: the Triton kernel without autograd.
-
-    `row_mode` changes nothing. Raises ValueError for an unknown mode, RuntimeError where Triton cannot run.
-    """
-    mode = mode_name(casting_mode)
-    check_last_dim("W", W, X.shape[-1], "X")
-    impl = triton_kernels("rms_norm", X)
-    options = RMSNormOptions(eps, offset, mode)
-    y, (rows, _, rstd) = impl.forward(X, W, options=options, needs=(True, True))
-    return y, rows, rstd, *launch_configuration(X), CASTING_MODES[mode]
-
-
-def rms_norm_backward(
-    dY: Tensor,
-    X: Tensor,
-    W: Tensor | None,
-    RSTD: Tensor,
-    offset: float,
-    casting_mode: str | int,
-    BLOCK_SIZE: int,
-    num_warps: int,
-    in_place: bool,
-    row_mode: bool | None = None,
-    needs_dw: bool | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(dX, dW or None), always in fresh memory: `in_place`, `row_mode` and the launch configuration change nothing."""
-    needs = (True, W is not None and needs_dw is not False)
-    options = RMSNormOptions(0.0, offset, mode_name(casting_mode))
-    impl = triton_kernels("rms_norm", X)
-    return impl.backward((dY,), (as_rows(X), W, RSTD), options=options, needs=needs)
+__getattr__ = compat_names(__name__, OPS["rms_norm"])

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 from liger_kernel.ops.rms_norm.contract import RMSNormOptions
 
 
 def forward(
-    x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Sequence[bool]
+    x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Needs
 ) -> tuple[Tensor, Saved]:
-    o, rounded = options, options.casting_mode == "llama"
-    y, _, rows, _, rstd = norm_forward(
-        x, None, weight, None, o.eps, o.offset, centered=False, rounded=rounded
-    )
+    y, _, rows, _, rstd = norm_forward(x, options, weight)
     return y, (rows, weight, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: RMSNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: RMSNormOptions, needs: Needs) -> Grads:
     rows, weight, rstd = saved
-    wanted, rounded = (needs[0], needs[1], False), options.casting_mode == "llama"
-    dx, dw, _ = norm_backward(
-        grads[0], None, rows, weight, None, None, rstd, options.offset, wanted, rounded=rounded
-    )
+    dx, dw, _ = norm_backward(grads[0], rows, options, needs, weight, rstd)
     return dx, dw

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
 from liger_kernel._core.checks import check_choice, check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor, on_shards
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch
+from liger_kernel.ops import OPS
 from liger_kernel.ops.rope import reference
 from liger_kernel.ops.rope.contract import RopeOptions
 
@@ -115,45 +116,4 @@ def _angles(q: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Te
     return cos, sin
 
 
-class LigerRopeFunction:
-    """`apply` in the argument order of the incumbent; `position_ids` changes nothing: cos and sin already follow it."""
-
-    @staticmethod
-    def apply(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: Tensor | None = None,
-        unsqueeze_dim: int = 1,
-        rotary_dim: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
-
-
-def rope_forward(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None = None,
-    unsqueeze_dim: int = 1,
-    rotary_dim: int | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(q', k', cos, sin) without autograd, in fresh memory."""
-    with torch.no_grad():
-        return *rope(q, k, cos, sin, unsqueeze_dim, rotary_dim), cos, sin
-
-
-def rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None = None,
-    unsqueeze_dim: int = 1,
-    rotary_dim: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(dq', dk'), the inverse rotation of the gradients, in fresh memory."""
-    with torch.no_grad():
-        return rope(dq, dk, cos, -sin, unsqueeze_dim, rotary_dim)
+__getattr__ = compat_names(__name__, OPS["rope"])

@@ -7,14 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from liger_kernel.ops.rope import reference, rope
-from liger_kernel.testing import Make, OpCase, OpSpec
-
-DEFAULTS = {"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False}
+from liger_kernel.testing import Make, OpCase, OpSpec, case
 
 
-def _heads_second(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
+def _transposed(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
     """(B, H, S, D) as HF's attention makes it: a transposed view of the projection."""
     return make.randn(batch, seq, heads, dim).transpose(1, 2)
+
+
+def _packed(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
+    """A slice of a fused projection: not dense."""
+    return make.strided(batch, seq, heads * dim).unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
 def _case(
@@ -25,115 +28,55 @@ def _case(
     heads: tuple[int, int],
     dim: int,
     angles: tuple[int, ...] | None = None,
-    layout: Any = _heads_second,
-    large: bool = False,
-    unused: tuple[int, ...] = (),
+    layout: Any = _transposed,
     **options: Any,
 ) -> OpCase:
     """`heads`: of q and of k, 0 for no k; `angles`: the shape of cos, by default (1, S, D)."""
     shape = angles or (1, seq, dim)
+    heads_third = options.get("unsqueeze_dim") == 2
 
     def inputs(make: Make) -> tuple[Tensor | None, ...]:
         q, k = (layout(make, batch, n, seq, dim) if n else None for n in heads)
+        if heads_third:
+            q, k = (None if t is None else t.transpose(1, 2) for t in (q, k))
         return q, k, make.randn(*shape), make.randn(*shape)
 
-    return OpCase(
-        id,
-        why,
-        inputs,
-        {**DEFAULTS, **options},
-        bytes_moved=lambda size: 4 * batch * seq * sum(heads) * dim * size,
-        large=large,
-        outputs_without_grad=unused,
-    )
+    return case(id, why, inputs, **options)
 
 
-def _contiguous(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
-    return make.randn(batch, heads, seq, dim)
-
-
-def _heads_third(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
-    return make.randn(batch, seq, heads, dim)
-
-
-def _packed(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
-    """A slice of a fused projection: not dense."""
-    return make.strided(batch, seq, heads * dim).unflatten(-1, (heads, dim)).transpose(1, 2)
-
-
-def _columns_apart(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
-    return make.transposed(batch, heads, seq, dim)
-
-
-def _expanded(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
-    return make.expanded(batch, heads, seq, dim)
-
-
+HALF: dict[str, Any] = {"rotary_dim": 12, "interleaved": True}
+CASES = (
+    _case("llama", "grouped heads, several programs, odd sequence", 2, 37, (4, 2), 16),
+    _case("contiguous", "heads contiguous", 2, 5, (4, 2), 16, layout=Make.randn),
+    _case("heads-third", "unsqueeze_dim 2", 2, 5, (4, 2), 16, unsqueeze_dim=2),
+    _case("packed", "strides with gaps", 2, 5, (3, 1), 16, layout=_packed),
+    _case("columns-apart", "last dimension strided", 2, 5, (2, 1), 8, layout=Make.transposed),
+    _case("expanded", "stride 0", 3, 5, (2, 1), 8, layout=Make.expanded),
+    _case("batch-angles", "own positions per sequence", 3, 7, (2, 1), 16, (3, 7, 16)),
+    _case("2d-angles", "cos without a batch axis", 2, 7, (2, 1), 16, (7, 16)),
+    _case("4d-angles", "cos with a head axis", 2, 7, (2, 1), 16, (2, 1, 7, 16)),
+    _case("4d-angles-third", "heads third", 2, 7, (2, 1), 16, (2, 7, 1, 16), unsqueeze_dim=2),
+    _case("half-width", "cos as in GPT-OSS", 2, 7, (2, 1), 16, (1, 7, 8), rotary_dim=16),
+    _case("partial", "the columns after the rotary ones pass through", 2, 7, (2, 1), 24, (7, 10)),
+    _case("partial-explicit", "less than cos is wide", 2, 7, (2, 1), 24, rotary_dim=6),
+    _case("interleaved", "neighbours, full-width cos", 2, 7, (2, 1), 16, interleaved=True),
+    _case("interleaved-half", "half-width cos, odd sizes", 2, 7, (3, 1), 21, (2, 7, 6), **HALF),
+    _case("no-k", "one tensor", 2, 7, (3, 0), 16),
+    _case("k-unused", "no gradient for k", 2, 7, (2, 1), 16, unused=(1,)),
+    _case("q-unused", "no gradient for q", 2, 7, (2, 1), 16, unused=(0,)),
+    _case("many-heads", "heads in several chunks, and not a power of two", 1, 3, (67, 5), 128),
+    _case("one-token", "decoding", 1, 1, (2, 1), 8),
+    _case("no-tokens", "empty batch", 0, 4, (2, 1), 8),
+    _case("llama-8b", "B4 S2048 32/8 D128", 4, 2048, (32, 8), 128, large=True),
+    _case("llama-1b", "B8 S2048 32/8 D64", 8, 2048, (32, 8), 64, large=True),
+    _case("long", "one sequence of 32768", 1, 32768, (32, 8), 128, large=True),
+)
 SPEC = OpSpec(
     name="rope",
     function=rope,
     reference=reference.rope,
+    cases=CASES,
     differentiable=(0, 1),
-    cases=(
-        _case("llama", "grouped heads, several programs, odd sequence", 2, 37, (4, 2), 16),
-        _case("contiguous", "heads contiguous", 2, 5, (4, 2), 16, layout=_contiguous),
-        _case(
-            "heads-third", "unsqueeze_dim 2", 2, 5, (4, 2), 16, layout=_heads_third, unsqueeze_dim=2
-        ),
-        _case("packed", "strides with gaps", 2, 5, (3, 1), 16, layout=_packed),
-        _case(
-            "columns-apart", "last dimension not contiguous", 2, 5, (2, 1), 8, layout=_columns_apart
-        ),
-        _case("expanded", "stride 0", 3, 5, (2, 1), 8, layout=_expanded),
-        _case("batch-angles", "own positions per sequence", 3, 7, (2, 1), 16, (3, 7, 16)),
-        _case("2d-angles", "cos without a batch axis", 2, 7, (2, 1), 16, (7, 16)),
-        _case("4d-angles", "cos with a head axis", 2, 7, (2, 1), 16, (2, 1, 7, 16)),
-        _case(
-            "4d-angles-third",
-            "the head axis after the sequence",
-            2,
-            7,
-            (2, 1),
-            16,
-            (2, 7, 1, 16),
-            layout=_heads_third,
-            unsqueeze_dim=2,
-        ),
-        _case(
-            "half-width", "half-width cos, as GPT-OSS", 2, 7, (2, 1), 16, (1, 7, 8), rotary_dim=16
-        ),
-        _case(
-            "partial",
-            "the columns after the rotary ones pass through",
-            2,
-            7,
-            (2, 1),
-            24,
-            (1, 7, 10),
-        ),
-        _case(
-            "partial-explicit", "rotary_dim less than cos is wide", 2, 7, (2, 1), 24, rotary_dim=6
-        ),
-        _case("interleaved", "neighbours, full-width cos", 2, 7, (2, 1), 16, interleaved=True),
-        _case(
-            "interleaved-half",
-            "neighbours, half-width cos, partial, odd sizes",
-            2,
-            7,
-            (3, 1),
-            21,
-            (2, 7, 6),
-            rotary_dim=12,
-            interleaved=True,
-        ),
-        _case("no-k", "one tensor", 2, 7, (3, 0), 16),
-        _case("k-unused", "no gradient for k", 2, 7, (2, 1), 16, unused=(1,)),
-        _case("q-unused", "no gradient for q", 2, 7, (2, 1), 16, unused=(0,)),
-        _case("many-heads", "heads in several chunks, and not a power of two", 1, 3, (67, 5), 128),
-        _case("one-token", "decoding", 1, 1, (2, 1), 8),
-        _case("no-tokens", "empty batch", 0, 4, (2, 1), 8),
-        _case("llama-8b", "B4 S2048 32/8 D128", 4, 2048, (32, 8), 128, large=True),
-        _case("llama-1b", "B8 S2048 32/8 D64", 8, 2048, (32, 8), 64, large=True),
-        _case("long", "one sequence of 32768", 1, 32768, (32, 8), 128, large=True),
-    ),
+    defaults={"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False},
+    traffic=(4, (0, 1)),
 )

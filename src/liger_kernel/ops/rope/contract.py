@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Grads, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -28,8 +27,8 @@ class Kernels(Backward, Protocol):
         sin: Tensor,
         *,
         options: RopeOptions,
-        needs: Sequence[bool],
-    ) -> tuple[tuple[Tensor | None, ...], Saved]:
+        needs: Needs,
+    ) -> tuple[Grads, Saved]:
         """(q', k'), and what `backward` is given as `saved`.
 
         cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension.

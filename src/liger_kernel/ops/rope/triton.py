@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch
 from liger_kernel.ops.rope.contract import RopeOptions
@@ -18,7 +19,7 @@ from liger_kernel.ops.rope.contract import RopeOptions
 
 @dataclass(frozen=True)
 class Config:
-    """A program owns all heads of `tokens` tokens and walks them `heads` at a time."""
+    """A program owns all heads of `tokens` tokens and loops over them, `heads` at a time."""
 
     tokens: int
     heads: tuple[int, ...]
@@ -208,11 +209,7 @@ def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, ...]:
 
 
 def _rotated(
-    tensors: Sequence[Tensor | None],
-    cos: Tensor,
-    sin: Tensor,
-    sign: float,
-    options: RopeOptions,
+    tensors: Sequence[Tensor | None], cos: Tensor, sin: Tensor, sign: float, options: RopeOptions
 ) -> list[Tensor | None]:
     """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
     unsqueeze_dim, rotary_dim = options.unsqueeze_dim, options.rotary_dim
@@ -262,26 +259,14 @@ def _rotated(
 
 
 def forward(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    options: RopeOptions,
-    needs: Sequence[bool],
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, Tensor]]:
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, options: RopeOptions, needs: Needs
+) -> tuple[Grads, Saved]:
     """cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension."""
     outs = _rotated((q, k), cos, sin, 1.0, options)
     return tuple(outs), (cos, sin)
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    saved: tuple[Tensor, Tensor],
-    *,
-    options: RopeOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+def backward(grads: Grads, saved: Saved, *, options: RopeOptions, needs: Needs) -> Grads:
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
     if all(grad is None for grad in wanted):
         return None, None, None, None

@@ -18,7 +18,7 @@ class LigerLayerNorm(nn.LayerNorm):
     Args:
         hidden_size: N, or a sequence of that one number; `normalized_shape` is another name for it.
         eps: added to the variance; 1e-6 by default where torch has 1e-5.
-        bias: True for a bias that starts at zero, False for none.
+        bias: unused: as in the incumbent there is a bias either way, so that state dicts fit; it starts at zero.
         init_fn: what the weight starts with, "ones" or "zeros".
         elementwise_affine: False for neither weight nor bias.
         device, dtype: of the parameters.
@@ -30,7 +30,7 @@ class LigerLayerNorm(nn.LayerNorm):
         self,
         hidden_size: int | Sequence[int] | None = None,
         eps: float = 1e-6,
-        bias: bool = True,
+        bias: bool = False,
         init_fn: str = "ones",
         *,
         normalized_shape: int | Sequence[int] | None = None,
@@ -45,7 +45,7 @@ class LigerLayerNorm(nn.LayerNorm):
                 f"LigerLayerNorm normalises one dimension, got the shape {given}; pass one, or use torch.nn.LayerNorm."
             )
         check_choice("init_fn", init_fn, ("ones", "zeros"))
-        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(shape, eps, elementwise_affine, device=device, dtype=dtype)
         self.hidden_size = shape[0]
         self.variance_epsilon = eps
         if init_fn == "zeros" and elementwise_affine:

@@ -75,12 +75,13 @@ def _patch(model: nn.Module, wanted: PatchOptions) -> PatchReport:
 
 @beneath_hooks
 def unpatch(model: nn.Module) -> None:
-    """Restore `model` to what it was before `patch`; a model that is not patched stays as it is."""
+    """Restore `model` to what it was before `patch`, or else those parts of it that were patched by themselves."""
     model = _unwrapped(model)
-    state = state_of(model)
-    if state is not None:
-        state.revert()
-        del model.__dict__[KEY]
+    for module in [model] if state_of(model) else list(model.modules()):
+        state = state_of(module)
+        if state is not None:
+            state.revert()
+            del module.__dict__[KEY]
 
 
 @contextlib.contextmanager

@@ -296,11 +296,8 @@ class DeferredLogits:
             result = heads.loss_of(origin.around, fused.hidden, request)
         if request.refused is not None:
             origin.call.refuse(request.refused)
-            for (
-                name,
-                args,
-                kwargs,
-            ) in self._chain:  # the rows are chosen; the rest acts on each element
+            # the rows are chosen already; the rest acts on each element
+            for name, args, kwargs in self._chain:
                 if name in _ELEMENTWISE:
                     result = _ELEMENTWISE[name](result, *args, **kwargs)
             return F.cross_entropy(result[:, : fused.classes], target, *plain)

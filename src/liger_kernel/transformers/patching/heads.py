@@ -155,8 +155,7 @@ class Stamp:
 
 
 def _can_be_read(shard: Tensor) -> bool:
-    here = type(shard) in _PLAIN and not shard.is_meta
-    return here and shard.is_contiguous() and has_memory(shard)
+    return bool(_pointer(shard)) and shard.is_contiguous() and has_memory(shard)
 
 
 def _sample(shard: Tensor) -> Tensor:
@@ -170,10 +169,16 @@ def _shard(t: Any) -> Any:
     return getattr(t, "_local_tensor", t)
 
 
+def _pointer(shard: Any) -> int:
+    """Where it lies; fake tensors, and those within a transform of torch.func, cannot tell."""
+    real = type(shard) in _PLAIN and not torch._C._are_functorch_transforms_active()
+    return int(shard.data_ptr()) if real else 0
+
+
 def _facts(t: Any) -> Any:
     shard = _shard(t)
     versions = tuple(None if x.is_inference() else x._version for x in (t, shard))
-    return versions, t.dtype, t.device, shard.data_ptr() if type(shard) in _PLAIN else 0
+    return versions, t.dtype, t.device, _pointer(shard)
 
 
 def is_whole(around: nn.Module) -> bool:

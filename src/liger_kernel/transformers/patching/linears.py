@@ -1,4 +1,4 @@
-"""When the call of a Linear is a matrix product and nothing else, so that an op may multiply by its weight instead."""
+"""When the call of a child may be left out: nobody has to see it, and it does what its class does."""
 
 from __future__ import annotations
 
@@ -8,24 +8,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-_FORWARD = nn.Linear.forward
+_FORWARDS: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Dropout)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
+
+
+def _is_hooked(attributes: dict[str, Any]) -> bool:
+    return any(map(attributes.get, _HOOKS)) or any(_GLOBAL_HOOKS)
+
+
+def _is_plain(module: nn.Module, cls: Any) -> bool:
+    """Whether its call is torch's forward and nothing else. That is not so for hooks (ZeRO-3, offloading, yours)."""
+    attributes = module.__dict__
+    return (
+        type(module) is cls
+        and cls.forward is _FORWARDS[cls]
+        and "forward" not in attributes
+        and not _is_hooked(attributes)
+    )
 
 
 def matmul_weight(linear: Any) -> Tensor | None:
     """The weight of `linear`; None if its call may do more than multiply by it, or has to be seen by somebody.
 
-    That is so for adapters and quantised layers (classes of their own), for hooks (ZeRO-3, offloading, yours), for
-    sharded weights (subclasses of Tensor), for biases, and where `forward` was replaced. Looked at in every call.
+    That is so for adapters and quantised layers (classes of their own), for hooks, for sharded weights (subclasses of
+    Tensor), for biases, and where `forward` was replaced. Looked at in every call.
     """
-    if type(linear) is not nn.Linear or nn.Linear.forward is not _FORWARD:
+    if not _is_plain(linear, nn.Linear):
         return None
-    attributes = linear.__dict__
-    if "forward" in attributes or any(map(attributes.get, _HOOKS)) or any(_GLOBAL_HOOKS):
-        return None
-    parameters = attributes["_parameters"]
+    parameters = linear.__dict__["_parameters"]
     weight: Tensor | None = parameters.get("weight")
     if type(weight) not in (nn.Parameter, torch.Tensor) or parameters.get("bias") is not None:
         return None
     return weight
+
+
+def drops_nothing(dropout: Any) -> bool:
+    """Whether the call of a dropout may be left out now."""
+    return _is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+
+
+def maps_features(child: Any) -> bool:
+    """Whether a child is a Linear, or what adapters and quantisers put in its place."""
+    return all(isinstance(getattr(child, n, None), int) for n in ("in_features", "out_features"))
+
+
+def is_inert(child: nn.Module) -> bool:
+    """Whether a child computes without parameters, such as an activation: a replacement does not call it."""
+    if type(child) is nn.Dropout or maps_features(child):
+        return False
+    return next(child.parameters(), None) is None
+
+
+def is_watched(attributes: dict[str, Any]) -> bool:
+    """Whether somebody has to see the call of an inert child; ZeRO-3 hooks every module, and has no use for these."""
+    if not _is_hooked(attributes):
+        return False
+    hooks = (h for table in (*map(attributes.get, _HOOKS), *_GLOBAL_HOOKS) for h in table.values())
+    return any(not str(getattr(h, "__module__", "")).startswith("deepspeed.") for h in hooks)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
+from liger_kernel.transformers.patching.facts import Facts
 from liger_kernel.transformers.patching.state import State
 
 
@@ -30,16 +33,24 @@ class NamedPlan(Plan):
         return self.name
 
 
+@dataclass(frozen=True)
 class MethodPlan(Plan):
     """A plan for a method of a module: how our ops compute it."""
 
     kind: ClassVar[str]  # that of its site
     slot: ClassVar[str] = "forward"  # the method that an attribute of the instance replaces
 
+    #: what it was proven for; None: installed without a proof
+    facts: Facts | None = field(default=None, kw_only=True, compare=False, repr=False)
+
     @property
     def label(self) -> str:
         """What `print(model)` shows in front of the module's class."""
         return str(self)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module still is what it was when this was proven."""
+        return self.facts is None or self.facts.hold(self, module)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the slot computes now; a call form that was not proven goes to the module's own class."""
@@ -56,9 +67,10 @@ def ours_runs() -> bool:
     """Whether a call made now is computed by our op, and not by HF's own code, where both were proven equal.
 
     Under `torch.compile` it is HF's: Inductor fuses that with its neighbours, and made more kernels of ours. Unless
-    somebody asked for kernels by name (LIGER_KERNEL_IMPL): these run outside of the graph.
+    somebody asked for kernels by name (LIGER_KERNEL_IMPL): these run outside of the graph. Other transforms, such as
+    those of torch.func, follow HF's code as well.
     """
-    return kernels_requested() or not torch.compiler.is_compiling()
+    return not is_transformed() or (torch.compiler.is_compiling() and kernels_requested())
 
 
 def marker(kind: str) -> str:
@@ -66,12 +78,22 @@ def marker(kind: str) -> str:
     return f"_liger_{kind}"
 
 
+class Method(partial[Any]):
+    """What takes the place of a method of one module; it is copied and pickled with it."""
+
+    @property
+    def __wrapped__(self) -> Any:
+        """For `inspect.signature`: the method of the module's class."""
+        module, kind = self.args
+        return MethodType(getattr(type(module), module.__dict__[marker(kind)].slot), module)
+
+
 def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
     plan: MethodPlan | None = module.__dict__.get(marker(kind))
     if plan is None:  # taken back; somebody had put a method of his own around this one
         slot = next(cls.slot for cls in MethodPlan.__subclasses__() if cls.kind == kind)
         return getattr(type(module), slot)(module, *args, **kwargs)
-    if ours_runs():
+    if ours_runs() and plan.holds(module):
         return plan.call(module, *args, **kwargs)
     return getattr(type(module), plan.slot)(module, *args, **kwargs)
 
@@ -80,7 +102,18 @@ def name(module: nn.Module, kind: str) -> str:
     return f"{module.__dict__[marker(kind)].label}[{type(module).__name__}]"
 
 
+def replicate(module: nn.Module) -> nn.Module:
+    """A replica of `nn.DataParallel`, which has its module's attributes: what is bound to that is bound anew."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+    for key, value in module.__dict__.items():
+        if isinstance(value, partial) and value.args[:1] == (module,):
+            bound = type(value)(value.func, replica, *value.args[1:], **value.keywords)
+            replica.__dict__[key] = bound
+    return replica
+
+
 def install(module: nn.Module, plan: MethodPlan, state: State) -> None:
     state.set(module, marker(plan.kind), plan)
-    state.set(module, plan.slot, partial(call, module, plan.kind))
+    state.set(module, plan.slot, Method(call, module, plan.kind))
     state.set(module, "_get_name", partial(name, module, plan.kind))
+    state.set(module, "_replicate_for_data_parallel", partial(replicate, module))

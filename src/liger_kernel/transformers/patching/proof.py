@@ -9,52 +9,26 @@ report). Candidates that run have fitting shapes, so an error in one of them is 
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import functools
-import types
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from liger_kernel._core.tolerance import excess
 from liger_kernel.backends import use_implementation
-from liger_kernel.transformers.patching.plans import Plan
-
-
-def hyperparameters(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """The module's own numbers, strings and tuples of them: what its forward may depend on besides shapes."""
-    return tuple(
-        sorted(
-            (name, value)
-            for name, value in module.__dict__.items()
-            if _is_hyperparameter(value) and not name.startswith("_") and name != "layer_idx"
-        )
-    )
-
-
-def _is_hyperparameter(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_hyperparameter, value))
-    return isinstance(value, (bool, int, float, str))
-
-
-def key(module: nn.Module) -> Any:
-    """What the verdict on a module may depend on: class, hyperparameters, functions it holds, shapes, children."""
-    return (
-        type(module),
-        hyperparameters(module),
-        tuple((name, value) for name, value in module.__dict__.items() if _is_function(value)),
-        tuple((name, tuple(whole_shape(p))) for name, p in module.named_parameters()),
-        tuple((name, type(child), repr(child)) for name, child in module._modules.items()),
-    )
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+from liger_kernel.transformers.patching.facts import Facts, Part, is_equal, parts_of
+from liger_kernel.transformers.patching.linears import is_inert, maps_features
+from liger_kernel.transformers.patching.plans import MethodPlan
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -62,28 +36,90 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def _shapes(module: nn.Module) -> Any:
+    """Those of parameters and Linears: what a plan depends on besides facts."""
+    linears = ((n, c) for n, c in module._modules.items() if c is not None and maps_features(c))
+    return (
+        [(name, tuple(whole_shape(p))) for name, p in module.named_parameters()],
+        [(n, c.in_features, c.out_features, getattr(c, "bias", None) is None) for n, c in linears],
+    )
+
+
 def clone(
     module: nn.Module, parameters: dict[str, Tensor | None], children: dict[str, nn.Module]
 ) -> nn.Module:
-    """A module of the same class and hyperparameters, without hooks, with other parameters, buffers and children."""
+    """A module of the same class and attributes, without hooks and buffers, with other parameters and children.
+
+    Children without parameters are cloned. Dropouts drop a half: a plan calls them, so they may drop any part.
+    """
     twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update({name: _copied(value) for name, value in module.__dict__.items()})
     twin.__dict__.update({name: OrderedDict() for name in module.__dict__ if "_hooks" in name})
     twin.__dict__["_parameters"] = dict(parameters)
-    twin.__dict__["_modules"] = dict(children)
-    generator = torch.Generator().manual_seed(3)
-    twin.__dict__["_buffers"] = {
-        name: None if b is None else torch.randn(b.shape, generator=generator).to(b.dtype)
-        for name, b in module._buffers.items()
+    twin.__dict__["_buffers"] = {}
+    twin.__dict__["_modules"] = {
+        name: children[name] if name in children else child and clone(child, {}, {})
+        for name, child in module._modules.items()
+        if name in children or child is None or type(child) is nn.Dropout or is_inert(child)
     }
+    if type(module) is nn.Dropout:
+        twin.__dict__["p"] = 0.5
     twin.__dict__.pop("forward", None)
     return twin
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Those of the CPU: of torch, of Python, of numpy. A proof uses no other device."""
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if states[2]:
+        sys.modules["numpy"].random.set_state(states[2])
+
+
+class _Run:
+    """One run of a function on a twin: outputs, gradients under a fixed cotangent, and what it left behind."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        twin: nn.Module,
+        inputs: Sequence[Tensor],
+        training: bool,
+        backward: bool,
+    ):
+        for m in twin.modules():
+            m.__dict__["training"] = training
+        attributes, states = _attributes(twin), _random_states()
+        torch.default_generator.manual_seed(2)  # the CPU's; `torch.manual_seed` is every device's
+        try:
+            self.values = _run(function, twin, inputs, backward)
+            self.random = _random_states()[:2]
+        finally:
+            _restore(states)
+        self.changed = not is_equal(_attributes(twin), attributes)
+
+    def leaves_alike(self, other: _Run) -> bool:
+        """Whether both drew as many random numbers; a module that changes itself is like no other."""
+        alike = torch.equal(self.random[0], other.random[0]) and self.random[1] == other.random[1]
+        return alike and not self.changed and not other.changed
+
+
+def _attributes(twin: nn.Module) -> list[dict[str, Any]]:
+    return [{name: _copied(value) for name, value in vars(m).items()} for m in twin.modules()]
 
 
 def _run(
     function: Callable[..., Any], twin: nn.Module, inputs: Sequence[Tensor], backward: bool
 ) -> list[Tensor]:
-    """Outputs, and gradients of inputs and parameters under a fixed cotangent."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     outputs = function(twin, *leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -102,7 +138,10 @@ class CannotRunAlone(Exception):
 
 
 class Theirs:
-    """What `function(twin, *inputs)`, a module's own code, gives: as it is (`low`), and in float64 (`high`)."""
+    """What `function(twin, *inputs)`, a module's own code, gives: as it is (`low`), and in float64 (`high`).
+
+    In every mode that is asked for: in training, where it may drop, and in evaluation.
+    """
 
     def __init__(
         self,
@@ -110,14 +149,18 @@ class Theirs:
         twin: nn.Module,
         inputs: Sequence[Tensor],
         backward: bool = True,
+        modes: Sequence[bool] = (True, False),
     ):
         """Raises: CannotRunAlone."""
-        self._given = (twin, inputs, backward)
-        self._in_float64 = (_widened(twin), [t.double() for t in inputs], backward)
+        self._given = (twin, inputs)
+        self._in_float64 = (_widened(twin), [t.double() for t in inputs])
+        self._backward, self._runs = backward, {}
         try:
-            self.low = _run(function, *self._given)
-            with _InFloat64():
-                self.high = _run(function, *self._in_float64)
+            for training in modes:
+                low = _Run(function, *self._given, training, backward)
+                with _InFloat64():
+                    high = _Run(function, *self._in_float64, training, backward)
+                self._runs[training] = low, high
         except Exception as error:  # foreign code may raise anything
             first, *_ = str(error).splitlines() or [""]
             raise CannotRunAlone(f"{type(error).__name__}: {first[:120]}") from error
@@ -126,11 +169,16 @@ class Theirs:
         """Whether `ours` is the same function, and the project's rule for numbers holds: for outputs and gradients.
 
         The rule measures ours by the error of theirs, and would allow all where theirs is random, or differs from its
-        own truth in another way. So in float64, where neither has an error, ours has to be that truth.
+        own truth in another way. So in float64, where neither has an error, ours has to be that truth. Where theirs
+        draws random numbers, ours has to draw the same.
         """
-        return _within(_run(ours, *self._in_float64), self.high, self.high, 2.0) and _within(
-            _run(ours, *self._given), self.high, self.low, 2.0
-        )
+        for training, (_, high) in self._runs.items():
+            true = _Run(ours, *self._in_float64, training, self._backward)
+            if not true.leaves_alike(high) or not _within(
+                true.values, high.values, high.values, 2.0
+            ):
+                return False
+        return self._rounds(ours, 2.0)
 
     def rounds_like(self, ours: Callable[..., Any]) -> bool:
         """Whether `ours`, which `agrees`, rounds to 16 bits where theirs does, or at fewer places.
@@ -138,7 +186,18 @@ class Theirs:
         Stricter than the rule, which leaves room for one rounding more, so that Llama's norm would pass for Gemma's:
         no error is added to theirs but that of fp32 arithmetic.
         """
-        return _within(_run(ours, *self._given), self.high, self.low, 1.0)
+        return self._rounds(ours, 1.0)
+
+    def _rounds(self, ours: Callable[..., Any], factor: float) -> bool:
+        return all(
+            _within(
+                _Run(ours, *self._given, training, self._backward).values,
+                high.values,
+                low.values,
+                factor,
+            )
+            for training, (low, high) in self._runs.items()
+        )
 
 
 def _within(
@@ -160,58 +219,77 @@ class _InFloat64(TorchDispatchMode):
 
 
 def _widened(module: nn.Module) -> nn.Module:
-    """A copy with its tensors in float64."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().double().requires_grad_(value.requires_grad)
-        return value
-
+    """A copy with its parameters in float64."""
     twin = object.__new__(type(module))
-    twin.__dict__.update({name: wide(value) for name, value in module.__dict__.items()})
-    for table in ("_parameters", "_buffers"):
-        twin.__dict__[table] = {name: wide(t) for name, t in module.__dict__[table].items()}
+    twin.__dict__.update({name: _copied(value) for name, value in module.__dict__.items()})
+    wide = twin.__dict__["_parameters"]
+    for name, p in module._parameters.items():
+        if p is not None and p.is_floating_point():
+            wide[name] = p.detach().double().requires_grad_(p.requires_grad)
     twin.__dict__["_modules"] = {n: c and _widened(c) for n, c in module._modules.items()}
     return twin
 
 
 @contextlib.contextmanager
 def sandbox() -> Iterator[None]:
-    """On the CPU in fp32, by the reference; whatever the caller made the default while the model is being built."""
-    dtype = torch.get_default_dtype()
+    """On the CPU in fp32, by the reference; whatever the caller made the default while the model is being built.
+
+    No random state is different afterwards.
+    """
+    dtype, states = torch.get_default_dtype(), _random_states()
     torch.set_default_dtype(torch.float32)
+    torch.default_generator.manual_seed(0)
     try:
         with (
+            _disable_current_modes(),  # fake tensors, say
             use_implementation("reference"),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.device("cpu"),
             torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
         ):
             yield
     finally:
         torch.set_default_dtype(dtype)
+        _restore(states)
 
 
-_P = TypeVar("_P", bound=Plan)
+_P = TypeVar("_P", bound=MethodPlan)
 
 
-def verdict(find: Callable[[nn.Module], _P | None]) -> Callable[[nn.Module], _P | str]:
-    """Makes `find(module)`, run in the sandbox, say why there is no plan; what it says is kept by `key`."""
-    kept: dict[Any, _P | str] = {}
+def verdict(
+    find: Callable[[nn.Module], _P | None], slot: str = "forward"
+) -> Callable[[nn.Module], _P | str]:
+    """Makes `find(module)`, run in the sandbox, say why there is no plan for the slot.
+
+    What it says is kept for modules of the same shapes and facts, which go with the plan.
+    """
+    kept: dict[type, Any] = collections.defaultdict(lambda: collections.deque(maxlen=64))
 
     @functools.wraps(find)
     def found(module: nn.Module) -> _P | str:
-        at = key(module)
-        if at not in kept:
-            name = type(module).__name__
-            try:
-                with sandbox():
-                    kept[at] = find(module) or f"{name} computes something else"
-            except CannotRunAlone as error:
-                kept[at] = f"{name} cannot be run alone: {error}"
-        return kept[at]
+        key = _shapes(module), tuple(parts_of(module, slot))
+        of_class = kept[type(module)]
+        known = next((known for other, known in list(of_class) if is_equal(other, key)), None)
+        if known is None:
+            known = _proven(find, module, key[1])
+            of_class.append((key, known))
+        return known if isinstance(known, str) else replace(known, facts=Facts(found, key[1]))
 
     found.cache_clear = kept.clear  # type: ignore[attr-defined]
     return found
+
+
+def _proven(
+    find: Callable[[nn.Module], _P | None], module: nn.Module, parts: Sequence[Part]
+) -> _P | str:
+    """The plan for a module, or why there is none."""
+    name = type(module).__name__
+    tensors = sorted(name for part in parts for name in part.tensors)
+    if tensors:
+        return f"{name} computes with {', '.join(tensors)}, which may change"
+    try:
+        with sandbox():
+            return find(module) or f"{name} computes something else"
+    except CannotRunAlone as error:
+        return f"{name} cannot be run alone: {error}"

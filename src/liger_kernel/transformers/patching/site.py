@@ -51,6 +51,8 @@ class Site:
             return
         for path, module in self.candidates(model):
             found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch
+            if isinstance(found, plans.MethodPlan) and not found.holds(module):
+                found = f"{type(module).__name__} has changed since it was replaced, and runs its own code"
             if found is None and self.slot and is_replaced(module, self.slot):
                 found = f"its {self.slot} was already replaced"
             if found is None and not all(map(has_memory, _tensors(module))):

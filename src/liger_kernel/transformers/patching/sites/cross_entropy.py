@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ def _prove(model: nn.Module, state: State) -> NamedPlan | str:
     kind = getattr(model, "loss_type", None)
     if kind not in ("ForCausalLM", "ForConditionalGeneration"):  # HF computes both alike
         return f"its loss is {kind!r}, not that of a causal LM"
+    forward: Any = inspect.unwrap(type(model).forward)
+    if "loss_function" not in forward.__code__.co_names:
+        return f"{type(model).__name__} computes its loss itself"
     return NamedPlan("cross entropy")
 
 

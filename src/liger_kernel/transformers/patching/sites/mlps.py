@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import glu as glu_op
-from liger_kernel.transformers.patching import proof
-from liger_kernel.transformers.patching.linears import matmul_weight
+from liger_kernel.transformers.patching import facts, proof
+from liger_kernel.transformers.patching.linears import drops_nothing, maps_features, matmul_weight
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
@@ -27,7 +29,8 @@ ACTIVATIONS = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGeGLU", "gelu": "LigerG
 class MLPPlan(MethodPlan):
     """`down(act(gate(x)) * up(x))` by the names of the Linears; `up` is None where `gate` holds both, gate first.
 
-    `multipliers` are attributes that scale what goes into `act` and what comes out of `down`, as in Falcon-H1.
+    `multipliers` scale what goes into `act` and what comes out of `down`, as in Falcon-H1. `dropouts` drop some of the
+    product, and of the result: the name of a child, or the probability.
     """
 
     kind = "mlp"
@@ -36,35 +39,46 @@ class MLPPlan(MethodPlan):
     up: str | None
     down: str
     activation: str
-    multipliers: tuple[str | None, str | None] = (None, None)
+    multipliers: tuple[float, float] = (1.0, 1.0)
+    dropouts: tuple[str | float | None, str | float | None] = (None, None)
+    up_first: bool = False  # the order in which adapters draw their dropout
 
     def __str__(self) -> str:
         return ACTIVATIONS[self.activation] + ("" if self.up else "(fused gate_up)")
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        into_act, out = (1.0 if n is None else getattr(module, n) for n in self.multipliers)
-        up = None if self.up is None else getattr(module, self.up)
-        gate, down = getattr(module, self.gate), getattr(module, self.down)
+        children: Any = module.__dict__["_modules"]
+        into_act, scale = self.multipliers
+        inner, last = (_dropout(module, d) for d in self.dropouts)
+        up = None if self.up is None else children[self.up]
+        gate, down = children[self.gate], children[self.down]
         w_gate, w_down = matmul_weight(gate), matmul_weight(down)
         w_up = None if up is None else matmul_weight(up)
-        whole = (up is None) == (w_up is None)
+        whole = (up is None) == (w_up is None) and inner is None
         if whole and w_gate is not None and w_down is not None and x.dtype == w_gate.dtype:
             # one op, which keeps a third less for backward
             y = gated_mlp_op.gated_mlp(x, w_gate, w_up, w_down, self.activation, into_act)
         else:
-            gated = gate(x)  # before up, as in HF: adapters draw their dropout in this order
-            ups = None if up is None else up(x)
-            y = down(glu_op.gated_product(gated, ups, self.activation, into_act))
-        return y if out == 1 else y * out
+            ups = up(x) if up is not None and self.up_first else None
+            gated = gate(x)
+            ups = up(x) if up is not None and not self.up_first else ups
+            product = glu_op.gated_product(gated, ups, self.activation, into_act)
+            y = down(product if inner is None else inner(product))
+        y = y if scale == 1 else y * scale
+        return y if last is None else last(y)
+
+
+def _dropout(module: nn.Module, given: str | float | None) -> Callable[[Tensor], Tensor] | None:
+    """What drops now, or whose call somebody has to see."""
+    if isinstance(given, float):
+        return partial(F.dropout, p=given) if module.training else None
+    dropout = None if given is None else module.__dict__["_modules"][given]
+    return None if dropout is None or drops_nothing(dropout) else dropout
 
 
 def _linears(module: nn.Module) -> dict[str, Any]:
-    """Children that map features to features: Linears, and what adapters and quantisers put in their place."""
-    return {
-        name: child
-        for name, child in module._modules.items()
-        if all(isinstance(getattr(child, n, None), int) for n in ("in_features", "out_features"))
-    }
+    """Children that map features to features."""
+    return {name: child for name, child in module._modules.items() if maps_features(child)}
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -79,7 +93,7 @@ def is_candidate(module: nn.Module) -> bool:
 def _candidates(module: nn.Module) -> Iterator[tuple[dict[str, tuple[int, int]], list[MLPPlan]]]:
     """Plans that fit the Linears, and small sizes for them that are equal where the real ones are."""
     linears = _linears(module)
-    floats = [None, *(n for n, v in proof.hyperparameters(module) if type(v) is float)]
+    floats = dict.fromkeys((1.0, *facts.numbers(module, float).values()))
     rest = list(product(ACTIVATIONS, product(floats, floats)))
     for down, last in linears.items():
         others = [name for name in linears if name != down]
@@ -96,21 +110,53 @@ def _candidates(module: nn.Module) -> Iterator[tuple[dict[str, tuple[int, int]],
         yield sizes, [MLPPlan(gate, up, down, *r) for gate, up in orders for r in rest]
 
 
+class _Adapted(nn.Linear):
+    """A Linear that has to be called, and draws random numbers, as an adapter's does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x))
+
+
+def _variants(module: nn.Module, plan: MLPPlan) -> Iterator[MLPPlan]:
+    """How a plan that holds in evaluation may go on in training, where something drops."""
+    names = (n for n, child in module._modules.items() if type(child) is nn.Dropout)
+    rates = (v for v in facts.numbers(module, float).values() if 0 < v < 1)
+    dropouts = dict.fromkeys((None, *names, *rates))
+    orders = (False, True) if plan.up else (False,)
+    for both, up_first in product(product(dropouts, dropouts), orders):
+        yield replace(plan, dropouts=both, up_first=up_first)
+
+
+def _theirs(
+    module: nn.Module,
+    sizes: dict[str, tuple[int, int]],
+    features: int,
+    linear: type[nn.Linear],
+    training: bool,
+) -> proof.Theirs:
+    """The module's own results in one mode, with small Linears."""
+    children: dict[str, nn.Module] = {}
+    for name, (n_in, n_out) in sizes.items():
+        bias = getattr(module._modules[name], "bias", None) is not None
+        children[name] = linear(n_in, n_out, bias=bias)
+    twin = proof.clone(module, {}, children)
+    x = 3 * torch.randn(5, features)
+    return proof.Theirs(type(module).forward, twin, [x], modes=[training])
+
+
 @proof.verdict
 def find_plan(module: nn.Module) -> MLPPlan | None:
     """The proven plan for this module, or why there is none."""
     for sizes, plans in _candidates(module):
-        torch.default_generator.manual_seed(0)  # not the seeds of other devices
-        children: dict[str, Any] = dict(module._modules)
-        for name, (n_in, n_out) in sizes.items():
-            bias = getattr(getattr(module, name), "bias", None) is not None
-            children[name] = nn.Linear(n_in, n_out, bias=bias)
-        twin = proof.clone(module, {}, children)
-        x = [3 * torch.randn(5, sizes[plans[0].gate][0])]
-        theirs = proof.Theirs(type(module).forward, twin, x)
-        plan = next((plan for plan in plans if theirs.agrees(plan.compute)), None)
-        if plan is not None:
-            return plan
+        theirs = partial(_theirs, module, sizes, sizes[plans[0].gate][0])
+        quiet = theirs(nn.Linear, False)
+        plan = next((plan for plan in plans if quiet.agrees(plan.compute)), None)
+        if plan is None:
+            continue
+        loud = theirs(nn.Linear, True), theirs(_Adapted, True)
+        for variant in _variants(module, plan):
+            if all(theirs.agrees(variant.compute) for theirs in loud):
+                return variant
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import layer_norm as layer_norm_op
 from liger_kernel.ops import rms_norm as rms_norm_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching import facts, proof
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
@@ -49,7 +51,7 @@ class NormPlan(MethodPlan):
     kind = "norm"
 
     op: str  # "rms_norm" or "layer_norm"
-    eps: str | float  # the attribute that holds it, read at every call, or a constant of the code
+    eps: str | float  # or, where nothing was proven, the attribute that holds it
     offset: float = 0.0
     casting_mode: str = "llama"
     weighted: bool = True
@@ -181,19 +183,18 @@ def _candidates(module: nn.Module) -> Iterator[NormPlan]:
     constants = [c for c in code.co_consts if _is_eps(c)] if code else []
     weighted, has_bias = "weight" in own, "bias" in own
     offsets = (0.0, 1.0) if weighted else (0.0,)
-    for eps in _eps_names(module) or constants:
+    known = [v for n, v in facts.numbers(module, float).items() if "eps" in n and _is_eps(v)]
+    for eps in known or constants:
         if not has_bias:
             for mode in ("llama", "gemma") if weighted else ("llama",):
                 for offset in offsets:
                     yield NormPlan("rms_norm", eps, offset, mode, weighted)
         for offset in offsets:
             yield NormPlan("layer_norm", eps, offset, weighted=weighted)
-    for name in [n for n, v in proof.hyperparameters(module) if type(v) is int and 1 < v < size]:
-        group = module.__dict__[name]
-        if weighted and size % group == 0:
-            for eps in _eps_names(module):
-                for offset in offsets:
-                    yield NormPlan("rms_norm", eps, offset, "gemma", group_size=group)
+    for group in facts.numbers(module, int).values():
+        if weighted and 1 < group < size and size % group == 0:
+            for eps, offset in product(known, offsets):
+                yield NormPlan("rms_norm", eps, offset, "gemma", group_size=group)
 
 
 def _gated_candidates(module: nn.Module) -> Iterator[NormPlan]:
@@ -214,25 +215,35 @@ def find_plan(module: nn.Module) -> NormPlan | None:
 
     Equal in fp32, and in bf16 rounded at no more places: of the candidates, those that round most come first.
     """
-    theirs: dict[bool, proof.Theirs] = {}
+    theirs = functools.partial(functools.cache(_theirs), module)
+    exact: dict[bool, proof.Theirs] = {}
     why: list[proof.CannotRunAlone] = []
     for form in (True, False) if len(_more_arguments(module)) == 1 else (False,):
         try:
-            theirs[form] = _theirs(module, form, torch.float32, torch.float32, backward=True)
+            exact[form] = theirs(form, torch.float32, torch.float32, backward=True)
         except proof.CannotRunAlone as error:
             why.append(error)
-    if not theirs:
+    if not exact:
         raise why[0]
+
+    def rounds(plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
+        """Whether the plan rounds as the module does, or less, with activations and weights of these dtypes."""
+        return all(theirs(form, x, weights).rounds_like(plan.compute) for form in plan.forms)
+
+    def may_mix(plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
+        with contextlib.suppress(proof.CannotRunAlone):
+            return plan.op == "rms_norm" and rounds(plan, x, weights)
+        return False
+
     narrow, wide = torch.bfloat16, torch.float32
     for plan in chain(_gated_candidates(module), _candidates(module)):
-        exact = all(form in theirs and theirs[form].agrees(plan.compute) for form in plan.forms)
-        if exact and _rounds(module, plan, narrow, narrow):
+        same = all(form in exact and exact[form].agrees(plan.compute) for form in plan.forms)
+        if same and rounds(plan, narrow, narrow):
             more = [] if plan.gate else [p.name for p in _more_arguments(module)]
-            mixed = plan.op == "rms_norm"
             return replace(
                 plan,
-                wide_weight=mixed and _may_mix(module, plan, narrow, wide),
-                wide_x=mixed and _may_mix(module, plan, wide, narrow),
+                wide_weight=may_mix(plan, narrow, wide),
+                wide_x=may_mix(plan, wide, narrow),
                 unproven=", ".join(more),
             )
     return None
@@ -275,19 +286,6 @@ def _theirs(
     inputs = [t.to(x) for t in _inputs(module, gated, narrow)]
     twin = _twin(module, weights, narrow)
     return proof.Theirs(type(module).forward, twin, inputs, backward)
-
-
-def _rounds(module: nn.Module, plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
-    """Whether the plan rounds as the module does, or less, with activations and weights of these dtypes."""
-    forms = (_theirs(module, form, x, weights) for form in plan.forms)
-    return all(theirs.rounds_like(plan.compute) for theirs in forms)
-
-
-def _may_mix(module: nn.Module, plan: NormPlan, x: torch.dtype, weights: torch.dtype) -> bool:
-    try:
-        return _rounds(module, plan, x, weights)
-    except proof.CannotRunAlone:
-        return False
 
 
 def _prove(module: nn.Module, state: State) -> NormPlan | str | None:

@@ -1,8 +1,8 @@
 """Rotary embedding: the function an attention module calls by a global name, replaced for that module alone.
 
 HF's attention calls `apply_rotary_pos_emb`, a global of its modeling file. To leave every other model in the process
-untouched, the attention instance gets its own class' forward code over a copy of those globals in which that one name
-is ours. A global assigned to the modeling file later is therefore not seen by a patched attention.
+untouched, the attention instance runs its class' forward code over a copy of those globals in which that one name is
+ours. Where one of the globals that this code names has changed since, the copy is made, and the function proven, anew.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from liger_kernel.ops import rope as rope_op
 from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching.facts import kept
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.plans import NamedPlan, marker, ours_runs
+from liger_kernel.transformers.patching.plans import MethodPlan, ours_runs
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
 
@@ -91,7 +92,7 @@ _FORMS = (
 )
 
 
-@functools.cache
+@kept
 def prove(original: Callable[..., Any]) -> tuple[Form, ...] | str:
     """The call forms of a rotary function that our `rope` computes, or why there is none."""
     found: list[Form] = []
@@ -136,7 +137,6 @@ def _on_heads(function: Callable[..., Any], tables: Any, extra: dict[str, int]) 
     return lambda _, *heads: function(*heads, *(t.to(heads[0].dtype) for t in tables), **extra)
 
 
-@functools.cache
 def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     """A function with the signature of `original` that computes the proven call forms by our op, or None."""
     forms = prove(original)
@@ -153,8 +153,8 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     return liger_rope
 
 
-@functools.cache
-def _rebound(forward: types.FunctionType) -> types.FunctionType | None:
+@kept
+def _rebound(forward: Any) -> types.FunctionType | None:
     """`forward` over globals in which its rotary function is ours; None if it calls none that is proven."""
     inner = getattr(forward, "__wrapped__", None)
     if isinstance(inner, types.FunctionType):
@@ -192,23 +192,20 @@ def _rewrapped(
     return made
 
 
-class RopeForward:
-    """The forward of one attention module over globals with our rotary function; copies and pickles with its module."""
+@dataclass(frozen=True)
+class RopePlan(MethodPlan):
+    """The forward of an attention module over globals with our rotary function."""
 
-    def __init__(self, module: nn.Module):
-        self.__setstate__({"module": module})
+    kind = "rope"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module, *args, **kwargs)
+    label = "LigerRope"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
+    def __str__(self) -> str:
+        return "liger rope"
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.module = state["module"]
-        self.function: Any = _rebound(type(self.module).forward)
-        # for inspect.signature
-        self.__wrapped__ = types.MethodType(type(self.module).forward, self.module)
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = type(module).forward
+        return (_rebound(forward) or forward)(module, *args, **kwargs)
 
 
 def _rotary_functions(forward: Any) -> dict[str, Any]:
@@ -219,17 +216,12 @@ def _rotary_functions(forward: Any) -> dict[str, Any]:
     return {n: f for n, f in named.items() if callable(f) and not isinstance(f, type)}
 
 
-def _prove(module: nn.Module, state: State) -> NamedPlan | str:
+def _prove(module: nn.Module, state: State) -> RopePlan | str:
     forward: Any = type(module).forward
     if _rebound(forward) is not None:
-        return NamedPlan("liger rope")
+        return RopePlan()
     reasons = {why for f in _rotary_functions(forward).values() if isinstance(why := prove(f), str)}
     return ", ".join(sorted(reasons)) or "a decorator hides its rotary function"
-
-
-def _install(module: nn.Module, plan: NamedPlan, state: State) -> None:
-    state.set(module, marker("rope"), plan)
-    state.set(module, "forward", RopeForward(module))
 
 
 SITE = Site(
@@ -237,5 +229,4 @@ SITE = Site(
     kind="rope",
     candidates=modules(lambda module: _rotary_functions(type(module).forward)),
     prove=_prove,
-    install=_install,
 )

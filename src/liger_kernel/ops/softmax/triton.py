@@ -1,0 +1,157 @@
+"""Softmax kernels. Forward moves 2 n elements (x in, y out), backward 3 n (dy and y in, dx out).
+
+A row that does not fit the registers is read twice, the second time from its end: what was read last is most likely to
+be in the L2 still. Its first block stays in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.shapes import as_rows, cdiv
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.kernels import RowTile, launch
+from liger_kernel.ops.softmax.contract import SoftmaxOptions
+
+#: Backward holds two rows where forward holds one. While a long row is walked, STAGES blocks of it are in flight.
+FORWARD = {"elements": 4096, "longest": 32768, "walked": 16384, "per_thread": 16}
+BACKWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
+STAGES = 3
+
+
+@triton.jit
+def _shifted(x, top):
+    """exp(x - top), of a row that is -inf so far 0."""
+    return tl.exp(x - tl.where(top == float("-inf"), 0.0, top)[:, None])
+
+
+@triton.jit
+def _softmax_fwd(
+    x_ptr,
+    y_ptr,
+    x_stride,
+    n_rows,
+    n_cols,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y = exp(x - max) / sum(exp(x - max)). One program owns ROWS rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = (rows < n_rows)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    x_at = x_ptr + (rows * x_stride)[:, None] + cols
+    y_at = y_ptr + (rows * n_cols)[:, None] + cols
+    dtype = y_ptr.dtype.element_ty
+    mask = row_mask & (cols < n_cols)
+    first = tl.load(x_at, mask=mask, other=float("-inf")).to(tl.float32)
+    top = tl.max(first, 1)
+    total = _shifted(first, top)
+    if LOOPED:
+        for start in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
+            inside = row_mask & (start + cols < n_cols)
+            x = tl.load(x_at + start, mask=inside, other=float("-inf")).to(tl.float32)
+            before = top
+            top = tl.maximum(top, tl.max(x, 1))
+            total = total * _shifted(before[:, None], top) + _shifted(x, top)
+    scale = 1.0 / tl.sum(total, 1)[:, None]
+    if LOOPED:
+        end = tl.cdiv(n_cols, BLOCK) * BLOCK
+        for back in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
+            start = end - back
+            inside = row_mask & (start + cols < n_cols)
+            x = tl.load(x_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+            y = _shifted(x.to(tl.float32), top) * scale
+            tl.store(y_at + start, y.to(dtype), mask=inside)
+    tl.store(y_at, (_shifted(first, top) * scale).to(dtype), mask=mask)
+
+
+@triton.jit
+def _softmax_bwd(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    dy_stride,
+    n_rows,
+    n_cols,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOPED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx = y (dy - sum(dy y)). One program owns ROWS rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = (rows < n_rows)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    dy_at = dy_ptr + (rows * dy_stride)[:, None] + cols
+    y_at = (rows * n_cols)[:, None] + cols
+    dtype = dx_ptr.dtype.element_ty
+    mask = row_mask & (cols < n_cols)
+    first_dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
+    first_y = tl.load(y_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
+    products = first_dy * first_y
+    if LOOPED:
+        for start in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
+            inside = row_mask & (start + cols < n_cols)
+            dy = tl.load(dy_at + start, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_ptr + y_at + start, mask=inside, other=0.0).to(tl.float32)
+            products += dy * y
+    total = tl.sum(products, 1)[:, None]
+    if LOOPED:
+        end = tl.cdiv(n_cols, BLOCK) * BLOCK
+        for back in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
+            start = end - back
+            inside = row_mask & (start + cols < n_cols)
+            dy = tl.load(dy_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+            y = tl.load(y_ptr + y_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+            dx = y.to(tl.float32) * (dy.to(tl.float32) - total)
+            tl.store(dx_ptr + y_at + start, dx.to(dtype), mask=inside)
+    tl.store(dx_ptr + y_at, (first_y * (first_dy - total)).to(dtype), mask=mask)
+
+
+def forward(
+    x: Tensor, *, options: SoftmaxOptions, needs: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor]]:
+    y = x.new_empty(x.shape)
+    if x.numel():
+        _launch(_softmax_fwd, FORWARD, x.element_size(), as_rows(x), y)
+    return y, (y,)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    *,
+    options: SoftmaxOptions,
+    needs: Sequence[bool],
+) -> tuple[Tensor]:
+    (y,) = saved
+    dx = torch.empty_like(y)
+    if y.numel():
+        loaded = y.element_size() + grads[0].element_size()
+        _launch(_softmax_bwd, BACKWARD, loaded, as_rows(grads[0]), y, dx)
+    return (dx,)
+
+
+def _launch(
+    kernel: triton.JITFunction, sizes: dict[str, int], loaded: int, rows: Tensor, *others: Tensor
+) -> None:
+    """`loaded`: bytes that are read of a column."""
+    (n_rows, n_cols), facts = rows.shape, facts_of(rows.device)
+    tile = RowTile.of(n_cols, facts.most_warps, **sizes)
+    launch(
+        kernel,
+        (cdiv(n_rows, tile.rows),),
+        *(rows, *others, rows.stride(0), n_rows, n_cols),
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        LOOPED=tile.looped,
+        STAGES=facts.stages(STAGES, tile.block * loaded) if tile.looped else 1,
+        num_warps=tile.warps,
+    )

@@ -1,0 +1,24 @@
+"""What computes the sparsemax has to offer, and the options that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.options import OpOptions
+
+
+@dataclass(frozen=True)
+class SparsemaxOptions(OpOptions):
+    """None."""
+
+
+class Kernels(Backward, Protocol):
+    def forward(
+        self, x: Tensor, *, options: SparsemaxOptions, needs: Sequence[bool]
+    ) -> tuple[Tensor, Saved]:
+        """y (..., V) of x (..., V), and what `backward` is given as `saved`."""

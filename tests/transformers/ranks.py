@@ -1,0 +1,64 @@
+"""Checks that run in several processes at once, one for each rank of a process group on the CPU or on GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+Check = Callable[[int], None]
+
+
+def device() -> str:
+    """Where the ranks compute: on GPUs where there is one for each."""
+    return "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
+
+
+def outcomes(
+    checks: Callable[[], Mapping[str, Check]], folder: Path, on: str
+) -> list[dict[str, str]]:
+    """For each rank, the traceback of every check, or "" where it passed; `checks` is called in the processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, args=(port, str(folder), checks, on), nprocs=WORLD)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+def _worker(
+    rank: int, port: int, folder: str, checks: Callable[[], Mapping[str, Check]], on: str
+) -> None:
+    """All checks in one set of processes; after a failure these may be out of step, so the rest is not run."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    backend = "gloo"
+    if on == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    found = {}
+    for name, check in checks().items():
+        try:
+            check(rank)
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+            break
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def assert_passed(name: str, found: list[dict[str, str]]) -> None:
+    for rank, results in enumerate(found):
+        assert results.get(name, "not run: an earlier check failed") == "", f"rank {rank}"
