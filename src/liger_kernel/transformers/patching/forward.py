@@ -213,26 +213,32 @@ class FusedForward:
         self.adopt()
         attributes = self.model.__dict__
         attributes[KEY] = self
-        if leads_here(attributes.get("forward")):
-            return
-        if is_replaced(self.model):
-            self.beneath = attributes["forward"]
-        attributes["forward"] = BoundForward(self)
         attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
+        if not leads_here(attributes.get("forward")):
+            if is_replaced(self.model):
+                self.beneath = attributes["forward"]
+            attributes["forward"] = BoundForward(self)
 
     def remove(self) -> None:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
-        for name in (KEY, "_replicate_for_data_parallel"):
-            attributes.pop(name)
+        del attributes[KEY], attributes["_replicate_for_data_parallel"]
         if is_ours(attributes.get("forward")):
             del attributes["forward"]
             if self.beneath is not None:
                 attributes["forward"] = self.beneath
         self.state = None
 
+    def at(self, path: str) -> nn.Module | None:
+        """What the model calls there now."""
+        try:
+            found = operator.attrgetter(path)(self.model)
+        except AttributeError:
+            return None
+        return found if isinstance(found, nn.Module) else None
+
     def around(self) -> tuple[nn.Module, ...]:
-        return tuple(operator.attrgetter(path)(self.model) for path in self.paths)
+        return tuple(found for found in map(self.at, self.paths) if found is not None)
 
     def is_in_place(self) -> bool:
         attributes = self.model.__dict__
@@ -244,9 +250,8 @@ class FusedForward:
             return "the patch was taken back"
         if not self.is_in_place():
             return "the forward of its model was replaced after patching"
-        try:
-            around = operator.attrgetter(path)(self.model)
-        except AttributeError:
+        around = self.at(path)
+        if around is None:
             return "it is not there any more"
         return heads.obstacle(around) or self.reason
 
@@ -292,14 +297,15 @@ class FusedForward:
         if self.state is None:
             return beneath(*args, **kwargs)
         call, kwargs = self.begin(args, kwargs)
-        running.calls.append(call)
+        depth = len(running.calls)
         try:
+            running.calls.append(call)
             output = beneath(*args, **kwargs)
             if call.armed:
                 output, self.reason = call.finish(output), call.verdict()
             return output
         finally:
-            running.calls.pop()
+            del running.calls[depth:]
             call.close()
 
 
@@ -369,8 +375,9 @@ def leads_here(forward: Any) -> bool:
 def _replica(model: Any) -> Any:
     """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
     replica = type(model)._replicate_for_data_parallel(model)
-    for name in (KEY, "forward", "_replicate_for_data_parallel"):
-        replica.__dict__.pop(name)
+    for name in (KEY, "_replicate_for_data_parallel", "forward"):
+        if name != "forward" or is_ours(model.forward):
+            del replica.__dict__[name]
     return replica
 
 

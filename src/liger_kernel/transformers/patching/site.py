@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Site:
         for path, module in self.candidates(model):
             found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch
             if isinstance(found, plans.MethodPlan) and not found.holds(module):
-                found = f"{type(module).__name__} has changed since it was replaced, and runs its own code"
+                found = plans.changed(module)
             if found is None and self.slot and is_replaced(module, self.slot):
                 found = f"its {self.slot} was already replaced"
             if found is None and not all(map(has_memory, _tensors(module))):
@@ -63,5 +64,8 @@ class Site:
                     self.install(module, found, state)
             if isinstance(found, str):
                 state.report.add(self.kind, path, reason=found)
+            elif isinstance(found, plans.MethodPlan):
+                check = partial(plans.lost, model, path, module, self.kind)
+                state.report.add(self.kind, path, by=str(found), check=check)
             elif found is not None:
                 state.report.add(self.kind, path, by=str(found))
