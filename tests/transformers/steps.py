@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from tests.transformers.tiny import batch, build
@@ -105,6 +107,40 @@ def steps(
 def fused(outputs: Any) -> bool:
     """Whether the loss was made without logits, which still wait for somebody to read them."""
     return any(isinstance(value, DeferredLogits) for value in outputs.values())
+
+
+def patched(model_type: str = "llama", **options: Any) -> Any:
+    """In training, its loss fused."""
+    model = build(model_type)
+    assert any(row.kind == "loss" for row in liger_kernel.patch(model, **options).replaced)
+    return model.train()
+
+
+def outputs_of(model: nn.Module, **more: Any) -> Any:
+    outputs = model(**batch(), **more)
+    assert fused(outputs)
+    return outputs
+
+
+def focal(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    return (1 - torch.exp(-loss)) ** 2 * loss
+
+
+def assert_full_gradient(
+    use: Callable[[Any], Tensor], model_type: str = "llama", context: Any = contextlib.nullcontext
+) -> None:
+    """Gradients of `use(outputs)`, of which stock gives the truth."""
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        with context():
+            outputs = model.train()(**batch())
+        use(outputs).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients(patched(model_type))
+    high, low = (gradients(build(model_type, d)) for d in (torch.float64, torch.float32))
+    assert_all_no_worse(ours, high, low)
 
 
 def assert_same_step(

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import liger_kernel
+from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers.patching.state import state_of
 from tests.transformers.steps import assert_identical, assert_same_steps, fused, snapshot, step
 from tests.transformers.tiny import batch, build
@@ -149,6 +150,19 @@ class TestForeign:
                 if hasattr(one, "remove"):
                     one.remove()
 
+    def test_compiled_with_a_hook_and_without(self, model: Any) -> None:
+        torch._dynamo.reset()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+        handle = model.lm_head.register_forward_hook(halved)
+        stock = build("llama").train()
+        stock.lm_head.register_forward_hook(halved)
+        expected, high = stock(**batch()).loss, stock.double()(**batch()).loss
+        outputs = forward(**batch(), use_cache=False)
+        assert not fused(outputs)
+        assert_no_worse("loss", outputs.loss, high, expected)
+        handle.remove()
+        assert fused(forward(**batch(), use_cache=False))
+
     def test_a_weight_that_is_no_plain_tensor(self, model: Any) -> None:
         weight = model.lm_head.weight.detach().as_subclass(Subclass)
         model.lm_head.weight = nn.Parameter(weight)
@@ -237,6 +251,18 @@ class TestAnotherHead:
             {k: v for k, v in vars(stock).items() if k == "forward"},
             {k: v for k, v in vars(model).items() if k == "forward"},
         )
+
+    def test_compiled_before_it_was_seen(self, model: Any) -> None:
+        """Compiled code changes no classes, so the report says what to do."""
+        torch._dynamo.reset()
+        report = state_of(model).report
+        model.resize_token_embeddings(160, mean_resizing=False)
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert not fused(forward(**batch(), use_cache=False))
+        assert "call patch(model) again" in loss_row(model).reason
+        assert liger_kernel.patch(model) is report
+        assert fused(forward(**batch(), use_cache=False))
+        assert not report.skipped
 
     def test_an_unsuitable_one_and_back(self, model: Any) -> None:
         head = model.lm_head

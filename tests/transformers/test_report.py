@@ -134,6 +134,38 @@ def test_a_loss_that_turns_out_not_to_be_fused_saves_nothing() -> None:
     assert report.savings(4, 16) == 0
 
 
+def test_rows_that_are_not_true_any_more() -> None:
+    model = build("llama")
+    report = liger_kernel.patch(model)
+    rows = list(report.rows)
+    layers = model.model.layers
+    kept = layers[0].input_layernorm
+    layers[0].input_layernorm = nn.Identity()
+    layers[0].mlp.forward = lambda x: x
+    layers[1].mlp.act_fn = nn.Tanh()
+    model.lm_head = nn.Identity()
+    reasons = {row.path: row.reason for row in report.skipped}
+    assert reasons == {
+        "lm_head": "Identity does not compute a plain linear map",
+        "model.layers.0.input_layernorm": "another module took its place after patching",
+        "model.layers.0.mlp": "its forward was replaced after patching",
+        "model.layers.1.mlp": "LlamaMLP has changed since it was replaced, and runs its own code",
+    }
+    assert f"{len(rows) - 4} replaced, 4 skipped" in str(report)
+    layers[0].input_layernorm = kept
+    assert len(report.skipped) == 3
+    again = liger_kernel.patch(model)
+    assert again is not report, "something of ours is gone"
+    assert {row.path for row in again.skipped} == reasons.keys() - {
+        "model.layers.0.input_layernorm"
+    }
+    liger_kernel.unpatch(model)
+    assert {
+        row.reason for row in again.rows if "mlp" not in row.path and row.path != "lm_head"
+    } == {"the patch was taken back"}
+    assert not again.replaced
+
+
 def test_what_cannot_be_asked() -> None:
     report = liger_kernel.patch(build("llama"))
     for sizes in ((0, 8), (8, -1)):

@@ -19,7 +19,7 @@ import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
 from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN, lacks
-from tests.transformers.steps import move, unrounded
+from tests.transformers.steps import focal, move, unrounded
 from tests.transformers.tiny import VOCAB, batch, build
 
 ROWS, LENGTH, STEPS = 24, 13, 4
@@ -214,6 +214,47 @@ def test_evaluation_in_bfloat16(trainer: Make) -> None:
         high, low, ours = ({"evaluation": evaluation(trained(run))} for run in runs)
         assert runs[2].model.dtype == torch.bfloat16
         liger_kernel.unpatch(runs[2].model)
+        return ours, high, low
+
+    assert_draws_no_worse(draw)
+
+
+class Focal(Trainer):
+    """A loss from the logits, beside that of the model; accuracy without gradients, as people write it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kw: Any) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            self.accuracy = (outputs.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]).sum()
+        loss = focal(outputs.logits, inputs["labels"]) + 1e-3 * outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("options", [{}, FUSED["compiled"], FUSED["bf16"]], ids=str)
+def test_a_loss_of_ones_own_from_lazy_logits(
+    options: dict[str, Any], trainer: Make, calls: collections.Counter[str]
+) -> None:
+    """`liger_kernel.patch(model)`, and a Trainer that knows nothing of it."""
+    exact = options if "bf16" not in options else {}
+    plain = {} if "torch_compile" in options else options
+
+    def run_of(patch: bool, dtype: torch.dtype, seed: int, **options: Any) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        run = trainer(False, dtype, seed, **options)
+        run.__class__ = Focal
+        if patch:
+            liger_kernel.patch(run.model)
+        found = outcome(trained(run))
+        assert run.accuracy >= 0
+        liger_kernel.unpatch(run.model)
+        return found
+
+    def draw(seed: int) -> Any:
+        high = run_of(False, torch.float64, seed, **({} if "torch_compile" in exact else exact))
+        low = run_of(False, torch.float32, seed, **plain)
+        calls.clear()
+        ours = run_of(True, torch.float32, seed, **options)
+        assert fused_losses(calls) >= STEPS
         return ours, high, low
 
     assert_draws_no_worse(draw)

@@ -55,6 +55,7 @@ def _patch(model: nn.Module, wanted: PatchOptions) -> PatchReport:
     before = state_of(model)
     if before is not None:
         if before.options == wanted and before.is_in_place():
+            before.renew()
             return before.report
         unpatch(model)
     state = State(wanted, PatchReport(type(model).__name__, of=model))

@@ -6,23 +6,19 @@ casts, scales, soft-caps, slices and flattens it; each of these is only recorded
 ZeRO and offloading gather the weight at that moment. Anything this file does not know makes real logits by replaying
 the recording on the head's real output: slower, never wrong.
 
-Logits are made in the modes in which the model called its head, wherever they are asked for: the gradient, inference
-and autocast modes. Asked for after the forward, they need the weights that it had.
-
 It is a plain object with `__torch_function__`, not a Tensor subclass: `torch.compile` traces through it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from liger_kernel.transformers.patching import heads
 from liger_kernel.transformers.patching.last_dimension import (
@@ -30,48 +26,7 @@ from liger_kernel.transformers.patching.last_dimension import (
     keeps_last_dimension,
     without_classes,
 )
-
-WAY_OUT = 'Read them before, or ask for logits at once: liger_kernel.patch(model, logits="real").'
-
-
-class Modes(NamedTuple):
-    """What decides how torch computes a matrix product, and whether it records it.
-
-    Of the inference mode its tensors tell; compiled code may not ask for it.
-    """
-
-    grad: bool
-    device: str
-    autocast: torch.dtype | None
-
-    @classmethod
-    def now(cls, device: str) -> Modes:
-        on = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if on else None
-        return cls(torch.is_grad_enabled(), device, dtype)
-
-    def dtype_of(self, x: Tensor) -> torch.dtype:
-        """Of a product with `x`."""
-        return x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
-
-    def with_grad_of_now(self) -> Modes:
-        return Modes(self.grad and torch.is_grad_enabled(), self.device, self.autocast)
-
-    def on(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """These modes for a product with `x`."""
-        traced = torch.compiler.is_compiling()
-        inference = not traced and x.is_inference()
-        here = traced or inference == torch.is_inference_mode_enabled()
-        if here and self == Modes.now(self.device):
-            return contextlib.nullcontext()
-        stack = contextlib.ExitStack()
-        if not here:
-            stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(self.grad))
-        if self.device != "meta":
-            on = self.autocast is not None
-            stack.enter_context(torch.autocast(self.device, self.autocast, enabled=on))
-        return stack
+from liger_kernel.transformers.patching.origin import Modes, Origin
 
 
 @dataclass(frozen=True)
@@ -100,61 +55,6 @@ class LossRequest:
     ):
         self.target, self.fused, self.arguments, self.run = target, fused, arguments, run
         self.refused: str | None = None  # why the head returned logits all the same
-
-
-@dataclass(eq=False)
-class Origin:
-    """One call of a head by its model, not carried out."""
-
-    around: nn.Module  # the outermost callable around the head
-    hidden: Tensor
-    modes: Modes
-    call: Any  # the forward that runs; None once it is over
-    classes: int = 0  # of the head
-    logits: Tensor | None = None
-    called: bool = False  # the loss, or logits, were made
-    stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
-
-    def materialize(self) -> Tensor:
-        if self.logits is not None:
-            return self.logits
-        if self.call is None:
-            self._check()
-        again, self.called = self.called, True
-        value = heads.logits_of(self.around, self.hidden)
-        if again and value.requires_grad and heads.runs_once(self.around):
-            value = _ValuesOnly.apply(value)
-        if self.call is not None:
-            self.logits = value  # something else in this forward may ask
-        return value
-
-    def _check(self) -> None:
-        if self.stamp is not None:
-            changed = self.stamp != heads.Stamp(self.around, self.hidden)
-        else:
-            changed = not heads.is_alive(self.hidden)
-        if changed or not heads.is_whole(self.around):
-            raise RuntimeError(
-                "These logits were fused with the loss, and not computed in the forward. What they come from, the "
-                "weight of the head or its input, has changed since or is not whole any more: an optimizer step, a "
-                f"cast, a move, sharding, or the backward of compiled code. {WAY_OUT}"
-            )
-
-
-class _ValuesOnly(torch.autograd.Function):
-    """FSDP1 reduces the gradient of a unit once: that of its first call, which was the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            "The head is a unit of FSDP1, which reduces the gradient of one call per step, and that computed the fused "
-            "loss: these logits have values and no gradient. Take logits and loss from one call: "
-            'liger_kernel.patch(model, logits="real").'
-        )
 
 
 #: recorded operations by their names; those of the first kind act on each element
@@ -205,7 +105,10 @@ class DeferredLogits:
     def materialize(self) -> Tensor:
         """The real logits, made once by the head's own call and the recorded operations, as the forward would have."""
         if self._real is None:
-            with self._origin.modes.on(self._origin.hidden):
+            modes = self._origin.modes
+            now = Modes.now(modes.device)
+            self._origin.look_around()
+            with modes.on(self._origin.hidden, now):
                 value = self._origin.materialize()
                 for name, args, kwargs in self._chain:
                     value = _OPERATIONS[name](value, *args, **kwargs)
@@ -232,7 +135,10 @@ class DeferredLogits:
 
         After the forward there is no loss any more, and casts and moves, by accelerate for one, are all that can wait.
         """
-        waits = name == "to" if self._shape is not None else fused is not None
+        if self._shape is not None:
+            waits = name == "to"
+        else:
+            waits = fused is not None and not self._origin.look_around()
         if self._real is not None or not waits:
             return _OPERATIONS[name](self.materialize(), *args, **kwargs)
         after = DeferredLogits(
@@ -397,6 +303,7 @@ class DeferredLogits:
             or target.is_floating_point()
             or size_average is not None
             or reduce is not None
+            or origin.look_around()
             or (origin.called and heads.runs_once(origin.around))
         ):
             return F.cross_entropy(self.materialize(), target, *plain)
@@ -409,19 +316,19 @@ class DeferredLogits:
         }
         request = LossRequest(target, fused, arguments, origin.call.fused_loss)
         origin.called = True
-        with origin.modes.with_grad_of_now().on(origin.hidden):
+        now, then = Modes.now(origin.modes.device), origin.modes
+        modes = then if now == then else Modes(then.grad and now.grad, then.device, then.autocast)
+        with modes.on(origin.hidden, now):
             result = heads.loss_of(origin.around, fused.hidden, request)
-            if (
-                request.refused is not None
-            ):  # the rows are chosen already; the rest acts on each element
-                origin.call.refuse(request.refused)
-                for name, args, kwargs in self._chain:
-                    if name in _ELEMENTWISE:
-                        result = _ELEMENTWISE[name](result, *args, **kwargs)
-                return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        if request.refused is not None:
+            origin.call.refuse(request.refused)
+            # the rows are chosen already; the rest acts on each element
+            for name, args, kwargs in self._chain:
+                if name in _ELEMENTWISE:
+                    result = _ELEMENTWISE[name](result, *args, **kwargs)
+            return F.cross_entropy(result[:, : fused.classes], target, *plain)
         # as the loss of real logits: autocast computes it in float32
-        autocast = Modes.now(self.device.type).autocast
-        wide = self.dtype.itemsize < 4 and autocast is not None
+        wide = now.autocast is not None and self.dtype.itemsize < 4
         return result.to(self.device, torch.float32 if wide else self.dtype)
 
     @classmethod

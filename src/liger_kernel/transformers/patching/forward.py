@@ -23,10 +23,11 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.outputs import with_metrics
 from liger_kernel.transformers.patching import heads
-from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest, Modes, Origin
+from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.heads import running
 from liger_kernel.transformers.patching.lazy import lazy
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
+from liger_kernel.transformers.patching.origin import Modes, Origin
 from liger_kernel.transformers.patching.state import State, is_replaced
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
@@ -205,31 +206,42 @@ class FusedForward:
     def logits(self) -> str:
         return cast(State, self.state).options.logits
 
-    def install(self) -> None:
-        attributes = self.model.__dict__
+    def adopt(self) -> None:
+        """Let the heads hand on deferred logits, also those that were put in the place of others."""
         for around in self.around():
-            heads.adopt(around, cast(State, self.state))
+            if not isinstance(around, heads.Intercepted):
+                heads.adopt(around, cast(State, self.state))
+
+    def install(self) -> None:
+        self.adopt()
+        attributes = self.model.__dict__
         attributes[KEY] = self
-        if leads_here(attributes.get("forward")):
-            return
-        if is_replaced(self.model):
-            self.beneath = attributes["forward"]
-        attributes["forward"] = BoundForward(self)
         attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
+        if not leads_here(attributes.get("forward")):
+            if is_replaced(self.model):
+                self.beneath = attributes["forward"]
+            attributes["forward"] = BoundForward(self)
 
     def remove(self) -> None:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
-        for name in (KEY, "_replicate_for_data_parallel"):
-            attributes.pop(name)
+        del attributes[KEY], attributes["_replicate_for_data_parallel"]
         if is_ours(attributes.get("forward")):
             del attributes["forward"]
             if self.beneath is not None:
                 attributes["forward"] = self.beneath
         self.state = None
 
+    def at(self, path: str) -> nn.Module | None:
+        """What the model calls there now."""
+        try:
+            found = operator.attrgetter(path)(self.model)
+        except AttributeError:
+            return None
+        return found if isinstance(found, nn.Module) else None
+
     def around(self) -> tuple[nn.Module, ...]:
-        return tuple(operator.attrgetter(path)(self.model) for path in self.paths)
+        return tuple(found for found in map(self.at, self.paths) if found is not None)
 
     def is_in_place(self) -> bool:
         attributes = self.model.__dict__
@@ -241,9 +253,8 @@ class FusedForward:
             return "the patch was taken back"
         if not self.is_in_place():
             return "the forward of its model was replaced after patching"
-        try:
-            around = operator.attrgetter(path)(self.model)
-        except AttributeError:
+        around = self.at(path)
+        if around is None:
             return "it is not there any more"
         return heads.obstacle(around) or self.reason
 
@@ -273,9 +284,12 @@ class FusedForward:
             if value is not None:
                 wanted[name] = value
         call = ForwardCall(self, True, skip_logits, wanted, self.around())
-        for around in call.around:
-            if not isinstance(around, heads.Intercepted):
-                heads.adopt(around, state)
+        if not torch.compiler.is_compiling():
+            self.adopt()
+        elif not all(isinstance(around, heads.Intercepted) for around in call.around):
+            call.refuse(
+                "it is new: call patch(model) again, or the model once, before torch.compile"
+            )
         same = shift_labels is None or shift_labels is labels
         if same and _may_count(labels):
             call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
@@ -288,14 +302,15 @@ class FusedForward:
         if self.state is None:
             return beneath(*args, **kwargs)
         call, kwargs = self.begin(args, kwargs)
-        running.calls.append(call)
+        depth = len(running.calls)
         try:
+            running.calls.append(call)
             output = beneath(*args, **kwargs)
             if call.armed:
                 output, self.reason = call.finish(output), call.verdict()
             return output
         finally:
-            running.calls.pop()
+            del running.calls[depth:]
             call.close()
 
 
@@ -318,6 +333,12 @@ class BoundForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.__self__).forward.__get__(self.__self__))
+
+    def __getattr__(self, name: str) -> Any:
+        """What a method has of its function: `__code__`, `__name__`, ..."""
+        if name in ("site", "__self__", "__func__", "__wrapped__"):
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
 
     def __repr__(self) -> str:
         return f"<fused {self.__func__.__qualname__} of {type(self.__self__).__name__}>"
@@ -359,8 +380,9 @@ def leads_here(forward: Any) -> bool:
 def _replica(model: Any) -> Any:
     """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
     replica = type(model)._replicate_for_data_parallel(model)
-    for name in (KEY, "forward", "_replicate_for_data_parallel"):
-        replica.__dict__.pop(name)
+    for name in (KEY, "_replicate_for_data_parallel", "forward"):
+        if name != "forward" or is_ours(model.forward):
+            del replica.__dict__[name]
     return replica
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from liger_kernel.transformers.patching.mixins import Mixin, register
-from liger_kernel.transformers.patching.state import State, beneath_hooks
+from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
 _LINEAR = nn.Linear.forward
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 #: whose hooks gather, move or count, and never change what a module computes
@@ -138,11 +139,12 @@ class Stamp:
     """
 
     def __init__(self, around: nn.Module, hidden: Tensor):
-        weights = [
-            t for leaf in leaves(around) for t in (_weight(leaf), leaf.bias) if t is not None
-        ]
+        # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
+        own = [p for m in parts(around) for p in m._parameters.values() if p is not None]
+        weights = own or [_weight(leaf) for leaf in leaves(around)]
         self._facts = [_facts(t) for t in (hidden, *weights)]
-        self._samples = [_sample(_shard(t)) for t in weights if t.requires_grad]
+        shards = [_shard(t) for t in weights if t.requires_grad]
+        self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stamp) or self._facts != other._facts:
@@ -152,12 +154,11 @@ class Stamp:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _can_be_read(shard: Tensor) -> bool:
+    return bool(_pointer(shard)) and shard.is_contiguous() and has_memory(shard)
+
+
 def _sample(shard: Tensor) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
-        return torch.empty(0)
-    held = is_plain(shard) and shard.is_contiguous() and not shard.is_meta
-    if not held or shard.untyped_storage().nbytes() < shard.nbytes:  # FSDP1 frees what it gathered
-        return torch.empty(0)
     step = max(shard.numel() >> 18, 29)
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
 
@@ -169,9 +170,9 @@ def _shard(t: Any) -> Any:
 
 
 def _pointer(shard: Any) -> int:
-    """Where it lies; tensors within a transform of torch.func cannot tell."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return 0 if transformed or not is_plain(shard) else int(shard.data_ptr())
+    """Where it lies; fake tensors, and those within a transform of torch.func, cannot tell."""
+    real = type(shard) in _PLAIN and not torch._C._are_functorch_transforms_active()
+    return int(shard.data_ptr()) if real else 0
 
 
 def _facts(t: Any) -> Any:
@@ -187,10 +188,7 @@ def is_whole(around: nn.Module) -> bool:
         return True
     if any("_hf_hook" in m.__dict__ for m in modules):
         return True
-    return all(
-        is_plain(w) and w.ndim == 2 and w.untyped_storage().nbytes() >= w.nbytes
-        for w in map(_weight, leaves(around))
-    )
+    return all(is_plain(w) and w.ndim == 2 and has_memory(w) for w in map(_weight, leaves(around)))
 
 
 def is_alive(hidden: Tensor) -> bool:
@@ -215,9 +213,7 @@ def computes_linear(module: nn.Module) -> bool:
 
 def is_plain(t: Any) -> bool:
     """A tensor that is what it looks like: no DTensor, none of torchao's, and not bitsandbytes'."""
-    return type(t) in (Tensor, nn.Parameter) or (
-        isinstance(t, torch._subclasses.FakeTensor) and not hasattr(t, "quant_state")
-    )
+    return type(t) in _PLAIN or isinstance(t, torch._subclasses.FakeTensor)
 
 
 def obstacle(around: nn.Module) -> str | None:
@@ -255,11 +251,9 @@ def _unsuitable(head: nn.Module, sharded: bool) -> str | None:
             return "an adapter adds to its output"
         return f"{type(head).__name__} does not compute a plain linear map"
     weight = _weight(head)
-    if weight is None or hasattr(weight, "quant_state"):
-        return "its weight is not a plain parameter"
-    if not is_plain(weight) and not (sharded and type(weight).__name__ == "DTensor"):
-        return f"its weight is a {type(weight).__name__}"
-    return None
+    if is_plain(weight) or (sharded and type(weight).__name__ == "DTensor"):
+        return None
+    return f"its weight is a {type(weight).__name__}"
 
 
 def _of_its_forward(module: nn.Module) -> str | None:

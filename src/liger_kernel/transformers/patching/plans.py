@@ -98,6 +98,30 @@ def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(type(module), plan.slot)(module, *args, **kwargs)
 
 
+def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None:
+    """Why a plan that was installed in `module`, at `path` of `root`, does not run any more; None if it does."""
+    attributes = module.__dict__
+    plan: MethodPlan | None = attributes.get(marker(kind))
+    if plan is None:
+        return "the patch was taken back"
+    try:
+        there = root.get_submodule(path)
+    except AttributeError:
+        return "it is not there any more"
+    if all(inner is not module for inner in there.modules()):
+        return "another module took its place after patching"
+    ours = attributes.get(plan.slot)
+    if plan.slot == "forward":  # perhaps beneath accelerate's hooks
+        ours = attributes.get("_old_forward", ours)
+    if getattr(ours, "func", None) is not call:
+        return f"its {plan.slot} was replaced after patching"
+    return None if plan.holds(module) else changed(module)
+
+
+def changed(module: nn.Module) -> str:
+    return f"{type(module).__name__} has changed since it was replaced, and runs its own code"
+
+
 def name(module: nn.Module, kind: str) -> str:
     return f"{module.__dict__[marker(kind)].label}[{type(module).__name__}]"
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernel.transformers.patching import plans
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.state import State, is_replaced
+from liger_kernel.transformers.patching.state import State, has_memory, is_replaced
 
 Places = Iterable[tuple[str, nn.Module]]
 
@@ -18,6 +19,11 @@ Places = Iterable[tuple[str, nn.Module]]
 def modules(wanted: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Places]:
     """The usual `candidates`: the modules of a model that are `wanted`."""
     return lambda model: ((path, m) for path, m in model.named_modules() if wanted(m))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for inner in module.modules():
+        yield from (value for value in vars(inner).values() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,19 @@ class Site:
         for path, module in self.candidates(model):
             found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch
             if isinstance(found, plans.MethodPlan) and not found.holds(module):
-                found = f"{type(module).__name__} has changed since it was replaced, and runs its own code"
+                found = plans.changed(module)
             if found is None and self.slot and is_replaced(module, self.slot):
                 found = f"its {self.slot} was already replaced"
+            if found is None and not all(map(has_memory, _tensors(module))):
+                found = "FSDP1 has its weights; patch the model before it is wrapped"
             if found is None:
                 found = self.prove(module, state)
                 if isinstance(found, plans.Plan):
                     self.install(module, found, state)
             if isinstance(found, str):
                 state.report.add(self.kind, path, reason=found)
+            elif isinstance(found, plans.MethodPlan):
+                check = partial(plans.lost, model, path, module, self.kind)
+                state.report.add(self.kind, path, by=str(found), check=check)
             elif found is not None:
                 state.report.add(self.kind, path, by=str(found))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernel.transformers.patching.mixins import Mixin, mixed, set_class, without
 from liger_kernel.transformers.patching.options import PatchOptions
@@ -87,6 +87,11 @@ class State:
             change.is_in_place() for change in self.changes
         )
 
+    def renew(self) -> None:
+        """What is in place takes up what is new."""
+        for handle in self.handles:
+            getattr(handle, "adopt", lambda: None)()
+
     def revert(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -104,6 +109,11 @@ def is_replaced(module: nn.Module, method: str = "forward") -> bool:
     """Whether the instance has another `method` than its class; a hook that was removed leaves that of the class."""
     own = module.__dict__.get(method)
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
+
+
+def has_memory(t: Tensor) -> bool:
+    """FSDP1 frees what it has gathered, and leaves the tensors as they were; to read them is a segmentation fault."""
+    return t.is_meta or t.untyped_storage().nbytes() >= t.nbytes
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
