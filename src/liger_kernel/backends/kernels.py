@@ -110,6 +110,19 @@ class RowTile:
         warps = min(most_warps, max(4, rows * block // (32 * per_thread)))
         return RowTile(rows, block, warps, looped)
 
+    def launch(self, kernel: Any, n_rows: int, *args: Any, **constants: Any) -> None:
+        """`kernel` with a program for each tile of `n_rows` rows, and with what it has to know of the tile."""
+        launch(
+            kernel,
+            (cdiv(n_rows, self.rows),),
+            *args,
+            ROWS=self.rows,
+            BLOCK=self.block,
+            LOOPED=self.looped,
+            num_warps=self.warps,
+            **constants,
+        )
+
 
 @triton.jit
 def _column_sum(

@@ -240,19 +240,15 @@ def forward(
     n_rows, n_cols = rows.shape
     rstd = x.new_empty(n_rows, dtype=torch.float32)
     tile = RowTile.of(n_cols, facts_of(x.device).most_warps, **FORWARD)
-    launch(
+    tile.launch(
         _modulated_rms_norm_fwd,
-        (cdiv(n_rows, tile.rows),),
+        n_rows,
         *(rows, weight, scales, shifts, y, rstd),
         *(rows.stride(0), scales.stride(0), 0 if shifts is None else shifts.stride(0)),
         *(n_rows, n_cols, n_rows // scales.shape[0], options.eps, options.offset),
         HAS_WEIGHT=weight is not None,
         HAS_SHIFT=shift is not None,
         ROUND=options.casting_mode == "llama",
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        LOOPED=tile.looped,
-        num_warps=tile.warps,
     )
     return y, (rows, weight, scale, shift, rstd)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from liger_kernel._core.contract import Saved
 from liger_kernel._core.shapes import as_rows, cdiv
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile, launch
+from liger_kernel.backends.kernels import RowTile
 from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 
 #: as for softmax: one row in forward, two in backward
@@ -196,15 +196,8 @@ def forward(
     (n_rows, n_cols), y = rows.shape, x.new_empty(x.shape)
     rstd = x.new_empty((n_rows, 3), dtype=torch.float32)
     tile = RowTile.of(n_cols, facts_of(x.device).most_warps, **FORWARD)
-    launch(
-        _poly_norm_fwd,
-        (cdiv(n_rows, tile.rows),),
-        *(rows, weight, bias, y, rstd, rows.stride(0), n_rows, n_cols, options.eps),
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        LOOPED=tile.looped,
-        num_warps=tile.warps,
-    )
+    arguments = (rows, weight, bias, y, rstd, rows.stride(0), n_rows, n_cols, options.eps)
+    tile.launch(_poly_norm_fwd, n_rows, *arguments)
     return y, (rows, weight, bias, rstd)
 
 
@@ -222,18 +215,13 @@ def backward(
     if rows.numel():
         (n_rows, n_cols), dy = rows.shape, as_rows(grads[0])
         tile = RowTile.of(n_cols, facts_of(rows.device).most_warps, **BACKWARD)
-        programs = cdiv(n_rows, tile.rows)
-        partial = rows.new_empty((programs, 4), dtype=torch.float32)
-        launch(
+        partial = rows.new_empty((cdiv(n_rows, tile.rows), 4), dtype=torch.float32)
+        tile.launch(
             _poly_norm_bwd,
-            (programs,),
+            n_rows,
             *(dy, rows, weight, rstd, dx, partial, dy.stride(0), rows.stride(0), n_rows, n_cols),
             NEEDS_DX=needs_dx,
             NEEDS_SUMS=needs_dw or needs_db,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            LOOPED=tile.looped,
-            num_warps=tile.warps,
         )
         sums = partial.sum(0) if needs_dw or needs_db else sums
     return (

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.shapes import as_rows, cdiv
+from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile, launch
+from liger_kernel.backends.kernels import RowTile
 from liger_kernel.ops.softmax.contract import SoftmaxOptions
 
 #: Backward holds two rows where forward holds one. While a long row is walked, STAGES blocks of it are in flight.
@@ -145,13 +145,6 @@ def _launch(
     """`loaded`: bytes that are read of a column."""
     (n_rows, n_cols), facts = rows.shape, facts_of(rows.device)
     tile = RowTile.of(n_cols, facts.most_warps, **sizes)
-    launch(
-        kernel,
-        (cdiv(n_rows, tile.rows),),
-        *(rows, *others, rows.stride(0), n_rows, n_cols),
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        LOOPED=tile.looped,
-        STAGES=facts.stages(STAGES, tile.block * loaded) if tile.looped else 1,
-        num_warps=tile.warps,
-    )
+    stages = facts.stages(STAGES, tile.block * loaded) if tile.looped else 1
+    arguments = (rows, *others, rows.stride(0), n_rows, n_cols)
+    tile.launch(kernel, n_rows, *arguments, STAGES=stages)

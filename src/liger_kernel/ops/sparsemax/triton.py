@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.shapes import as_rows, cdiv
+from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile, launch
+from liger_kernel.backends.kernels import RowTile
 from liger_kernel.ops.sparsemax.contract import SparsemaxOptions
 
 #: A step waits for two reductions, so that rows share a program only where they are short. Backward holds two rows.
@@ -183,12 +183,4 @@ def _launch(
 ) -> None:
     n_rows, n_cols = shape
     tile = RowTile.of(n_cols, facts_of(inputs[0].device).most_warps, **sizes)
-    launch(
-        kernel,
-        (cdiv(n_rows, tile.rows),),
-        *(*inputs, n_rows, n_cols),
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        LOOPED=tile.looped,
-        num_warps=tile.warps,
-    )
+    tile.launch(kernel, n_rows, *inputs, n_rows, n_cols)
