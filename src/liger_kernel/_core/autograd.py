@@ -48,8 +48,11 @@ def has_numbers(x: Tensor) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """In which autocast runs matrix products on the device of x; None where it is off."""
-    device_type = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device_type):
+    return autocast_dtype_of(x.device.type)
+
+
+def autocast_dtype_of(device_type: str) -> torch.dtype | None:
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

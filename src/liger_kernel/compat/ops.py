@@ -53,7 +53,7 @@ def _fused_linear_cross_entropy(
     _input, weight, target, bias=None, ce_weight=None, ce_impl=None, ce_mode=None, chunk_mem_const=1, **options
 ):  # fmt: skip
     """A `chunk_mem_const` other than 1 allows the logits of a chunk so many times the bytes of `_input`."""
-    _fused_loss.check_implementation(ce_impl, ce_mode)
+    _fused_loss.check_implementation(ce_impl=ce_impl, ce_mode=ce_mode)
     options["memory_budget"] = _fused_loss.memory_budget(_input, weight, chunk_mem_const)
     op = _fused_loss.fused_linear_cross_entropy
     return op(_input, weight, target, bias, ce_weight, **options)
@@ -69,11 +69,7 @@ def _gated_mlp(
 def _jsd_function(
     _input, target, shift_labels=None, beta=0.5, ignore_index=-100, jsd_impl=None, jsd_mode=None
 ):
-    if jsd_impl is not None or jsd_mode is not None:
-        raise ValueError(
-            f"jsd_impl={jsd_impl!r} and jsd_mode={jsd_mode!r} name implementations of another package; "
-            f"pass None and choose with LIGER_KERNEL_IMPL."
-        )
+    _fused_loss.check_implementation(jsd_impl=jsd_impl, jsd_mode=jsd_mode)
     return _jsd.jsd(_input, target, shift_labels, beta, ignore_index)
 
 

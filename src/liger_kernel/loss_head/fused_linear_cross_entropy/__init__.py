@@ -120,7 +120,7 @@ def fused_linear_cross_entropy_forward(
     `settings` takes the place of the options before.
     """
     if settings is None:
-        check_implementation(ce_impl, ce_mode)
+        check_implementation(ce_impl=ce_impl, ce_mode=ce_mode)
         accum_dtype = options.pop("accum_dtype", None)
         options["token_scaling"] = options.pop("use_token_scaling", False)
         chunks = ChunkOptions(
@@ -166,11 +166,11 @@ def memory_budget(hidden: Tensor, weight: Tensor, chunk_mem_const: int) -> int |
     return max(chunk_mem_const * hidden.numel(), weight.shape[0]) * hidden.element_size()
 
 
-def check_implementation(ce_impl: str | None, ce_mode: str | None) -> None:
-    if ce_impl is not None or ce_mode is not None:
+def check_implementation(**names: str | None) -> None:
+    if any(name is not None for name in names.values()):
+        given = " and ".join(f"{argument}={name!r}" for argument, name in names.items())
         raise ValueError(
-            f"ce_impl={ce_impl!r} and ce_mode={ce_mode!r} name implementations of another package; "
-            f"pass None and choose with LIGER_KERNEL_IMPL."
+            f"{given} name implementations of another package; pass None and choose with LIGER_KERNEL_IMPL."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype_of
 from liger_kernel.transformers.patching import heads
 
 WAY_OUT = 'Read them before, or ask for logits at once: liger_kernel.patch(model, logits="real").'
@@ -31,9 +32,7 @@ class Modes(NamedTuple):
 
     @classmethod
     def now(cls, device: str) -> Modes:
-        on = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if on else None
-        return cls(torch.is_grad_enabled(), device, dtype)
+        return cls(torch.is_grad_enabled(), device, autocast_dtype_of(device))
 
     def dtype_of(self, x: Tensor) -> torch.dtype:
         """Of a product with `x`."""

@@ -33,6 +33,13 @@ from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS, PatchOptions
 
 
+def text_setting(model: nn.Module, name: str) -> Any:
+    """From the configuration of the model, or of the text model in it; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, name, None)
+
+
 @dataclass(frozen=True)
 class LossSite:
     """The head and the loss in one training step."""
@@ -53,17 +60,13 @@ class LossSite:
         head: Any = heads[0]
         device, dtype = head.weight.device, head.weight.dtype
         body = (m for m in model.modules() if all(m is not h for h in heads))
-        config: Any = getattr(model, "config", None)
-        text = (
-            config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        )
         return cls(
             tokens,
             torch.empty((), dtype=dtype, device=device).expand(head.out_features, head.in_features),
             autocast_dtype(head.weight) or dtype,
             any(p is not None and p.requires_grad for m in body for p in m._parameters.values()),
             any(p.requires_grad for h in heads for p in h.parameters()),
-            getattr(text, "final_logit_softcapping", None) is not None,
+            text_setting(model, "final_logit_softcapping") is not None,
             options,
         )
 

@@ -13,7 +13,7 @@ from torch import nn
 from liger_kernel.transformers.patching import heads
 from liger_kernel.transformers.patching.forward import KEY, FusedForward
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.savings import LossSite
+from liger_kernel.transformers.patching.savings import LossSite, text_setting
 from liger_kernel.transformers.patching.site import Site
 from liger_kernel.transformers.patching.state import State
 
@@ -37,9 +37,7 @@ def head_paths(model: Any) -> list[str]:
 
 def _by_structure(model: nn.Module) -> list[str]:
     """Without an output embedding. Layers have Linears of any width, and a vocabulary may have the width of theirs."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text, "vocab_size", None)
+    vocabulary = text_setting(model, "vocab_size")
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     wide = [
         path
