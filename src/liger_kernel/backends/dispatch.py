@@ -5,7 +5,8 @@
    that follows PyTorch's ops.
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
-4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
+4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`); the
+   reference where that leaves these options or tensors to it (`_core.contract.Partial`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import Op, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import host_bound, kernels_of, kernels_requested
+from liger_kernel.backends import host_bound, kernels_of, kernels_requested, reference_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,17 @@ class Dispatch:
             found = self.eager(options, *tensors)
             if found is not None:
                 return found
-        return self.node.apply(kernels_of(self.name, x), options, *tensors)
+        return self.node.apply(kernels_for(self.name, options, *tensors), options, *tensors)
+
+
+def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
+    """What computes `op` for these tensors, of which the first is one, with these options."""
+    x: Any = tensors[0]
+    found = kernels_of(op, x)
+    unserved = getattr(found, "unserved", None)
+    if unserved is None or unserved(*tensors, options=options) is None:
+        return found
+    return reference_of(op, x)
 
 
 @torch.compiler.disable

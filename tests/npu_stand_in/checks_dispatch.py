@@ -1,0 +1,278 @@
+"""Which ops run functions of torch_npu, which the reference, and what becomes of requests by name.
+
+Run by `tests/backends/test_npu.py`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+from torch import Tensor
+
+from liger_kernel import backends
+from liger_kernel._core.contract import check_contract
+from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.ops import OPS
+from liger_kernel.ops.cross_entropy import cross_entropy
+from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.gated_mlp import gated_mlp
+from liger_kernel.ops.glu import glu, glu_packed
+from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.rms_norm import rms_norm
+from liger_kernel.ops.rope import rope
+from liger_kernel.ops.softmax import softmax
+from liger_kernel.testing import Make, specs
+from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
+from tests.npu_stand_in import device
+
+SPECS = specs()
+#: op -> functions of torch_npu, and kernels of PyTorch's operators, that forward and backward of its first case call.
+#: An op that is not here has no file: the reference computes it.
+NATIVE: dict[str, dict[str, int]] = {
+    "rms_norm": {"npu_rms_norm": 1, "npu_rms_norm_backward": 1},
+    "fused_add_rms_norm": {"npu_add_rms_norm": 1, "npu_rms_norm_backward": 1},
+    "glu": {"npu_swiglu": 1, "npu_swiglu_backward": 1},
+    "gated_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
+    "rope": {"npu_rotary_mul": 4},
+    "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
+    "softmax": {"_softmax_backward_data.out": 1},
+}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
+    return torch.randn(shape, **more).to("npu", dtype).detach().requires_grad_()
+
+
+def called(run: Callable[[], Any]) -> dict[str, int]:
+    """The native functions that `run` calls."""
+    torch_npu.calls.clear()
+    device.ran.clear()
+    run()
+    operators = (op for op in device.ran if op.startswith(("native_layer", "_softmax_backward")))
+    found = dict(torch_npu.calls)
+    for op in operators:
+        found[op] = found.get(op, 0) + 1
+    return found
+
+
+def trained(outputs: Any) -> None:
+    """A backward from everything that `outputs` has."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(o.float().sum() for o in outputs if o is not None and o.requires_grad).backward()
+
+
+@pytest.mark.parametrize("op", [*OPS, "fused_linear_cross_entropy"])
+def test_what_runs_natively(op: str) -> None:
+    spec = SPECS[op]
+    dtype = torch.bfloat16 if op == "layer_norm" else torch.float32
+    inputs, grads = drawn(spec, spec.cases[0], Make(dtype, "npu"))
+    args = leaves(inputs, wanted_inputs(spec, spec.cases[0], inputs))
+    native = called(lambda: call(spec.function, spec.cases[0].options, args, grads))
+    assert native == NATIVE.get(op, {})
+    if op in NATIVE and op != "gated_mlp":
+        assert backends.kernels_of(op, args[0]).__name__ == f"liger_kernel.ops.{op}.npu"
+
+
+@pytest.mark.parametrize("op", [op for op in NATIVE if op != "gated_mlp"])
+def test_every_file_satisfies_its_contract(op: str) -> None:
+    import importlib
+
+    contract = importlib.import_module(f"liger_kernel.ops.{op}.contract").Kernels
+    module = importlib.import_module(f"liger_kernel.ops.{op}.npu")
+    assert check_contract(module, contract, op) is module
+
+
+HALF = torch.bfloat16
+Q, ANGLES = (2, 4, 5, 16), (1, 5, 16)
+#: what a file leaves to the reference by its rule -> words of the reason, op, options and tensors
+LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
+    "no rows": ("no empty", lambda: rms_norm(randn(0, 8), randn(8))),
+    "no rows to add": ("no empty", lambda: fused_add_rms_norm(randn(0, 8), randn(0, 8), None)),
+    "empty gate": ("no empty", lambda: glu(randn(0, 8), randn(0, 8))),
+    "multiplier": ("multiplier", lambda: glu(randn(3, 8), randn(3, 8), gate_multiplier=0.5)),
+    "down multiplier": ("multiplier", lambda: glu_packed(randn(3, 8), down_multiplier=2.0)),
+    "multiplier of a block": (
+        "multiplier",
+        lambda: gated_mlp(randn(3, 8), randn(6, 8), randn(6, 8), randn(8, 6), gate_multiplier=0.5),
+    ),
+    "float32 statistics": ("statistics", lambda: layer_norm(randn(3, 8), randn(8))),
+    "float32 weight": ("dtype", lambda: layer_norm(randn(3, 8, dtype=HALF), randn(8))),
+    "partial rotation": (
+        "rotary_dim",
+        lambda: rope(randn(*Q), None, randn(*ANGLES), randn(*ANGLES), rotary_dim=8),
+    ),
+    "float32 angles": (
+        "rounded",
+        lambda: rope(randn(*Q, dtype=HALF), None, randn(*ANGLES), randn(*ANGLES)),
+    ),
+    "wide heads": (
+        "896",
+        lambda: rope(randn(1, 2, 3, 896), None, randn(1, 3, 896), randn(1, 3, 896)),
+    ),
+    "many heads": ("1000", lambda: rope(randn(1, 1000, 1, 4), None, randn(1, 4), randn(1, 4))),
+    "angles of each sequence": (
+        "interleaved",
+        lambda: rope(randn(*Q), None, randn(2, 5, 16), randn(2, 5, 16), interleaved=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_is_left_to_the_reference(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, run = LEFT[what]
+    said: list[str | None] = []
+    for op in NATIVE.keys() - {"gated_mlp", "softmax"}:
+        module = backends.kernels_of(op, torch.empty(1, device="npu"))
+        rule = module.unserved
+
+        def told(*tensors: Any, rule: Any = rule, options: Any) -> str | None:
+            said.append(rule(*tensors, options=options))
+            return said[-1]
+
+        monkeypatch.setattr(module, "unserved", told)
+    assert called(lambda: trained(run())) == {}
+    assert reason in str(said[0])
+    assert len(said) == 1
+
+
+EXACT: dict[str, Callable[[], Any]] = {
+    "offset": lambda: rms_norm(randn(3, 8), randn(8), offset=1.0, casting_mode="gemma"),
+    "offset in 16 bits": lambda: rms_norm(randn(3, 8, dtype=HALF), randn(8, dtype=HALF), offset=1),
+    "float32 weight": lambda: rms_norm(randn(3, 8, dtype=HALF), randn(8)),
+    "16-bit weight": lambda: rms_norm(randn(3, 8), randn(8, dtype=HALF)),
+    "other 16-bit weight": lambda: rms_norm(randn(3, 8, dtype=torch.float16), randn(8, dtype=HALF)),
+    "no weight": lambda: rms_norm(randn(3, 8, dtype=HALF), None),
+    "one row": lambda: rms_norm(randn(8), randn(8)),
+    "add with offset": lambda: fused_add_rms_norm(
+        *(randn(3, 8, dtype=HALF) for _ in range(2)), randn(8, dtype=HALF), offset=1.0
+    ),
+    "half a table": lambda: rope(
+        randn(*Q), randn(*Q), randn(1, 5, 8), randn(1, 5, 8), rotary_dim=16
+    ),
+    "interleaved": lambda: rope(
+        randn(*Q), randn(*Q), randn(*ANGLES), randn(*ANGLES), interleaved=True
+    ),
+    "heads last": lambda: rope(
+        randn(2, 5, 4, 16), None, randn(2, 5, 16), randn(2, 5, 16), unsqueeze_dim=2
+    ),
+    "geglu": lambda: glu(randn(3, 8), randn(3, 8), "gelu_tanh"),
+    "exact geglu": lambda: glu_packed(randn(2, 3, 8), "gelu"),
+}
+
+
+@pytest.mark.parametrize("what", EXACT)
+def test_options_that_are_expressed_exactly(what: str) -> None:
+    """The limits of the documentation hold in every call: the stand-in would raise. `test_ops.py` has the numbers."""
+    assert called(lambda: trained(EXACT[what]()))
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight = randn(3, 8), randn(8).detach()
+    trained(rms_norm(x, weight))
+    assert x.grad is not None
+    assert weight.grad is None
+    q, k = randn(*Q), randn(*Q).detach()
+    cos, sin = (randn(*ANGLES).detach() for _ in range(2))
+    found = called(lambda: trained(rope(q, k, cos, sin)))
+    assert found == {"npu_rotary_mul": 3}, "q and k forward, q alone backward"
+    without = called(lambda: rms_norm(x.detach(), weight))
+    assert without == {"npu_rms_norm": 1}
+
+
+# --- requests by name -----------------------------------------------------------------------------
+
+
+def test_a_request_is_honoured_or_refused() -> None:
+    x, weight = randn(3, 8), randn(8)
+    with backends.use_implementation("npu"):
+        assert called(lambda: rms_norm(x, weight)) == {"npu_rms_norm": 1}
+        with pytest.raises(RuntimeError, match=r"'npu' cannot serve .* 'cpu': torch_npu computes"):
+            rms_norm(x.cpu(), weight.cpu())
+        with pytest.raises(RuntimeError, match="'npu' computes in float32 and cannot serve float"):
+            rms_norm(x.double(), weight.double())
+    with backends.use_implementation("reference"):
+        assert called(lambda: rms_norm(x, weight)) == {}
+    with (
+        backends.use_implementation("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot serve .* 'npu': Triton supports cuda"),
+    ):
+        rms_norm(x, weight)
+    assert called(lambda: rms_norm(x.double(), weight.double())) == {}
+
+
+@pytest.mark.parametrize("name", ["npu", "NPU ", "reference", ""])
+def test_a_request_by_the_environment(name: str) -> None:
+    code = (
+        "from tests.npu_stand_in import plugin; import torch, torch_npu;"
+        "from liger_kernel.ops.rms_norm import rms_norm;"
+        "rms_norm(torch.ones(2, 8, device='npu'), None); print(dict(torch_npu.calls))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LIGER_KERNEL_IMPL": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = {} if name == "reference" else {"npu_rms_norm": 1}
+    assert done.stdout.strip() == str(expected)
+
+
+def test_under_compile_the_reference_is_traced() -> None:
+    x, weight = randn(3, 8), randn(8)
+    compiled = torch.compile(lambda x, w: rms_norm(x, w), backend="eager", fullgraph=True)
+    assert called(lambda: compiled(x, weight)) == {}
+    with backends.use_implementation("npu"):
+        torch._dynamo.reset()
+        partly = torch.compile(lambda x, w: rms_norm(x * 2, w) + 1, backend="eager")
+        assert called(lambda: partly(x, weight)) == {"npu_rms_norm": 1}
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+def test_facts() -> None:
+    facts = backends.facts_of(torch.device("npu"))
+    assert backends.backend_of("npu").name == "npu"
+    assert facts.queues
+    assert not facts.float64
+    assert facts.streams is None, "the stand-in has none"
+    with backends.device_guard(torch.device("npu:0")):
+        assert device.entered[-1] == torch.device("npu:0")
+
+
+def test_the_host_reads_no_number_back() -> None:
+    """On a device that queues: neither forward nor backward of any op waits for it."""
+    logits, target = randn(6, 11), torch.tensor([1, 2, -100, 3, 4, 5]).to("npu")
+    for run in (
+        lambda: cross_entropy(logits, target)[0],
+        lambda: rms_norm(randn(3, 8), randn(8)),
+        lambda: softmax(randn(3, 8)),
+        lambda: glu(randn(3, 8), randn(3, 8)),
+    ):
+        device.ran.clear()
+        trained(run())
+        assert "_local_scalar_dense" not in device.ran
+
+
+def test_a_rule_is_checked_when_the_file_is_loaded() -> None:
+    import types
+
+    from liger_kernel.ops.glu.contract import Kernels
+
+    module = backends.kernels_of("glu", torch.empty(1, device="npu"))
+    found = types.SimpleNamespace(**{**vars(module), "unserved": lambda gate, options: None})
+    with pytest.raises(TypeError, match=r"unserved\(gate, options\) must take \(gate, up, options"):
+        check_contract(found, Kernels, "my.glu")
+    assert kernels_for("glu", None, *_unruled()) is not None
+
+
+def _unruled() -> tuple[Tensor, None]:
+    return torch.empty(2, 4), None
