@@ -163,6 +163,17 @@ def test_facts_of_a_device_nobody_knows() -> None:
     assert (facts.product_multiple, facts.mixed_products, facts.streams) == (1, (), None)
 
 
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "mtia"])
+def test_fake_tensors_of_a_device_that_is_not_here(device: str) -> None:
+    """As when a step is planned on a laptop: nobody asks the driver for what is not there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 8, device=device), torch.empty(8, device=device)
+        y = glu(rms_norm(x, weight), x)
+    assert (y.device.type, y.shape) == (device, x.shape)
+
+
 def test_dummy_is_registered_once() -> None:
     assert backends.BACKENDS["dummy"] is dummy_backend.BACKEND
     assert backends.backend_of("cpu").name == "cpu", "the dummy computes there on request alone"

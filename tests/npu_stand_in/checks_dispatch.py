@@ -108,9 +108,9 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
         "rotary_dim",
         lambda: rope(randn(*Q), None, randn(*ANGLES), randn(*ANGLES), rotary_dim=8),
     ),
-    "float32 angles": (
-        "rounded",
-        lambda: rope(randn(*Q, dtype=HALF), None, randn(*ANGLES), randn(*ANGLES)),
+    "float64 angles": (
+        "float64",
+        lambda: rope(randn(*Q), None, *(randn(*ANGLES, dtype=torch.float64) for _ in "cs")),
     ),
     "wide heads": (
         "896",
@@ -152,6 +152,9 @@ EXACT: dict[str, Callable[[], Any]] = {
     "one row": lambda: rms_norm(randn(8), randn(8)),
     "add with offset": lambda: fused_add_rms_norm(
         *(randn(3, 8, dtype=HALF) for _ in range(2)), randn(8, dtype=HALF), offset=1.0
+    ),
+    "float32 angles": lambda: rope(
+        randn(*Q, dtype=HALF), randn(*Q), randn(*ANGLES), randn(*ANGLES)
     ),
     "half a table": lambda: rope(
         randn(*Q), randn(*Q), randn(1, 5, 8), randn(1, 5, 8), rotary_dim=16

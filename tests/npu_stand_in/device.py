@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 NAME = "npu"
 CPU, EXTENSION = 1, 12  # of DLDeviceType
@@ -80,6 +79,13 @@ def _view_of(base: Tensor, host: Tensor, view: Tensor) -> Tensor:
     return torch.ops.aten.alias(base).as_strided_(view.shape, view.stride(), offset)
 
 
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of every element of lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(function, v) for v in value)
+    return function(value)
+
+
 def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """`op` on the CPU, for tensors on the device: what every operator without a kernel of its own runs."""
     with torch._C._ExcludeDispatchKeyGuard(_ABOVE):
@@ -109,7 +115,7 @@ def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{op.__name__}: a tensor on {value.device} among those on {NAME}")
         return value
 
-    found = op(*pytree.tree_map(host, args), **pytree.tree_map(host, kwargs))
+    found = op(*_mapped(host, args), **{name: _mapped(host, v) for name, v in kwargs.items()})
     by_host = {id(h): t for t, h in hosts.values()}
     alias = next((r.alias_info for r in op._schema.returns if r.alias_info is not None), None)
     for t, h in hosts.values():
@@ -124,7 +130,7 @@ def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return by_host[id(value)]
         return to_device(value) if base is None else _view_of(base, host(base), value)
 
-    return pytree.tree_map(back, found)
+    return _mapped(back, found)
 
 
 def _as_strided(x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> Tensor:
@@ -164,7 +170,9 @@ def _autocast(op: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
             return value.to(wanted) if fits else value
 
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return op(*pytree.tree_map(converted, args), **pytree.tree_map(converted, kwargs))
+            return op(
+                *_mapped(converted, args), **{k: _mapped(converted, v) for k, v in kwargs.items()}
+            )
 
     return cast
 

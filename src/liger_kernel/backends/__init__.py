@@ -76,7 +76,10 @@ def backend_of(device_type: str) -> Backend:
 
 @functools.cache
 def facts_of(device: torch.device) -> DeviceFacts:
-    facts = backend_of(device.type).facts
+    runtime: Any = getattr(torch, device.type, None)
+    absent = hasattr(runtime, "is_available") and not runtime.is_available()
+    # a fake tensor may be on a device that this machine has not
+    facts = (_UNKNOWN if absent else backend_of(device.type)).facts
     assert facts is not None
     return facts(device)
 

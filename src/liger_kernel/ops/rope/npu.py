@@ -1,14 +1,16 @@
 """The rotary embedding by `torch_npu.npu_rotary_mul`.
 
 Documented in op-plugin as `npu_rotary_mul(input, r1, r2, rotary_mode="half") -> input * r1 + rotate(input) * r2`, with
-the limits that `unserved` names; r1 and r2 are as wide as a head, and are rounded to the dtype of input. That they lie
-in [-1, 1], as it also says, cannot be asked without waiting for the device: YaRN and LongRoPE scale them beyond.
+the limits that `unserved` names; r1 and r2 are as wide as a head. It rounds them to the dtype of input, so that input
+is widened where they are wider, as under autocast. That they lie in [-1, 1], as the page also says, cannot be asked
+without waiting for the device: YaRN and LongRoPE scale them beyond.
 
 A rotation by the opposite angles is the backward, so that q and k are not kept.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ def unserved(
     most_heads = max(q.shape[heads], 0 if k is None else k.shape[heads])
     if options.rotary_dim != head_dim:
         return "the columns after rotary_dim pass through"
-    if any(t is not None and t.dtype != q.dtype for t in (k, cos, sin)):
-        return "the angles would be rounded to the dtype of q"
+    if torch.float64 in (cos.dtype, sin.dtype):
+        return "the angles are float64"
     if head_dim >= 896 or batch >= 1000 or most_heads >= 1000:
         return "heads of 896 columns, or 1000 of them, are too many"
     if options.interleaved and (cos.shape[0] != 1 or batch * most_heads >= 1000):
@@ -41,9 +43,11 @@ def _rotated(
 ) -> Tensor | None:
     if x is None:
         return None
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in angles), x.dtype)
+    wide = (t.to(dtype) for t in (x, *angles))
     mode = "interleave" if options.interleaved else "half"
-    rotated: Tensor = torch_npu.npu_rotary_mul(x, *angles, rotary_mode=mode)
-    return rotated
+    rotated: Tensor = torch_npu.npu_rotary_mul(*wide, rotary_mode=mode)
+    return rotated.to(x.dtype)
 
 
 def _tables(cos: Tensor, sin: Tensor, options: RopeOptions) -> tuple[Tensor, Tensor]:
