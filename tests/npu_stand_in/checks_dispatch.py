@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
 from liger_kernel import backends
 from liger_kernel._core.contract import check_contract
 from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.ops import OPS
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -28,7 +31,7 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import rope
 from liger_kernel.ops.softmax import softmax
-from liger_kernel.testing import Make, specs
+from liger_kernel.testing import Make, assert_no_worse, specs
 from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
 from tests.npu_stand_in import device
 
@@ -263,6 +266,23 @@ def test_the_host_reads_no_number_back() -> None:
         device.ran.clear()
         trained(run())
         assert "_local_scalar_dense" not in device.ran
+
+
+def test_labels_are_left_out_where_the_device_cannot_assert() -> None:
+    """As on NPUs, and on MPS before torch 2.14: the host looks at the count instead."""
+    assert not backends.can_assert("npu")
+    assert not backends.can_assert("mps") or torch.backends.mps.is_available()
+    hidden, weight = randn(64, 8), randn(11, 8)
+    target = torch.arange(64).remainder(11).masked_fill(torch.arange(64) % 2 == 0, -100).to("npu")
+    loss = fused_linear_cross_entropy(hidden, weight, target, label_count=LabelCount(target))[0]
+    assert_no_worse(
+        "loss",
+        loss,
+        F.cross_entropy(hidden.double() @ weight.double().t(), target),
+        F.cross_entropy(hidden @ weight.t(), target),
+    )
+    with pytest.raises(RuntimeError, match="more labels than label_count says"):
+        fused_linear_cross_entropy(hidden, weight, target, label_count=3)
 
 
 def test_a_rule_is_checked_when_the_file_is_loaded() -> None:

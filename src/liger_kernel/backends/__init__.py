@@ -100,6 +100,13 @@ def is_capturing(device: torch.device) -> bool:
     return streams is not None and streams.is_current_stream_capturing()
 
 
+@functools.cache
+def can_assert(device_type: str) -> bool:
+    """Whether the device can stop at a wrong number by itself: MPS can since torch 2.14, Ascend's NPUs cannot."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
+
+
 # --- explicit requests ----------------------------------------------------------------------------
 
 
