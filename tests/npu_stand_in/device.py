@@ -196,20 +196,25 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Any:
     return memo[id(self)]
 
 
-class _Guard(torch._C._acc.DeviceGuard):
-    def type_(self) -> Any:
-        return torch._C._autograd.DeviceType.PrivateUse1
+def _register_with_pytorch() -> None:
+    """Answers PyTorch's C++ asks of a device: that there is one, and that there is one only."""
+    acc = torch._C._acc
 
+    class Guard(acc.DeviceGuard):  # type: ignore[name-defined, misc]
+        def type_(self) -> Any:
+            return torch._C._autograd.DeviceType.PrivateUse1
 
-class _Hooks(torch._C._acc.PrivateUse1Hooks):
-    def is_available(self) -> bool:
-        return True
+    class Hooks(acc.PrivateUse1Hooks):  # type: ignore[name-defined, misc]
+        def is_available(self) -> bool:
+            return True
 
-    def has_primary_context(self, device_index: int) -> bool:
-        return True
+        is_built = is_available
 
-    def is_built(self) -> bool:
-        return True
+        def has_primary_context(self, device_index: int) -> bool:
+            return True
+
+    acc.register_python_privateuseone_hook(Hooks())
+    acc.register_python_privateuseone_device_guard(Guard())
 
 
 class _OnDevice:
@@ -255,8 +260,9 @@ def _module() -> ModuleType:
 
 
 def can_register() -> bool:
-    """Whether this PyTorch lets a device be registered from Python (2.10 does)."""
-    return hasattr(torch._C, "_acc")
+    """Whether this PyTorch lets a device be registered from Python (2.13 does)."""
+    acc = getattr(torch._C, "_acc", None)
+    return hasattr(acc, "register_python_privateuseone_device_guard")
 
 
 @functools.cache
@@ -265,8 +271,7 @@ def register() -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch.utils.generate_methods_for_privateuse1_backend()
     torch._register_device_module(NAME, _module())
-    torch._C._acc.register_python_privateuseone_hook(_Hooks())
-    torch._C._acc.register_python_privateuseone_device_guard(_Guard())
+    _register_with_pytorch()
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_kernel, "PrivateUse1")
     aten = torch.library.Library("aten", "IMPL")
