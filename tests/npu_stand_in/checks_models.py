@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch_npu
 from torch import Tensor, nn
 
 import liger_kernel
+from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.testing import assert_draws_no_worse
 from tests.transformers.steps import fused, move, named_step
 from tests.transformers.tiny import batch, build
@@ -94,3 +96,43 @@ def test_generation() -> None:
         each.generation_config.pad_token_id = 0
     ours, theirs = (m.generate(ids, max_new_tokens=4, do_sample=False) for m in (model, stock))
     assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_loss_in_one_graph(backend: str) -> None:
+    hidden, weight = (torch.randn(n, 8).to("npu").requires_grad_() for n in (6, 11))
+    target = torch.arange(6).to("npu")
+
+    def loss(hidden: Tensor) -> Tensor:
+        return fused_linear_cross_entropy(hidden * 2, weight, target)[0]
+
+    (plain,) = torch.autograd.grad(loss(hidden), hidden)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(
+        torch.compile(loss, backend=backend, fullgraph=True)(hidden), hidden
+    )
+    assert torch.equal(plain, compiled)
+
+
+def test_a_trainer_patches_and_trains_on_the_device(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_liger_kernel=True,
+        bf16=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        report_to=[],
+        dataloader_pin_memory=False,  # the stand-in has none
+        disable_tqdm=True,
+    )
+    rows = [dict(zip(batch(), row, strict=True)) for row in zip(*batch(4).values(), strict=True)]
+    trainer = Trainer(build("llama", num_hidden_layers=1), arguments, train_dataset=rows)
+    torch_npu.calls.clear()
+    trainer.train()
+    assert trainer.model.device.type == "npu"
+    assert torch_npu.calls["npu_rms_norm_backward"] == 2 * 3
+    assert torch_npu.calls["npu_swiglu_backward"] == 2
+    assert torch_npu.calls["npu_rotary_mul"] == 2 * 4
