@@ -31,8 +31,8 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import rope
 from liger_kernel.ops.softmax import softmax
-from liger_kernel.testing import Make, assert_no_worse, specs
-from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
+from liger_kernel.testing import Make, assert_draws_no_worse, assert_no_worse, specs
+from liger_kernel.testing.calls import as_tuple, call, drawn, leaves, named, wanted_inputs
 from tests.npu_stand_in import device
 
 SPECS = specs()
@@ -145,38 +145,65 @@ def test_what_is_left_to_the_reference(what: str, monkeypatch: pytest.MonkeyPatc
     assert len(said) == 1
 
 
-EXACT: dict[str, Callable[[], Any]] = {
-    "offset": lambda: rms_norm(randn(3, 8), randn(8), offset=1.0, casting_mode="gemma"),
-    "offset in 16 bits": lambda: rms_norm(randn(3, 8, dtype=HALF), randn(8, dtype=HALF), offset=1),
-    "float32 weight": lambda: rms_norm(randn(3, 8, dtype=HALF), randn(8)),
-    "16-bit weight": lambda: rms_norm(randn(3, 8), randn(8, dtype=HALF)),
-    "other 16-bit weight": lambda: rms_norm(randn(3, 8, dtype=torch.float16), randn(8, dtype=HALF)),
-    "no weight": lambda: rms_norm(randn(3, 8, dtype=HALF), None),
-    "one row": lambda: rms_norm(randn(8), randn(8)),
-    "add with offset": lambda: fused_add_rms_norm(
-        *(randn(3, 8, dtype=HALF) for _ in range(2)), randn(8, dtype=HALF), offset=1.0
+F32, F16 = torch.float32, torch.float16
+GEMMA: dict[str, Any] = {"offset": 1.0, "casting_mode": "gemma"}
+#: op, options, and the shapes and dtypes of its tensors: what takes another call than that of the plain case
+EXPRESSED: dict[str, tuple[Callable[..., Any], dict[str, Any], list[Any]]] = {
+    "offset": (rms_norm, GEMMA, [(3, 8), F32, (8,), F32]),
+    "offset in 16 bits": (rms_norm, GEMMA, [(300, 8), HALF, (8,), HALF]),
+    "float32 weight": (rms_norm, GEMMA | {"offset": 0.0}, [(300, 8), HALF, (8,), F32]),
+    "16-bit weight": (rms_norm, {}, [(3, 8), F32, (8,), HALF]),
+    "other weight": (rms_norm, GEMMA | {"offset": 0.0}, [(300, 8), F16, (8,), HALF]),
+    "one row": (rms_norm, {}, [(8,), F32, (8,), F32]),
+    "add, offset": (fused_add_rms_norm, GEMMA, [(9, 8), HALF, (9, 8), HALF, (8,), HALF]),
+    "float32 angles": (rope, {}, [Q, HALF, Q, HALF, ANGLES, F32, ANGLES, F32]),
+    "16-bit angles": (rope, {}, [Q, F32, Q, HALF, ANGLES, HALF, ANGLES, HALF]),
+    "half a table": (rope, {"rotary_dim": 16}, [Q, F32, Q, F32, (1, 5, 8), F32, (1, 5, 8), F32]),
+    "interleaved": (rope, {"interleaved": True}, [Q, F32, Q, F32, ANGLES, F32, ANGLES, F32]),
+    "heads last": (
+        rope,
+        {"unsqueeze_dim": 2},
+        [(2, 5, 4, 16), HALF, (2, 5, 1, 16), HALF, (2, 5, 16), HALF, (2, 5, 16), HALF],
     ),
-    "float32 angles": lambda: rope(
-        randn(*Q, dtype=HALF), randn(*Q), randn(*ANGLES), randn(*ANGLES)
-    ),
-    "half a table": lambda: rope(
-        randn(*Q), randn(*Q), randn(1, 5, 8), randn(1, 5, 8), rotary_dim=16
-    ),
-    "interleaved": lambda: rope(
-        randn(*Q), randn(*Q), randn(*ANGLES), randn(*ANGLES), interleaved=True
-    ),
-    "heads last": lambda: rope(
-        randn(2, 5, 4, 16), None, randn(2, 5, 16), randn(2, 5, 16), unsqueeze_dim=2
-    ),
-    "geglu": lambda: glu(randn(3, 8), randn(3, 8), "gelu_tanh"),
-    "exact geglu": lambda: glu_packed(randn(2, 3, 8), "gelu"),
+    "geglu": (glu, {"activation": "gelu_tanh"}, [(3, 8), F32, (3, 8), F32]),
+    "exact geglu": (glu_packed, {"activation": "gelu"}, [(2, 3, 8), F32]),
 }
+#: whose reference computes in float32 and rounds once, too, so that nothing may differ
+ROUNDED_ONCE = ("offset in 16 bits", "float32 weight", "other weight", "add, offset")
+ROUNDED_ONCE += ("float32 angles", "16-bit angles", "heads last")
 
 
-@pytest.mark.parametrize("what", EXACT)
+@pytest.mark.parametrize("what", EXPRESSED)
 def test_options_that_are_expressed_exactly(what: str) -> None:
-    """The limits of the documentation hold in every call: the stand-in would raise. `test_ops.py` has the numbers."""
-    assert called(lambda: trained(EXACT[what]()))
+    """By native calls, within the documentation's limits, or the stand-in would raise."""
+    op, options, described = EXPRESSED[what]
+
+    def draw(seed: int) -> Any:
+        torch.manual_seed(seed)
+        tensors = list(zip(described[::2], described[1::2], strict=True))
+        given = [randn(*shape, dtype=dtype).detach() for shape, dtype in tensors]
+        shapes = [o.shape for o in as_tuple(op(*given, **options))]
+        grads = {i: randn(*shape).detach() for i, shape in enumerate(shapes) if i == 0}
+
+        def run(implementation: str | None, dtype: torch.dtype | None = None) -> Any:
+            wanted = set(range(1 if op in (rope, glu_packed) else 2))
+            with backends.use_implementation(implementation):
+                return named(*call(op, options, leaves(tuple(given), wanted, dtype), grads))
+
+        assert called(lambda: ours.update(run("npu")))
+        low = run("reference")
+        if what in ROUNDED_ONCE:
+            assert torch.equal(ours["output 0"], low["output 0"])
+        return dict(ours), run("reference", torch.float64), low
+
+    ours: dict[str, Tensor] = {}
+    assert_draws_no_worse(draw)
+
+
+def test_a_gradient_of_any_strides() -> None:
+    for run in (lambda: glu(randn(3, 8), randn(3, 8)), lambda: rms_norm(randn(3, 8), None)):
+        for grad in (randn(8).expand(3, 8), randn(8, 3).t(), randn(3, 1).expand(3, 8)):
+            run().backward(grad.detach())
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
