@@ -120,6 +120,7 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: rope(randn(1, 2, 3, 896), None, randn(1, 3, 896), randn(1, 3, 896)),
     ),
     "many heads": ("1000", lambda: rope(randn(1, 1000, 1, 4), None, randn(1, 4), randn(1, 4))),
+    "many sequences": ("1000", lambda: rope(randn(1000, 1, 1, 4), None, randn(1, 4), randn(1, 4))),
     "angles of each sequence": (
         "interleaved",
         lambda: rope(randn(*Q), None, randn(2, 5, 16), randn(2, 5, 16), interleaved=True),
