@@ -6,6 +6,8 @@
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
 4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
+5. Where there is none, PyTorch's own fused op if it has one, or the reference: both directly, under PyTorch's autograd.
+   Nothing is computed twice then; an autograd node of ours would run the reference again in backward.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, in_torch_func, is_transformed
+from liger_kernel._core.autograd import Op, Recompute, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import host_bound, kernels_of, kernels_requested
+from liger_kernel.backends import (
+    host_bound,
+    kernels_of,
+    kernels_requested,
+    reference_requested,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Dispatch:
     shards: from a function of plain tensors, and the op's tensors of which some are DTensors, to its outputs.
     small: elements of the first tensor up to which `eager(options, *tensors)` is tried on a GPU; it returns None where
     it would not compute the same.
+    native: `native(options, *tensors)`, the op as PyTorch has it, run where there are no kernels; None likewise.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Dispatch:
     shards: Callable[..., Any]
     small: int = 0
     eager: Callable[..., Any] | None = None
+    native: Callable[..., Any] | None = None
 
     def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
         if is_transformed():
@@ -56,7 +65,14 @@ class Dispatch:
             found = self.eager(options, *tensors)
             if found is not None:
                 return found
-        return self.node.apply(kernels_of(self.name, x), options, *tensors)
+        kernels = kernels_of(self.name, x)
+        if not isinstance(kernels, Recompute):
+            return self.node.apply(kernels, options, *tensors)
+        if self.native is not None and not reference_requested():
+            found = self.native(options, *tensors)
+            if found is not None:
+                return found
+        return self.reference(*tensors, **options.named())
 
 
 @torch.compiler.disable
