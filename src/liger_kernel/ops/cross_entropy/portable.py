@@ -62,7 +62,7 @@ def _step(
     hit = torch.full_like(log_p_y, 1 - o.label_smoothing)
     if w is not None:
         hit = hit * w[label]
-    slope, loss, z, z_slope = hit, -hit * log_p_y, torch.zeros_like(hit), 0
+    slope, loss, z, z_slope = hit, -hit * log_p_y, torch.zeros_like(hit), torch.zeros_like(hit)
     if o.lse_square_scale:
         top, at = x.max(-1, keepdim=True)
         lse = (top - log_p.gather(1, at))[:, 0]
@@ -94,14 +94,20 @@ def _step(
                 column.copy_(value)
     if grad is None:
         return
-    g = log_p.exp_().mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
-    if smooth:
-        g -= (smooth * factor)[:, None] * (1 if w is None else w)
-    g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])
-    if tanh is not None:
-        g *= 1 - tanh.square()
     if row_scale is not None:
-        g *= row_scale.to(g.dtype)[:, None]
+        slope, hit, factor = (t * row_scale.to(hit.dtype) for t in (slope, hit, factor))
+    slope = slope.masked_fill(out_of_range, torch.nan)[:, None]
+    g, at = log_p.exp_(), label[:, None]
+    if grad.dtype == g.dtype and not smooth and tanh is None:  # straight to where it belongs
+        at_label = g.gather(1, at) * slope - hit[:, None]
+        torch.mul(g, slope, out=grad).scatter_(1, at, at_label)
+    else:
+        g.mul_(slope)
+        if smooth:
+            g -= (smooth * factor)[:, None] * (1 if w is None else w)
+        g.scatter_(1, at, g.gather(1, at) - hit[:, None])
+        if tanh is not None:
+            g *= 1 - tanh.square()
+        grad.copy_(g)
     if not can_look(ignored) or ignored.any():  # else a pass is saved
-        g.masked_fill_(ignored[:, None], 0)
-    grad.copy_(g)
+        grad.masked_fill_(ignored[:, None], 0)
