@@ -4,7 +4,7 @@
     python -m benchmark tables benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
-`chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
+`steps` (`e2e` in short), `chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -122,27 +122,35 @@ def head_table(content: dict[str, Any]) -> str:
     )
 
 
-def e2e_table(content: dict[str, Any]) -> str:
-    modes, body = present(content["e2e"], "mode", E2E_ORDER), []
+def e2e_table(content: dict[str, Any], order: Sequence[str] = E2E_ORDER, loss: bool = True) -> str:
+    modes, body = present(content["e2e"], "mode", order), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
         shape, seq, batch, checkpointing, ignored = key
         speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
-        body.append([name, *(e2e_cell(row, speed, int(steps)) for row in line)])
-    note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
+        body.append([name, *(e2e_cell(row, speed, int(steps), loss) for row in line)])
+    note = "Tokens per second, peak memory"
+    note += ", loss of the last step (same data, same seed)." if loss else "."
     return whole(content, "e2e", ["model", *modes], body, note)
 
 
-def e2e_cell(row: Row | None, best: float, steps: int) -> str:
+def e2e_cell(row: Row | None, best: float, steps: int, loss: bool = True) -> str:
     """A loss after fewer than `steps` steps is another loss, and says so."""
     if row is None or "tokens_per_s" not in row:
         return "" if row is None else "fails"
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
+    if not loss:
+        return f"{speed}{memory}"
     after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
+
+
+def steps_table(content: dict[str, Any]) -> str:
+    """The same for a reader in a hurry: ours beside what he would use instead."""
+    return e2e_table(content, ("stock", "compile", "incumbent", "patched"), loss=False)
 
 
 def host_table(content: dict[str, Any]) -> str:
@@ -180,7 +188,13 @@ def chunked_table(content: dict[str, Any]) -> str:
 
 
 #: what a page may ask for, beside `ops` and the ops themselves
-KINDS = {"e2e": e2e_table, "head": head_table, "host": host_table, "chunked": chunked_table}
+KINDS = {
+    "e2e": e2e_table,
+    "steps": steps_table,
+    "head": head_table,
+    "host": host_table,
+    "chunked": chunked_table,
+}
 
 
 def provenance(content: dict[str, Any], kind: str) -> str:

@@ -132,7 +132,8 @@ def totals(found: dict[Name, bool]) -> str:
     there = sum(found.values())
     return (
         f"{there} of the {len(found)} public functions and classes of `liger-kernel` 0.8.5 can be imported\n"
-        f"from the same paths; {len(found) - there} are still missing. `docs/compatibility.md` lists both."
+        f"from the same paths; {len(found) - there} are still missing. "
+        "[Compatibility](docs/compatibility.md) lists both."
     )
 
 

@@ -149,6 +149,8 @@ def test_tables_replace_what_is_between_their_markers() -> None:
     [
         ("README.md", "nvidia-h100-80gb-hbm3"),
         ("docs/performance.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/problems/out-of-memory.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/problems/preference-and-rl.md", "nvidia-h100-80gb-hbm3"),
         ("docs/h200.md", "nvidia-h200"),
     ],
 )
