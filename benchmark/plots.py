@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmark import sources
 from benchmark.options import Parser
 from benchmark.results import Row, load
-from benchmark.tables import LOSS_HEAD
+from benchmark.tables import LOSS_HEAD, STEP_NAMES, model_name
 
 TARGET = sources.ROOT / "docs" / "plots"
 OURS = "ours"
@@ -29,16 +29,12 @@ OURS = "ours"
 NAMES = {
     "eager": "PyTorch",
     "torch": "PyTorch",
-    "stock": "HuggingFace",
-    "compile": "torch.compile",
     "cce": "cut cross entropy",
     "liger": "liger-kernel 0.8.5",
-    "incumbent": "liger-kernel 0.8.5",
-    "patched": OURS,
     "ours": OURS,
+    **STEP_NAMES,
 }
 HEADS = ("torch", "cce", "liger", "ours")
-STEPS = ("stock", "compile", "incumbent", "patched")
 WIDTH = 5.6  # inches; a page shows it 400 to 700 pixels wide
 FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "liger_kernel", "font.size": 9}
@@ -213,7 +209,7 @@ def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool
     """Tokens per second, or the peak memory, of a training step."""
     found = {r["mode"]: r for r in content["e2e"]
              if (r["shape"], r["seq"], r["batch"]) == (shape, seq, batch)}  # fmt: skip
-    rows = [found[mode] for mode in STEPS]
+    rows = [found[mode] for mode in STEP_NAMES]
     key = "peak_gb" if memory else "tokens_per_s"
     values = {NAMES[row["mode"]]: row[key] for row in rows}
     stock, ours = values[NAMES["stock"]], values[OURS]
@@ -228,11 +224,6 @@ def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool
         f"{place(content, rows)}"
     )
     return Bars(title, caption, "peak GB" if memory else "tokens per second", values)
-
-
-def model_name(shape: str) -> str:
-    name = shape.replace("llama", "Llama").replace("qwen", "Qwen")
-    return re.sub(r"(\d)b\b", r"\1B", name)
 
 
 def heads(

@@ -21,6 +21,12 @@ PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "liger", "cce", "
 LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
 E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
+STEP_NAMES = {
+    "stock": "HuggingFace",
+    "compile": "torch.compile",
+    "incumbent": "liger-kernel 0.8.5",
+    "patched": "ours",
+}
 LEGEND = (
     "Milliseconds of a call from the host with cold caches, in parentheses of its kernels alone (replayed CUDA graph); "
     "bold: the fastest call. Rate and share of the ceiling (device copy or bf16 matrix product, measured in the same "
@@ -122,35 +128,50 @@ def head_table(content: dict[str, Any]) -> str:
     )
 
 
-def e2e_table(content: dict[str, Any], order: Sequence[str] = E2E_ORDER, loss: bool = True) -> str:
-    modes, body = present(content["e2e"], "mode", order), []
+def e2e_table(content: dict[str, Any]) -> str:
+    modes, body = present(content["e2e"], "mode", E2E_ORDER), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
         shape, seq, batch, checkpointing, ignored = key
         speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
-        body.append([name, *(e2e_cell(row, speed, int(steps), loss) for row in line)])
-    note = "Tokens per second, peak memory"
-    note += ", loss of the last step (same data, same seed)." if loss else "."
+        body.append([name, *(e2e_cell(row, speed, int(steps)) for row in line)])
+    note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
     return whole(content, "e2e", ["model", *modes], body, note)
 
 
-def e2e_cell(row: Row | None, best: float, steps: int, loss: bool = True) -> str:
+def e2e_cell(row: Row | None, best: float, steps: int) -> str:
     """A loss after fewer than `steps` steps is another loss, and says so."""
     if row is None or "tokens_per_s" not in row:
         return "" if row is None else "fails"
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
-    if not loss:
-        return f"{speed}{memory}"
     after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
 
 
 def steps_table(content: dict[str, Any]) -> str:
-    """The same for a reader in a hurry: ours beside what he would use instead."""
-    return e2e_table(content, ("stock", "compile", "incumbent", "patched"), loss=False)
+    """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
+    body = []
+    for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
+        shape, seq, batch, checkpointing, ignored = key
+        if ignored:
+            continue
+        name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
+        name += ", checkpointing" if checkpointing else ""
+        speed = best(line, "tokens_per_s", max) or 0
+        cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
+        body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])
+    return whole(content, "e2e", ["tokens/s / peak memory", *STEP_NAMES.values()], body)
+
+
+def model_name(shape: str) -> str:
+    """llama-3.2-1b -> Llama-3.2-1B"""
+    name = (
+        shape.replace("llama", "Llama").replace("qwen", "Qwen").replace("-4-layers", ", 4 layers")
+    )
+    return re.sub(r"(\d)b\b", r"\1B", name)
 
 
 def host_table(content: dict[str, Any]) -> str:

@@ -108,6 +108,11 @@ class House(griffe.Extension):
         patch: Any = pkg["transformers.patching.patch"]
         options = "\n    ".join(switches(pkg["transformers.patching.sites"].filepath.parent))
         patch.docstring.value = patch.docstring.value.replace("{options}", options)
+        names = "|".join(map(str, pkg["functional"].exports or ()))
+        self.functional, self.links = (
+            f"{pkg.name}.functional",
+            re.compile(rf"`{pkg.name}\.ops\.({names})`"),
+        )
         self._visit(pkg)
 
     def _visit(self, found: griffe.Object) -> None:
@@ -117,6 +122,9 @@ class House(griffe.Extension):
             if member.is_class and (options := options_of(member)) is not None:
                 declared(member, options)
             if member.docstring:
+                member.docstring.value = self.links.sub(
+                    rf"[`\1`][{self.functional}.\1]", member.docstring.value
+                )
                 signed: Any = member.members.get("__init__", member) if member.is_class else member
                 names = [p.name for p in getattr(signed, "parameters", ()) if p.name.isidentifier()]
                 member.docstring.value = as_markdown(member.docstring.value, names)

@@ -101,7 +101,8 @@ def api_spelled_out(markdown: str) -> str:
         text = [f"## {match['name']}", "", "```python", signature(found.name, signed), "```", ""]
         return "\n".join([*text, found.docstring.value if found.docstring else ""])
 
-    return re.sub(r"^::: (?P<name>[\w.]+)(?:\n+ +.*)*", of, markdown, flags=re.MULTILINE)
+    text = re.sub(r"^::: (?P<name>[\w.]+)(?:\n+ +.*)*", of, markdown, flags=re.MULTILINE)
+    return re.sub(r"\[(`[\w.]+`)\]\[[\w.]+\]", r"\1", text)
 
 
 def signature(name: str, found: Any) -> str:
