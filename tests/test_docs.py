@@ -17,10 +17,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
-
-from benchmark import __main__ as benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -55,17 +54,19 @@ def broken_links(page: Path) -> Findings:
 
 
 def unknown_commands(text: str, targets: set[str]) -> Findings:
-    """`make target`, `python -m module`, `python -m benchmark command --option` that do not exist."""
+    """`make` targets, `python -m` modules, commands and options of `benchmark` and `liger_kernel` that do not exist."""
     findings = []
     for line in code(text):
         for target in re.findall(r"(?:^|[\s;&(])make ([a-z][\w-]*)", line):
             if target not in targets:
                 findings.append(f"make {target}")
         for module, rest in re.findall(r"python3? -m ([\w.]+)([^|;&#]*)", line):
-            if module == "benchmark":
-                findings += unknown_to_benchmark(rest.split())
+            if module in PROGRAMS:
+                findings += unknown_to(module, rest.split())
             elif module not in ("pip", "pytest", "http.server") and not has_module(module):
                 findings.append(f"python -m {module}")
+        for rest in re.findall(r"^liger_kernel ([a-z][^|;&#]*)", line):
+            findings += unknown_to("liger_kernel", rest.split())
     return findings
 
 
@@ -75,23 +76,36 @@ def has_module(name: str) -> bool:
     return any(p.with_suffix(".py").is_file() or (p / "__main__.py").is_file() for p in places)
 
 
-def unknown_to_benchmark(words: list[str]) -> Findings:
-    if not words or words[0].startswith("-"):
+#: what has commands, each with a --help
+PROGRAMS = ("benchmark", "liger_kernel")
+
+
+def unknown_to(program: str, words: list[str]) -> Findings:
+    if not words or not re.fullmatch(r"[a-z][\w-]*", words[0]):
         return []
     command, *rest = words
-    if command not in benchmark.COMMANDS:
-        return [f"python -m benchmark {command}"]
-    options = {word.partition("=")[0] for word in rest if word.startswith("--")}
-    known = set(re.findall(r"--[\w-]+", benchmark_help(command))) if options else set()
-    return [f"python -m benchmark {command} {option}" for option in sorted(options - known)]
+    known = options_of(program, command)
+    if known is None:
+        return [f"{program} {command}"]
+    given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    return [f"{program} {command} {option}" for option in sorted(given - known)]
 
 
 @functools.cache
-def benchmark_help(command: str) -> str:
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        benchmark.main([command, "--help"])
-    return shown.getvalue()
+def options_of(program: str, command: str) -> frozenset[str] | None:
+    """The options of a command, None where there is no such command."""
+    if not has_module(program):
+        return None
+    shown, status = io.StringIO(), 0
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(mock.patch.dict(os.environ, COLUMNS="200"))
+        inside.enter_context(contextlib.redirect_stdout(shown))
+        inside.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            status = importlib.import_module(f"{program}.__main__").main([command, "--help"])
+        except SystemExit as ended:
+            status = ended.code  # type: ignore[assignment]
+    return None if status else frozenset(re.findall(r"--[\w-]+", shown.getvalue()))
 
 
 def missing_paths(text: str) -> Findings:
@@ -146,10 +160,11 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     commands = (
         "`make nothing` `make test` `python -m benchmark walk` `python -m benchmark run --walk`"
     )
-    commands += "\n```sh\nPYTHONPATH=src python3 -m tests.no_such  # make sense\n```\n"
+    commands += " `python -m liger_kernel no-such` `liger_kernel`"
+    commands += "\n```sh\nPYTHONPATH=src python3 -m tests.no_such  # make sense\nliger_kernel no-such\n```\n"
     assert unknown_commands(commands, {"test"}) == [
-        "make sense", "python -m tests.no_such",
-        "make nothing", "python -m benchmark walk", "python -m benchmark run --walk",
+        "make sense", "python -m tests.no_such", "liger_kernel no-such",
+        "make nothing", "benchmark walk", "benchmark run --walk", "liger_kernel no-such",
     ]  # fmt: skip
     assert missing_paths("`src/liger_kernel/none.py`, `tests/ops/<op>`, `docs/`") == [
         "src/liger_kernel/none.py"
