@@ -339,7 +339,7 @@ def roofline(content: dict[str, Any]) -> Roofline:
     worst = min(share for _, _, share in points.values())
     return Roofline(
         f"Near the roof: {worst:.0f} % or more of what the GPU can do",
-        "Forward + backward, kernels alone; the roof was measured in the same processes.\n"
+        "Forward + backward, kernels alone; operations counted from the formulas, the roof measured.\n"
         + place(content, rows),
         points,
         copy=max(run["copy_gb_s"] for run in runs) / 1e3,

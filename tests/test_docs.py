@@ -63,7 +63,7 @@ def unknown_commands(text: str, targets: set[str]) -> Findings:
         for module, rest in re.findall(r"python3? -m ([\w.]+)([^|;&#]*)", line):
             if module in PROGRAMS:
                 findings += unknown_to(module, rest.split())
-            elif module not in ("pip", "pytest", "http.server") and not has_module(module):
+            elif not has_module(module):
                 findings.append(f"python -m {module}")
         for rest in re.findall(r"^liger_kernel ([a-z][^|;&#]*)", line):
             findings += unknown_to("liger_kernel", rest.split())
@@ -73,7 +73,12 @@ def unknown_commands(text: str, targets: set[str]) -> Findings:
 def has_module(name: str) -> bool:
     parts = name.split(".")
     places = (ROOT.joinpath(*parts), ROOT.joinpath("src", *parts))
-    return any(p.with_suffix(".py").is_file() or (p / "__main__.py").is_file() for p in places)
+    if any(p.with_suffix(".py").is_file() or (p / "__main__.py").is_file() for p in places):
+        return True
+    try:
+        return parts[0] not in ("tests", *PROGRAMS) and importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 #: what has commands, each with a --help
@@ -110,7 +115,7 @@ def options_of(program: str, command: str) -> frozenset[str] | None:
 
 def missing_paths(text: str) -> Findings:
     """Files and folders of the repository that a code span names."""
-    pattern = r"(?:src|tests|docs|benchmark|examples|\.ci)/[\w./-]*"
+    pattern = r"(?:(?:src|tests|benchmark|examples|\.ci)/[\w./-]*|docs/[\w/-]+\.\w+)"
     named = {
         match
         for line in code(text)
@@ -166,7 +171,7 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
         "make sense", "python -m tests.no_such", "liger_kernel no-such",
         "make nothing", "benchmark walk", "benchmark run --walk", "liger_kernel no-such",
     ]  # fmt: skip
-    assert missing_paths("`src/liger_kernel/none.py`, `tests/ops/<op>`, `docs/`") == [
+    assert missing_paths("`src/liger_kernel/none.py`, `tests/ops/<op>`, `docs/design.md`") == [
         "src/liger_kernel/none.py"
     ]
     assert wrong_python("```python\nfrom liger_kernel.functional import rms_norm, none\n```") == [
