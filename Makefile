@@ -1,4 +1,4 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format docs bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -60,9 +60,15 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# the site, into build/site; NO_MKDOCS_2_WARNING: no advertisement among the warnings
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean $(ARGS)
+	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
+
 bench: $(READY)
 	$(RUN) -m benchmark run $(OP) $(ARGS)
 
+TABLES = README.md docs/performance.md docs/problems/out-of-memory.md docs/problems/preference-and-rl.md
 # everything beside its peers, then tables and plots: most of an hour of a GPU, on a machine that does nothing else
 bench-all: $(READY)
 	@test -d "$(PEERS)" || { echo "make bench-all PEERS=dir, made by: pip install --target dir --no-deps liger-kernel cut-cross-entropy"; exit 1; }
@@ -71,7 +77,7 @@ bench-all: $(READY)
 	$(RUN) -m benchmark e2e --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
 	$(RUN) -m benchmark losses --modes ours,eager,incumbent --peer-site $(PEERS)
 	$(RUN) -m benchmark host
-	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results README.md docs/performance.md && $(RUN) -m benchmark plots $$results
+	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results $(TABLES) && $(RUN) -m benchmark plots $$results
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info

@@ -18,7 +18,7 @@ COMMANDS = {
     "budget": "the fused loss against its memory budget",
     "results": "merge files of results",
     "tables": "results as Markdown, printed or put into pages",
-    "plots": "results as PNG",
+    "plots": "results as SVG, for light and for dark pages",
 }
 ON_FILES = ("results", "tables", "plots")
 

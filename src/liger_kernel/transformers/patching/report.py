@@ -24,7 +24,10 @@ class Row:
 
 @dataclass
 class PatchReport:
-    """The result of `liger_kernel.patch`: rows; a table when printed, by `rich` too (equal layers share a line)."""
+    """The result of `liger_kernel.patch`: `rows`, and of these `replaced` and `skipped`, as the model is when read.
+
+    A table when printed, by `rich` too; equal layers share a line.
+    """
 
     model: str
     rows: list[Row] = field(default_factory=list)
