@@ -148,7 +148,9 @@ def test_a_request_for_another_device_is_refused() -> None:
     ):
         kernels_of("rms_norm", torch.empty(1, device="meta"))
     with (
-        pytest.raises(RuntimeError, match=r"Unknown LIGER_KERNEL_IMPL='no'; known: dummy, ref"),
+        pytest.raises(
+            RuntimeError, match=r"Unknown LIGER_KERNEL_IMPL='no'; known: dummy, npu, ref"
+        ),
         backends.use_implementation("no"),
     ):
         pass
@@ -159,6 +161,17 @@ def test_facts_of_a_device_nobody_knows() -> None:
     assert backends.backend_of("meta").name == "unknown"
     assert facts.queues, "reading a number back may wait"
     assert (facts.product_multiple, facts.mixed_products, facts.streams) == (1, (), None)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "mtia"])
+def test_fake_tensors_of_a_device_that_is_not_here(device: str) -> None:
+    """As when a step is planned on a laptop: nobody asks the driver for what is not there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 8, device=device), torch.empty(8, device=device)
+        y = glu(rms_norm(x, weight), x)
+    assert (y.device.type, y.shape) == (device, x.shape)
 
 
 def test_dummy_is_registered_once() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -21,16 +21,24 @@ class Backward(Protocol):
         """One gradient (or None) per tensor of `forward`, of which `needs` says who requires one."""
 
 
+class Partial(Protocol):
+    """What a file adds that serves only some options or tensors of its op."""
+
+    #: `unserved(*tensors, options)`, as in `forward`: why these are left to the reference; None if they are served
+    unserved: Callable[..., str | None]
+
+
 def check_contract(found: Any, contract: type, where: str) -> Any:
     """`found` (a module or an object) if it has every member of the Protocol `contract` with the same parameters.
 
     Raises: TypeError that names each member that is missing, or takes other parameters, and the spelling it may have.
     """
     faults = []
-    for name, member in inspect.getmembers(contract, inspect.isfunction):
-        if name.startswith("_"):
-            continue
-        wanted = list(inspect.signature(member).parameters)[1:]  # without self
+    members = {n: m for n, m in inspect.getmembers(contract, inspect.isfunction) if n[0] != "_"}
+    wanted_of = {n: list(inspect.signature(m).parameters)[1:] for n, m in members.items()}
+    if hasattr(found, "unserved"):
+        wanted_of["unserved"] = [p for p in wanted_of.get("forward", ()) if p != "needs"]
+    for name, wanted in wanted_of.items():
         function = getattr(found, name, None)
         if function is None:
             there = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]

@@ -76,7 +76,10 @@ def backend_of(device_type: str) -> Backend:
 
 @functools.cache
 def facts_of(device: torch.device) -> DeviceFacts:
-    facts = backend_of(device.type).facts
+    runtime: Any = getattr(torch, device.type, None)
+    absent = hasattr(runtime, "is_available") and not runtime.is_available()
+    # a fake tensor may be on a device that this machine has not
+    facts = (_UNKNOWN if absent else backend_of(device.type)).facts
     assert facts is not None
     return facts(device)
 
@@ -95,6 +98,13 @@ def is_capturing(device: torch.device) -> bool:
     """Whether a graph of the device's work is being captured, in which the host can wait for nothing."""
     streams: Any = facts_of(device).streams
     return streams is not None and streams.is_current_stream_capturing()
+
+
+@functools.cache
+def can_assert(device_type: str) -> bool:
+    """Whether the device can stop at a wrong number by itself: MPS can since torch 2.14, Ascend's NPUs cannot."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
 
 
 # --- explicit requests ----------------------------------------------------------------------------
@@ -120,7 +130,7 @@ def _from_environment() -> str | None:
 
 @contextlib.contextmanager
 def use_implementation(name: str | None) -> Iterator[None]:
-    """Serve every op by the files `name` ("reference", "triton"; None: choose by device) inside the block."""
+    """Serve every op by the files `name` ("reference", "triton", "npu"; None: choose by device) inside the block."""
     global _requested
     before, _requested = _requested, _checked(name)
     try:
@@ -145,7 +155,10 @@ def host_bound(x: Tensor, limit: int) -> bool:
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
     was requested by name.
     """
-    return _requested is None and x.numel() <= limit and facts_of(x.device).queues
+    if _requested is not None or x.numel() > limit:
+        return False
+    facts = facts_of(x.device)
+    return facts.queues and facts.small_by_torch
 
 
 # --- who computes ---------------------------------------------------------------------------------
@@ -172,6 +185,15 @@ def implementation_for(device_type: str, requested: str | None = None) -> Implem
     return found
 
 
+def computed_by(device_type: str) -> str:
+    """Name of the implementation that serves `device_type` as things are; "reference" where there is none."""
+    try:
+        found = implementation_for(device_type, _requested)
+    except RuntimeError as refused:
+        return f"nothing: {refused}"
+    return REFERENCE if found is None else found.name
+
+
 def is_there(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     try:
@@ -194,6 +216,11 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
     return Recompute(getattr(reference, op))
 
 
+def reference_of(op: str, x: Tensor) -> Any:
+    """What computes `op` on the device of `x` without files for it."""
+    return _kernels(op, x.device.type, REFERENCE)
+
+
 def kernels_of(op: str, x: Tensor) -> Any:
     """What computes `op` for tensors like `x`; it satisfies `Kernels` of the op's `contract.py`.
 
@@ -201,7 +228,7 @@ def kernels_of(op: str, x: Tensor) -> Any:
     becomes of a fake tensor the reference says, whatever was requested.
     """
     if type(x) is FakeTensor:
-        return _kernels(op, x.device.type, REFERENCE)
+        return reference_of(op, x)
     requested = _requested
     if x.dtype == torch.float64:
         if kernels_requested():

@@ -6,8 +6,9 @@
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
 4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
-5. Where there is none, PyTorch's own fused op if it has one, or the reference: both directly, under PyTorch's autograd.
-   Nothing is computed twice then; an autograd node of ours would run the reference again in backward.
+5. Where there is none, or it leaves these options or tensors to the reference (`_core.contract.Partial`), PyTorch's own
+   fused op if it has one, or the reference: both directly, under PyTorch's autograd. Nothing is computed twice then; an
+   autograd node of ours would run the reference again in backward.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from liger_kernel.backends import (
     host_bound,
     kernels_of,
     kernels_requested,
+    reference_of,
     reference_requested,
 )
 
@@ -65,7 +67,7 @@ class Dispatch:
             found = self.eager(options, *tensors)
             if found is not None:
                 return found
-        kernels = kernels_of(self.name, x)
+        kernels = kernels_for(self.name, options, *tensors)
         if not isinstance(kernels, Recompute):
             return self.node.apply(kernels, options, *tensors)
         if self.native is not None and not reference_requested():
@@ -73,6 +75,16 @@ class Dispatch:
             if found is not None:
                 return found
         return self.reference(*tensors, **options.named())
+
+
+def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
+    """What computes `op` for these tensors, of which the first is one, with these options."""
+    x: Any = tensors[0]
+    found = kernels_of(op, x)
+    unserved = getattr(found, "unserved", None)
+    if unserved is None or unserved(*tensors, options=options) is None:
+        return found
+    return reference_of(op, x)
 
 
 @torch.compiler.disable

@@ -53,6 +53,8 @@ class DeviceFacts:
     most_warps: int = 32
     #: the host queues work and runs on: reading a number back waits, and small calls are bound by the host
     queues: bool = False
+    #: a few of PyTorch's own operators cost the host less than a node of ours (measured beside Triton's launches)
+    small_by_torch: bool = True
     #: matrix products are slow unless the classes of a head are a multiple of this
     product_multiple: int = 1
     #: 16-bit dtypes whose products can be written, and added, unrounded to fp32

@@ -35,6 +35,7 @@ from liger_kernel._core.checks import check_choice, check_last_dim
 from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of, kernels_of, use_implementation
+from liger_kernel.backends.dispatch import kernels_for
 from liger_kernel.compat.function import autograd_function
 from liger_kernel.ops.dyt.contract import DyTOptions
 from liger_kernel.ops.group_norm.contract import GroupNormOptions
@@ -333,7 +334,8 @@ def _glu_forward(a, b, activation, gate_multiplier=1.0):
 def _glu_backward(a, b, dc, activation, gate_multiplier=1.0):
     """The gradients of a and b, shaped like dc."""
     options, needs = _glu.GLUOptions(activation, gate_multiplier), (True, True)
-    grads = kernels_of("glu", a).backward((as_rows(dc),), (a, b), options=options, needs=needs)
+    kernels = kernels_for("glu", options, a, b)
+    grads = kernels.backward((as_rows(dc),), (a, b), options=options, needs=needs)
     return tuple(grad.view(dc.shape) for grad in grads)
 
 
@@ -346,7 +348,8 @@ def swiglu_fused_gate_up_forward(y):
 def swiglu_fused_gate_up_backward(y, dc, in_place=False):
     """The gradient (R, 2F) of the packed rows."""
     options, needs = _glu.GLUOptions(), (True, False)
-    return kernels_of("glu", y).backward((as_rows(dc),), (y, None), options=options, needs=needs)[0]
+    kernels = kernels_for("glu", options, y, None)
+    return kernels.backward((as_rows(dc),), (y, None), options=options, needs=needs)[0]
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import has_numbers
-from liger_kernel.backends import can_look, facts_of
+from liger_kernel.backends import can_assert, can_look, facts_of
+
+_TOO_SMALL = "fused_linear_cross_entropy: more labels than label_count says; pass the count of these labels, or None"
 
 
 class LabelCount:
@@ -58,7 +60,8 @@ def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) 
 
     `kept` is at least the number of labels in `target` (N,) that are not ignored; where it is more, ignored rows
     follow, whose loss and gradients are zero. Without it labels on the CPU are counted here, and labels elsewhere are
-    all kept. A `kept` that is too small would lose tokens: that stops the device with an assertion.
+    all kept. A `kept` that is too small would lose tokens: that stops the device with an assertion, or raises
+    RuntimeError where a device has none.
     """
     n_rows = target.shape[0]
     ignored = None
@@ -72,10 +75,11 @@ def kept_rows(target: Tensor, ignore_index: int, kept: LabelCount | int | None) 
         return None
     if ignored is None:
         ignored = target == ignore_index
-        torch._assert_async(
-            ignored.sum() >= n_rows - kept,
-            "fused_linear_cross_entropy: more labels than label_count says; pass the count of these labels, or None",
-        )
+        enough = ignored.sum() >= n_rows - kept
+        if can_assert(target.device.type):
+            torch._assert_async(enough, _TOO_SMALL)
+        elif not enough:
+            raise RuntimeError(_TOO_SMALL)
     return ignored.to(torch.uint8).argsort(stable=True)[:kept]
 
 

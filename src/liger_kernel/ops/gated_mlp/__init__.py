@@ -22,7 +22,8 @@ from liger_kernel._core.checks import check_choice, check_floating, check_same_d
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
-from liger_kernel.backends import host_bound, kernels_of
+from liger_kernel.backends import host_bound
+from liger_kernel.backends.dispatch import kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
@@ -72,7 +73,11 @@ def gated_mlp(
     ):
         return reference.gated_mlp(x, *weights, *options, gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
-    product = _Product.apply(kernels_of("glu", x), GLUOptions(*options), nodes, x, *weights)
+    glu = GLUOptions(*options)
+    impl = kernels_for(
+        "glu", glu, x, None
+    )  # x stands for the gate, which has its dtype and as many rows
+    product = _Product.apply(impl, glu, nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from liger_kernel.backends import computed_by
+
 COLUMNS = ("kind", "modules", "", "replaced by")
 
 
@@ -95,7 +97,9 @@ class PatchReport:
         return 0 if self.forecast is None else self.forecast(self.of, batch * seq)
 
     def _title(self) -> str:
-        return f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
+        title = f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
+        first = next(self.of.parameters(), None) if self.of is not None else None
+        return title if first is None else f"{title}, computed by {computed_by(first.device.type)}"
 
     def _lines(self) -> list[tuple[str, str, str, str]]:
         return [
