@@ -24,7 +24,7 @@ from tests import dummy_backend as _registered  # noqa: F401
 SPECS: list[OpSpec] = list(specs().values())
 WITH_GRADIENTS = [spec for spec in SPECS if spec.differentiable]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = next((name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), "cpu")
 PAIRS = [
     pytest.param(spec, case, id=f"{spec.name}-{case.id}")
     for spec in SPECS
@@ -37,7 +37,7 @@ PAIRS = [
 IMPLEMENTATIONS = [
     "reference",
     *(n for n, found in backends.IMPLEMENTATIONS.items() if found.unavailable(DEVICE) is None),
-    *([None] if DEVICE == "cuda" else []),
+    *([None] if DEVICE != "cpu" else []),
 ]
 
 
