@@ -1,4 +1,4 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | aot | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format docs bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix aot check layout format docs bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -31,7 +31,7 @@ coverage:
 	@$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
 
 test-gpu: $(READY)
-	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or torch.xpu.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
 	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops tests/test_reach.py
 
 # every type that transformers ships, where `make test` takes a third
@@ -46,6 +46,10 @@ test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 	  ZOO=all OMP_NUM_THREADS=1 PYTHONPATH=src .venv/matrix/$$release/bin/python -m pytest -n logical --maxprocesses 8 \
 	    $(ARGS) tests/transformers/test_zoo.py || failed="$$failed $$release"; \
 	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
+
+# every kernel compiled for GPUs that are not there; docs/hardware.md holds what was found. ARGS=--write renews it
+aot: $(READY)
+	@nice -n 15 $(RUN) -m tests.aot $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .

@@ -25,7 +25,9 @@ from tests import dummy_backend as _registered  # noqa: F401
 SPECS: list[OpSpec] = list(specs().values())
 WITH_GRADIENTS = [spec for spec in SPECS if spec.differentiable]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = os.environ.get("TEST_DEVICE") or next(
+    (name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), "cpu"
+)
 PAIRS = [
     pytest.param(spec, case, id=f"{spec.name}-{case.id}")
     for spec in SPECS
