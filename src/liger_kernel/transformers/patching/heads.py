@@ -135,15 +135,16 @@ class Stamp:
     """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
 
     Fused optimizers and DeepSpeed write past the version counter of autograd, so some elements of each row of a weight
-    that may be trained are kept as well.
+    that may be trained, and all of a bias, are kept as well.
     """
 
-    def __init__(self, around: nn.Module, hidden: Tensor):
+    def __init__(self, around: nn.Module, *operands: Tensor):
         # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
         own = [p for m in parts(around) for p in m._parameters.values() if p is not None]
         weights = own or [_weight(leaf) for leaf in leaves(around)]
-        self._facts = [_facts(t) for t in (hidden, *weights)]
-        shards = [_shard(t) for t in weights if t.requires_grad]
+        self._facts = [_facts(t) for t in (*operands, *weights)]
+        trained = [t for t in (*operands, *weights) if t.requires_grad and t.is_leaf]
+        shards = map(_shard, trained)
         self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
@@ -159,7 +160,7 @@ def _can_be_read(shard: Tensor) -> bool:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    step = max(shard.numel() >> 18, 29)
+    step = max(shard.numel() >> 18, 29) if shard.ndim > 1 else 1
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
 
 
