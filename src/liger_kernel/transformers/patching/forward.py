@@ -28,7 +28,7 @@ from liger_kernel.transformers.patching.heads import running
 from liger_kernel.transformers.patching.lazy import lazy
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
 from liger_kernel.transformers.patching.origin import Modes, Origin
-from liger_kernel.transformers.patching.state import State, is_replaced
+from liger_kernel.transformers.patching.state import Ours, State, is_replaced
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
@@ -218,9 +218,9 @@ class FusedForward:
 
     def install(self) -> None:
         self.adopt()
+        cast(State, self.state).bind(self.model, _replicate_for_data_parallel=_replica)
         attributes = self.model.__dict__
         attributes[KEY] = self
-        attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
         if not leads_here(attributes.get("forward")):
             if is_replaced(self.model):
                 self.beneath = attributes["forward"]
@@ -229,7 +229,7 @@ class FusedForward:
     def remove(self) -> None:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
-        del attributes[KEY], attributes["_replicate_for_data_parallel"]
+        del attributes[KEY]
         if is_ours(attributes.get("forward")):
             del attributes["forward"]
             if self.beneath is not None:
@@ -318,7 +318,7 @@ class FusedForward:
             call.close()
 
 
-class BoundForward:
+class BoundForward(Ours):
     """The `forward` of a patched model. It looks like a method, which accelerate takes apart and puts together again.
 
     It has no `__wrapped__`: accelerate would follow that to HF's forward.
@@ -384,7 +384,7 @@ def leads_here(forward: Any) -> bool:
 def _replica(model: Any) -> Any:
     """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
     replica = type(model)._replicate_for_data_parallel(model)
-    for name in (KEY, "_replicate_for_data_parallel", "forward"):
+    for name in (KEY, "_replicate_for_data_parallel", "__getstate__", "forward"):
         if name != "forward" or is_ours(model.forward):
             del replica.__dict__[name]
     return replica
