@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -18,6 +19,7 @@ from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
 _LINEAR = nn.Linear.forward
+_FUNCTIONAL = {"linear": F.linear, "cross_entropy": F.cross_entropy}
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
@@ -69,13 +71,12 @@ class FusedHead(Intercepted):
     def forward(self, hidden: Tensor, request: Any = None) -> Tensor:
         head: Any = self
         if request is None:
-            return _LINEAR(
-                head, hidden
-            )  # not `super()`: somebody may hold this method when the class is gone
+            # not `super()`: somebody may hold this method when the class is gone
+            return nn.Linear.forward(head, hidden)
         # a DTensor may still be one here: what `request.refused` says makes the caller take these logits
         if not (is_plain(head.weight) and is_plain(hidden)):
             request.refused = f"its weight is a {type(head.weight).__name__} inside of its own call"
-            return _LINEAR(head, hidden)
+            return nn.Linear.forward(head, hidden)
         return request.run(hidden, head.weight, head.bias, request)
 
 
@@ -209,7 +210,8 @@ def _weight(head: Any) -> Any:
 
 
 def computes_linear(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) in (_LINEAR, FusedHead.forward)
+    forward = getattr(type(module), "forward", None)
+    return nn.Linear.forward is _LINEAR and forward in (_LINEAR, FusedHead.forward)
 
 
 def is_plain(t: Any) -> bool:
@@ -221,6 +223,10 @@ def obstacle(around: nn.Module) -> str | None:
     """Why the fused loss cannot take the place of this head now; None if it can. Looked at in every call."""
     if isinstance(around, nn.ModuleList):
         return f"{len(around)} heads, whose logits are joined before the loss"
+    for name, function in _FUNCTIONAL.items():
+        now = getattr(F, name)
+        if now is not function and not _home(now).startswith(_FRIENDS):
+            return f"{_home(now)} has replaced torch.nn.functional.{name}"
     for hooks in _GLOBAL_HOOKS:
         for hook in hooks.values():
             if not _home(hook).startswith(_FRIENDS):
