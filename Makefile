@@ -1,4 +1,4 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | release-check | check | layout | format | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix release-check check layout format bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -46,6 +46,10 @@ test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 	  ZOO=all OMP_NUM_THREADS=1 PYTHONPATH=src .venv/matrix/$$release/bin/python -m pytest -n logical --maxprocesses 8 \
 	    $(ARGS) tests/transformers/test_zoo.py || failed="$$failed $$release"; \
 	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
+
+# wheel and sdist: built, looked into, installed into environments of their own, used; ARGS="--out dist" keeps them
+release-check: $(READY)
+	$(RUN) -m tests.release $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .
