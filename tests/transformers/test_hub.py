@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.utils
 from torch import nn
 from transformers.integrations import hub_kernels
@@ -195,6 +196,31 @@ def test_hf_asks_for_every_name() -> None:
         type(modeling_llama.apply_rotary_pos_emb),
     )
     assert [cls.kernel_layer_name for cls in asking] == list(hub.LAYERS)
+
+
+#: what HF attaches, and no op of ours computes
+NOT_OURS = {
+    "RMSNormGated": "the norm of a gated product",
+    "MultiScaleDeformableAttention": "attention",
+    "Qwen3_5GatedDeltaNet": "linear attention",
+    "EsmFold2TriangleMultiplication": "of one model",
+    "MegaBlocksMoeMLP": "experts with a router",
+    "SoftmaxTopKRouter": "a router",
+    **dict.fromkeys(
+        ("SiLU", "GeLU", "NewGELU", "GeluTanh", "QuickGELU", "FastGELU"),
+        "an activation alone; with its product it is `liger_kernel.patch`'s",
+    ),
+}
+
+
+def test_every_name_that_hf_attaches_is_served_or_known_to_be_not_ours() -> None:
+    attached = set()
+    for file in Path(transformers.__file__).parent.rglob("*.py"):
+        if "_from_hub(" in (text := file.read_text(encoding="utf-8")):
+            attached |= set(re.findall(r'^@use_kernel_\w+_from_hub\("(\w+)"\)', text, re.MULTILINE))
+    assert {"RMSNorm", "rotary_pos_emb"} <= attached
+    assert attached <= {*hub.LAYERS, *NOT_OURS}
+    assert not {*hub.LAYERS} & {*NOT_OURS}
 
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
