@@ -1,4 +1,4 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | aot | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | aot | release-check | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-gpu test-zoo test-matrix aot check layout format docs bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix aot release-check check layout format docs bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -50,6 +50,10 @@ test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 # every kernel compiled for GPUs that are not there; docs/hardware.md holds what was found. ARGS=--write renews it
 aot: $(READY)
 	@nice -n 15 $(RUN) -m tests.aot $(ARGS)
+
+# wheel and sdist: built, looked into, installed into environments of their own, used; ARGS="--out dist" keeps them
+release-check: $(READY)
+	$(RUN) -m tests.release $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff check .

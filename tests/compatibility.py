@@ -85,11 +85,12 @@ def parameters(text: str) -> list[Parameter]:
 
 
 def ours(found: Any, method: str) -> list[Parameter]:
-    """What the same call of ours takes. `apply` of an autograd function takes what its `forward` takes after ctx."""
+    """What the same call of ours takes. `apply` that autograd gives takes what `forward` takes after ctx."""
     autograd = method == "apply" and issubclass(found, torch.autograd.Function)
+    autograd = autograd and method not in vars(found)
     function = getattr(found, "forward" if autograd else method) if method else found
     taken = list(inspect.signature(function).parameters.values())
-    while taken and taken[0].name in ("self", "cls", "ctx"):
+    while method and taken and taken[0].name in ("self", "cls", "ctx"):
         del taken[0]
     # a default of None may stand for an attribute of the class
     return [
@@ -112,7 +113,7 @@ def differences(
     for name, p in here.items():
         if name in there:
             wanted = there[name].default
-            if wanted is not p.empty and repr(p.default) != repr(wanted):
+            if wanted not in (p.empty, ...) and repr(p.default) != repr(wanted):
                 yield f"`{name}={wanted!r}`", f"`{name}={p.default!r}`"
         elif p.default is p.empty and p.kind not in _STARS:
             yield "", f"needs `{name}`"

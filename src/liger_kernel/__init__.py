@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from liger_kernel import compat
-
-compat.install()
+from liger_kernel._core.installed import warn_of_strangers
 
 __version__ = "1.0.0.dev0"
+
+compat.install()
+warn_of_strangers(__file__, __version__)
 
 _PATCHING = ("PatchReport", "patch", "patched", "unpatch")
 __all__ = ["PatchReport", "__version__", "patch", "patched", "unpatch"]
