@@ -28,6 +28,7 @@ def architecture(compiler_name: str) -> str:
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
     return DeviceFacts(
+        name=found.name,
         architecture=architecture(getattr(found, "gcnArchName", "")),
         processors=found.multi_processor_count,
         most_warps=16,  # of 64 threads

@@ -28,6 +28,7 @@ def architecture(capability: tuple[int, int]) -> str:
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
     return DeviceFacts(
+        name=found.name,
         architecture=architecture((found.major, found.minor)),
         processors=found.multi_processor_count,
         shared_memory=getattr(found, "shared_memory_per_block_optin", 0),

@@ -1,0 +1,67 @@
+"""The commands and their arguments. Each imports what it needs when it runs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from liger_kernel.cli.answer import Answer, UserError
+from liger_kernel.cli.parse import PROG, Command, parse
+from liger_kernel.cli.present import present
+
+
+def _room(name: str) -> Any:
+    """A file beside this one. What it imports may be refused: a name in LIGER_KERNEL_IMPL that nobody knows."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+
+
+def env() -> Answer:
+    """Versions, devices, variables, and what computes each op here: what a bug report should contain."""
+    return _room("environment").answer()
+
+
+def selftest(
+    op: Annotated[list[str] | None, "Test this op only; may be repeated."] = None,
+    dtype: Annotated[list[str] | None, "float32, bfloat16 or float16; default: all."] = None,
+    interpret: Annotated[
+        bool, "Run the kernels on the CPU, by Triton's interpreter, on small cases."
+    ] = False,
+    reset: Annotated[bool, "Remove the list of disabled ops and test nothing."] = False,
+) -> Answer:
+    """Every op by every implementation that serves this machine, against its reference in float64.
+
+    An op that is wrong is written to a file that the library reads, and is computed by its reference from then on.
+    The exit status is 1 if one is wrong.
+    """
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the backends are imported
+    return _room("selftest").answer(op, dtype, interpret, reset)
+
+
+COMMANDS: dict[str, Command] = {
+    "env": env,
+    "selftest": selftest,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, print its answer, and return the exit status: 2, with one line on stderr, for bad input."""
+    try:
+        parsed = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
+        if parsed is None:
+            return 0
+        name, given, as_json = parsed
+        with warnings.catch_warnings(record=as_json):  # nothing but JSON then, not even on stderr
+            answer = COMMANDS[name](**given)
+        present(answer, as_json)
+    except UserError as error:
+        print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return answer.status
