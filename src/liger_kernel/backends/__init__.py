@@ -103,6 +103,17 @@ def is_capturing(device: torch.device) -> bool:
     return streams is not None and streams.is_current_stream_capturing()
 
 
+@contextlib.contextmanager
+def on_paper(facts: DeviceFacts) -> Iterator[None]:
+    """Let tensors of the meta device stand for those of a device with these facts."""
+    register(Backend("paper", ("meta",), lambda device: facts))
+    try:
+        yield
+    finally:
+        del BACKENDS["paper"]
+        forget()
+
+
 # --- explicit requests ----------------------------------------------------------------------------
 
 

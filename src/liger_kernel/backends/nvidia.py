@@ -43,6 +43,10 @@ def facts(device: torch.device) -> DeviceFacts:
     )
 
 
+#: a card that is not here, for forecasts
+ON_PAPER = DeviceFacts(
+    name="an NVIDIA GPU", queues=True, product_multiple=8, mixed_products=SIXTEEN_BITS
+)
 BACKEND = Backend(
     "nvidia", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is None
 )

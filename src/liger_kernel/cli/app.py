@@ -45,8 +45,42 @@ def selftest(
     return _room("selftest").answer(op, dtype, interpret, reset)
 
 
+_MODEL = "A folder, a config.json, a model type such as llama, or a model of the hub."
+_Model = Annotated[str, _MODEL]
+_Download = Annotated[bool, "Look on the hub, too: the configuration is downloaded, never weights."]
+
+
+def inspect(model: _Model, download: _Download = False) -> Answer:
+    """What would be replaced in a model, what not and why, and where HuggingFace's own code is slow.
+
+    The whole model is built without its weights, in no memory.
+    """
+    return _room("inspection").answer(model, download)
+
+
+def estimate(
+    model: _Model,
+    batch: Annotated[int, "Sequences in a step."] = 1,
+    seq: Annotated[int, "Tokens in a sequence."] = 2048,
+    dtype: Annotated[str, "Of the weights: bfloat16, float16 or float32."] = "bfloat16",
+    lora: Annotated[int, "Rank of LoRA on all linears; 0: all weights are trained."] = 0,
+    optimizer: Annotated[str, "adamw, adamw_8bit, sgd or sgd_momentum."] = "adamw",
+    checkpointing: Annotated[bool, "Layers are computed again in the backward."] = False,
+    download: _Download = False,
+) -> Answer:
+    """Memory of a training step on one GPU, part by part, without and with the library.
+
+    The whole model is built without its weights, in no memory.
+    """
+    return _room("estimate").answer(
+        model, batch, seq, dtype, lora, optimizer, checkpointing, download
+    )
+
+
 COMMANDS: dict[str, Command] = {
     "env": env,
+    "inspect": inspect,
+    "estimate": estimate,
     "selftest": selftest,
 }
 

@@ -35,12 +35,13 @@ def _rich() -> Any:
             out.print(part, markup=False)
             return
         drawn = table.Table(
-            *part.columns,
             title=markup.escape(part.title),
             title_justify="left",
             show_header=bool(part.columns),
             box=box.SIMPLE_HEAD,
         )
+        for name in part.columns or [""] * max(map(len, part.rows), default=0):
+            drawn.add_column(name, overflow="fold")
         for row in part.rows:
             drawn.add_row(*map(markup.escape, row))
         out.print(drawn)
