@@ -11,7 +11,7 @@ compat.install()
 __version__ = "1.0.0.dev0"
 
 _PATCHING = ("PatchReport", "patch", "patched", "unpatch")
-__all__ = ["PatchReport", "__version__", "patch", "patched", "unpatch"]
+__all__ = ["PatchReport", "__version__", "doctor", "patch", "patched", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +19,12 @@ def __getattr__(name: str) -> Any:
         from liger_kernel.transformers import patching
 
         return getattr(patching, name)
+    if name == "doctor":
+        from liger_kernel.cli import doctor
+
+        return doctor.doctor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PATCHING})
+    return sorted({*globals(), *__all__})

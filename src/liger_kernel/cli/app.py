@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from liger_kernel.cli.answer import Answer, UserError
-from liger_kernel.cli.parse import PROG, Command, parse
+from liger_kernel.cli.parse import ARGUMENT, PROG, Command, parse
 from liger_kernel.cli.present import present
 
 
@@ -77,8 +77,19 @@ def estimate(
     )
 
 
+def doctor(
+    model: Annotated[str | None, _MODEL, ARGUMENT] = None, download: _Download = False
+) -> Answer:
+    """What is wrong with this machine and installation, and with a model on it, and the way out.
+
+    A model that lives is examined by liger_kernel.doctor(model), in Python. The exit status is 1 if there is a fault.
+    """
+    return _room("doctor").answer(model, download)
+
+
 COMMANDS: dict[str, Command] = {
     "env": env,
+    "doctor": doctor,
     "inspect": inspect,
     "estimate": estimate,
     "selftest": selftest,

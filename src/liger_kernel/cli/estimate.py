@@ -27,11 +27,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import liger_kernel
 from liger_kernel import backends, utils
 from liger_kernel.backends import nvidia
 from liger_kernel.cli import models
 from liger_kernel.cli.answer import Answer, Table, UserError, size
+from liger_kernel.transformers.patching import patch
 from liger_kernel.transformers.patching.savings import text_setting
 from liger_kernel.transformers.patching.sites.loss import loss_sites
 
@@ -173,7 +173,7 @@ def steps(
     stock = Step(**fixed)
     stock.activations, stock.recomputed = _activations(model, batch, seq, checkpointing)
     # a rotary embedding keeps the same with and without ours, but the reference, which would run here, more
-    liger_kernel.patch(model, rope=False)
+    patch(model, rope=False)
     ours = Step(**fixed)
     ours.activations, ours.recomputed = _activations(model, batch, seq, checkpointing)
     for loss in loss_sites(model, batch * seq):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import liger_kernel
 from liger_kernel.cli import models
 from liger_kernel.cli.answer import Answer, Table
 from liger_kernel.cli.slow_paths import slow_paths
+from liger_kernel.transformers.patching import patch
 from liger_kernel.transformers.patching.report import COLUMNS, PatchReport
 
 
@@ -29,7 +29,7 @@ def report_table(report: PatchReport) -> Table:
 
 def answer(model: str, download: bool) -> Answer:
     made = models.on_paper(model, download)
-    report = liger_kernel.patch(made)
+    report = patch(made)
     failed = one_step(made)
     slow = list(slow_paths(made))
     n_parameters = sum(p.numel() for p in made.parameters())

@@ -1,7 +1,8 @@
 """From the signature of a command to its parser: typer's, or argparse's where typer is not installed.
 
-A parameter is `name: Annotated[type, "help"]`: an argument if it has no default, else an option. Types are str, int,
-bool (a flag), list[str] (an option that may be repeated), and these `| None`.
+A parameter is `name: Annotated[type, "help"]`: an argument if it has no default, or is `Annotated[type, "help",
+ARGUMENT]`, else an option. Types are str, int, bool (a flag), list[str] (an option that may be repeated), and these
+`| None`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hint
 from liger_kernel.cli.answer import UserError
 
 PROG = "liger_kernel"
+#: marks an argument that may be left out
+ARGUMENT = object()
 HELP = "Fused kernels for training large language models: what is here, what they do, and what is wrong."
 _JSON = "Print JSON."
 
@@ -31,10 +34,7 @@ class Parameter:
     type: Any
     help: str
     default: Any
-
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
+    is_argument: bool
 
     @property
     def flag(self) -> str:
@@ -45,9 +45,10 @@ def parameters(command: Command) -> list[Parameter]:
     hints = get_type_hints(command, include_extras=True)
     found = []
     for name, parameter in inspect.signature(command).parameters.items():
-        kind, text = get_args(hints[name])
-        found.append(Parameter(name, kind, text, parameter.default))
-    json = Parameter("json", bool, _JSON, False)
+        kind, text, *marks = get_args(hints[name])
+        is_argument = parameter.default is inspect.Parameter.empty or ARGUMENT in marks
+        found.append(Parameter(name, kind, text, parameter.default, is_argument))
+    json = Parameter("json", bool, _JSON, False, False)
     return [*found, json]
 
 
@@ -99,7 +100,7 @@ def _for_typer(name: str, command: Command) -> Command:
 
     made = []
     for p in parameters(command):
-        how = typer.Argument(help=p.help) if p.required else typer.Option(p.flag, help=p.help)
+        how = typer.Argument(help=p.help) if p.is_argument else typer.Option(p.flag, help=p.help)
         made.append(
             inspect.Parameter(
                 p.name,
@@ -127,7 +128,7 @@ def _by_argparse(
         text = (command.__doc__ or "").strip()
         one = choice.add_parser(name, help=text.splitlines()[0], description=text)
         for p in parameters(command):
-            one.add_argument(p.name if p.required else p.flag, help=p.help, **_how(p))
+            one.add_argument(p.name if p.is_argument else p.flag, help=p.help, **_how(p))
     try:
         given = vars(parser.parse_args(argv))
     except SystemExit:  # after --help
@@ -144,4 +145,6 @@ def _how(p: Parameter) -> dict[str, Any]:
     how: dict[str, Any] = {"type": kind}
     if get_origin(kind) is list:
         how = {"type": get_args(kind)[0], "action": "append"}
-    return how if p.required else {**how, "default": p.default}
+    if p.default is not inspect.Parameter.empty:
+        how |= {"default": p.default, **({"nargs": "?"} if p.is_argument else {})}
+    return how
