@@ -87,12 +87,23 @@ def doctor(
     return _room("doctor").answer(model, download)
 
 
+def bench(
+    op: Annotated[str, "Name of the op, such as rms_norm."],
+    case: Annotated[list[str] | None, "This case of the op only; may be repeated."] = None,
+    dtype: Annotated[str, "bfloat16, float16 or float32."] = "bfloat16",
+    no_compile: Annotated[bool, "Leave torch.compile out, which takes a while to compile."] = False,
+) -> Answer:
+    """Time of an op beside PyTorch eager and torch.compile on this machine, forward and backward."""
+    return _room("bench").answer(op, case, dtype, no_compile)
+
+
 COMMANDS: dict[str, Command] = {
     "env": env,
     "doctor": doctor,
     "inspect": inspect,
     "estimate": estimate,
     "selftest": selftest,
+    "bench": bench,
 }
 
 

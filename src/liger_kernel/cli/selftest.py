@@ -21,6 +21,7 @@ from liger_kernel.cli.present import track
 from liger_kernel.ops import COMPUTED_BY
 from liger_kernel.testing import Make, OpCase, OpSpec, specs
 from liger_kernel.testing.calls import assert_as_exact, drawn
+from liger_kernel.testing.cases import elements
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 #: elements of the inputs of a case that the interpreter runs
@@ -86,15 +87,11 @@ def runs(
         spec = specs()[op]
         cases = [case for case in spec.cases if not case.large]
         if small:
-            cases = [c for c in cases if _elements(c) <= SMALL] or [min(cases, key=_elements)]
+            cases = [c for c in cases if elements(c) <= SMALL] or [min(cases, key=elements)]
         for implementation in implementations(device_type):
             if _has_files(op, implementation):
                 found += [_Run(spec, c, d, implementation) for c in cases for d in dtypes]
     return found
-
-
-def _elements(case: OpCase) -> int:
-    return sum(t.numel() for t in case.inputs(Make(torch.float32)) if t is not None)
 
 
 def test(
@@ -111,7 +108,7 @@ def test(
             result = results[run.spec.name, run.implementation]
             try:
                 with backends.use_implementation(run.implementation):
-                    _compare(run, device_type)
+                    _compare(run, device_type, again=not result.failed)
             except Exception as error:  # whatever a compiler or a driver raises is a verdict
                 result.failed += 1
                 text = " ".join(str(error).split()) or type(error).__name__
@@ -123,12 +120,14 @@ def test(
     return list(results.values())
 
 
-def _compare(run: _Run, device_type: str) -> None:
+def _compare(run: _Run, device_type: str, again: bool) -> None:
+    """`again`: an error close to what is allowed is judged on more draws, which an op known to be wrong can do without."""
+
     def draw(seed: int) -> Any:
         return drawn(run.spec, run.case, Make(run.dtype, device_type, seed))
 
     inputs, grads = draw(0)
-    assert_as_exact(run.spec, run.case, inputs, grads, draw)
+    assert_as_exact(run.spec, run.case, inputs, grads, draw if again else None)
 
 
 def _is_alive(device_type: str) -> bool:
