@@ -98,6 +98,34 @@ def test_an_unknown_implementation_in_the_environment_is_one_line() -> None:
     assert "reference" in done.stderr
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_reader_that_leaves_early(plain: bool) -> None:
+    program = f"""
+import sys
+if {plain}:
+    sys.modules["rich"] = None
+from liger_kernel.cli import app
+from liger_kernel.cli.answer import Answer
+app.COMMANDS["env"] = lambda: Answer({{}}, ["a line of text"] * 20000)
+sys.exit(app.main(["env"]))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(app.COMMANDS, "env", interrupted)
+    assert run("env") == (130, "", "")
+
+
 def test_help_imports_no_torch() -> None:
     program = (
         "import sys; from liger_kernel.cli.app import main; main([]);"

@@ -117,7 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=as_json):  # nothing but JSON then, not even on stderr
             answer = COMMANDS[name](**given)
         present(answer, as_json)
+        sys.stdout.flush()
     except UserError as error:
         print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough; Python flushes at exit, into nothing now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return answer.status

@@ -121,7 +121,7 @@ def test(
 
 
 def _compare(run: _Run, device_type: str, again: bool) -> None:
-    """`again`: an error close to what is allowed is judged on more draws, which an op known to be wrong can do without."""
+    """`again`: judge an error close to what is allowed on more draws, which an op known to be wrong can do without."""
 
     def draw(seed: int) -> Any:
         return drawn(run.spec, run.case, Make(run.dtype, device_type, seed))
