@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel import backends
+from liger_kernel.ops import COMPUTED_BY
 from liger_kernel.testing import Make, OpCase, OpSpec, assert_draws_no_worse, specs
 from liger_kernel.testing.calls import (
     as_tuple,
@@ -48,10 +49,6 @@ IMPLEMENTATIONS = [
 def implementation(request: pytest.FixtureRequest) -> Any:
     with backends.use_implementation(request.param):
         yield request.param
-
-
-#: what has no files of its own -> the op whose files compute it
-COMPUTED_BY = {"gated_mlp": "glu", "fused_linear_cross_entropy": "cross_entropy"}
 
 
 def falls_back(op: str, implementation: str | None) -> bool:

@@ -28,12 +28,17 @@ def architecture(capability: tuple[int, int]) -> str:
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
     shared_memory = getattr(found, "shared_memory_per_block_optin", 0)
-    return described((found.major, found.minor), found.multi_processor_count, shared_memory)
+    return described(
+        (found.major, found.minor), found.multi_processor_count, shared_memory, found.name
+    )
 
 
-def described(capability: tuple[int, int], processors: int, shared_memory: int) -> DeviceFacts:
+def described(
+    capability: tuple[int, int], processors: int, shared_memory: int, name: str = ""
+) -> DeviceFacts:
     """The facts of a GPU of which this is known, whether or not it is in this machine."""
     return DeviceFacts(
+        name=name,
         architecture=architecture(capability),
         processors=processors,
         shared_memory=shared_memory,
@@ -48,6 +53,10 @@ def described(capability: tuple[int, int], processors: int, shared_memory: int) 
     )
 
 
+#: a card that is not here, for forecasts
+ON_PAPER = DeviceFacts(
+    name="an NVIDIA GPU", queues=True, product_multiple=8, mixed_products=SIXTEEN_BITS
+)
 BACKEND = Backend(
     "nvidia", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is None
 )
