@@ -1,4 +1,4 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | check | layout | format | bench OP=rms_norm | bench-all PEERS=dir
+# make demo | test | coverage | test-gpu | test-zoo | test-matrix | aot | release-check | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
 #
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
@@ -14,7 +14,7 @@ BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-gpu test-zoo test-matrix check layout format bench bench-all clean
+.PHONY: help demo test coverage test-gpu test-zoo test-matrix aot release-check check layout format docs bench bench-all clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -31,7 +31,7 @@ coverage:
 	@$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
 
 test-gpu: $(READY)
-	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or torch.xpu.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
 	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops tests/test_reach.py
 
 # every type that transformers ships, where `make test` takes a third
@@ -47,6 +47,14 @@ test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
 	    $(ARGS) tests/transformers/test_zoo.py || failed="$$failed $$release"; \
 	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
 
+# every kernel compiled for GPUs that are not there; docs/hardware.md holds what was found. ARGS=--write renews it
+aot: $(READY)
+	@nice -n 15 $(RUN) -m tests.aot $(ARGS)
+
+# wheel and sdist: built, looked into, installed into environments of their own, used; ARGS="--out dist" keeps them
+release-check: $(READY)
+	$(RUN) -m tests.release $(ARGS)
+
 check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -60,9 +68,15 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# the site, into build/site; NO_MKDOCS_2_WARNING: no advertisement among the warnings
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean $(ARGS)
+	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
+
 bench: $(READY)
 	$(RUN) -m benchmark run $(OP) $(ARGS)
 
+TABLES = README.md docs/performance.md docs/problems/out-of-memory.md docs/problems/preference-and-rl.md
 # everything beside its peers, then tables and plots: most of an hour of a GPU, on a machine that does nothing else
 bench-all: $(READY)
 	@test -d "$(PEERS)" || { echo "make bench-all PEERS=dir, made by: pip install --target dir --no-deps liger-kernel cut-cross-entropy"; exit 1; }
@@ -71,7 +85,7 @@ bench-all: $(READY)
 	$(RUN) -m benchmark e2e --modes patched,incumbent,stock,compile,patched+compile --peer-site $(PEERS)
 	$(RUN) -m benchmark losses --modes ours,eager,incumbent --peer-site $(PEERS)
 	$(RUN) -m benchmark host
-	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results README.md docs/performance.md && $(RUN) -m benchmark plots $$results
+	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results $(TABLES) && $(RUN) -m benchmark plots $$results
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info

@@ -11,13 +11,14 @@ COMMANDS = {
     "run": "ops: time, memory and share of the ceiling, beside eager, torch.compile and other packages",
     "e2e": "training steps of whole models",
     "losses": "preference and RL losses, from hidden states to gradients",
+    "cpu": "ops on a processor, beside eager PyTorch",
     "host": "how long Python is busy with a call",
     "savings": "what the patch report predicts against what a step needs less",
     "ablation": "which replacement in a model pays",
     "budget": "the fused loss against its memory budget",
     "results": "merge files of results",
     "tables": "results as Markdown, printed or put into pages",
-    "plots": "results as PNG",
+    "plots": "results as SVG, for light and for dark pages",
 }
 ON_FILES = ("results", "tables", "plots")
 

@@ -38,6 +38,16 @@ def device_name(device: str) -> str:
     return platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name()
 
 
+def processor() -> str:
+    """As the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def default_path(device: str) -> Path:
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".json")
 

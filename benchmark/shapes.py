@@ -5,8 +5,14 @@ One more size is one more line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from liger_kernel.testing import Inputs, Make
 
 
 def _model(
@@ -107,3 +113,49 @@ DEMO = {
     "llama-3-8b-4-layers": DemoShape("an 8B model, cut to fit one GPU", 4, 4096, 20, "bfloat16", 3e-4),
     "qwen3-0.6b": DemoShape("the loss head takes most of the memory", 8, 2048, 20, "bfloat16", 3e-4),
 }  # fmt: skip
+
+
+def _pair(logs: bool) -> Callable[[Make], tuple[Tensor, ...]]:
+    form = torch.log_softmax if logs else torch.softmax
+    return lambda make: tuple(form(make.randn(128, 32000), -1) for _ in range(2))
+
+
+#: op -> name of the size and its inputs, of `python -m benchmark cpu`: megabytes, so that a call takes milliseconds
+ON_CPU: dict[str, tuple[str, Inputs]] = {
+    "rms_norm": ("1024x2048", lambda m: (m.randn(1024, 2048), m.randn(2048))),
+    "fused_add_rms_norm": (
+        "1024x2048",
+        lambda m: (m.randn(1024, 2048), m.randn(1024, 2048), m.randn(2048)),
+    ),
+    "layer_norm": ("1024x2048", lambda m: (m.randn(1024, 2048), m.randn(2048), m.randn(2048))),
+    "group_norm": ("4x64x1024", lambda m: (m.randn(4, 64, 1024), m.randn(64), m.randn(64))),
+    "modulated_rms_norm": (
+        "2x512x2048",
+        lambda m: (m.randn(2, 512, 2048), m.randn(2048), m.randn(2, 1, 2048), m.randn(2, 1, 2048)),
+    ),
+    "poly_norm": ("1024x2048", lambda m: (m.randn(1024, 2048), m.randn(3), m.randn(1))),
+    "dyt": ("1024x2048", lambda m: (m.randn(1024, 2048), m.randn(1), m.randn(2048), m.randn(2048))),
+    "softmax": ("1024x2048", lambda m: (m.randn(1024, 2048),)),
+    "sparsemax": ("512x2048", lambda m: (m.randn(512, 2048),)),
+    "glu": ("512x4096", lambda m: (m.randn(512, 4096), m.randn(512, 4096))),
+    "relu_squared": ("512x4096", lambda m: (m.randn(512, 4096),)),
+    "gated_mlp": (
+        "512x512x1408",
+        lambda m: (m.randn(512, 512), *(m.randn(1408, 512) for _ in "gu"), m.randn(512, 1408)),
+    ),
+    "rope": (
+        "2x256, 16+4 heads of 64",
+        lambda m: (
+            *(m.randn(2, 256, n, 64).transpose(1, 2) for n in (16, 4)),
+            *(m.randn(1, 256, 64) for _ in "cs"),
+        ),
+    ),
+    "cross_entropy": ("256x32000", lambda m: (m.randn(256, 32000), m.labels(256, 32000))),
+    "kl_div": ("128x32000", lambda m: (_pair(True)(m)[0], _pair(False)(m)[0])),
+    "jsd": ("128x32000", _pair(True)),
+    "tvd": ("128x32000", _pair(False)),
+    "fused_linear_cross_entropy": (
+        "1024x512x32000",
+        lambda m: (m.randn(1024, 512), m.randn(32000, 512), m.labels(1024, 32000), None, None),
+    ),
+}

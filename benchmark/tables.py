@@ -4,7 +4,7 @@
     python -m benchmark tables benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
-`chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
+`steps` (`e2e` in short), `chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "liger", "cce", "
 LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
 E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
+STEP_NAMES = {
+    "stock": "HuggingFace",
+    "compile": "torch.compile",
+    "incumbent": "liger-kernel 0.8.5",
+    "patched": "ours",
+}
 LEGEND = (
     "Milliseconds of a call from the host with cold caches, in parentheses of its kernels alone (replayed CUDA graph); "
     "bold: the fastest call. Rate and share of the ceiling (device copy or bf16 matrix product, measured in the same "
@@ -145,6 +151,29 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
 
 
+def steps_table(content: dict[str, Any]) -> str:
+    """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
+    body = []
+    for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
+        shape, seq, batch, checkpointing, ignored = key
+        if ignored:
+            continue
+        name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
+        name += ", checkpointing" if checkpointing else ""
+        speed = best(line, "tokens_per_s", max) or 0
+        cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
+        body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])
+    return whole(content, "e2e", ["tokens/s / peak memory", *STEP_NAMES.values()], body)
+
+
+def model_name(shape: str) -> str:
+    """llama-3.2-1b -> Llama-3.2-1B"""
+    name = (
+        shape.replace("llama", "Llama").replace("qwen", "Qwen").replace("-4-layers", ", 4 layers")
+    )
+    return re.sub(r"(\d)b\b", r"\1B", name)
+
+
 def host_table(content: dict[str, Any]) -> str:
     """Microseconds that Python is busy, forward / backward."""
     order = ("ours", "kernels", "one thread", "eager")
@@ -180,7 +209,13 @@ def chunked_table(content: dict[str, Any]) -> str:
 
 
 #: what a page may ask for, beside `ops` and the ops themselves
-KINDS = {"e2e": e2e_table, "head": head_table, "host": host_table, "chunked": chunked_table}
+KINDS = {
+    "e2e": e2e_table,
+    "steps": steps_table,
+    "head": head_table,
+    "host": host_table,
+    "chunked": chunked_table,
+}
 
 
 def provenance(content: dict[str, Any], kind: str) -> str:

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-if not torch.cuda.is_available():
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from collections.abc import Iterator

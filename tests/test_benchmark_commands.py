@@ -17,7 +17,7 @@ from benchmark import children, run, sources
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "unknown command ''; known: run, e2e, losses, host"),
+        ("", "unknown command ''; known: run, e2e, losses, cpu, host"),
         ("walk", "unknown command 'walk'"),
         ("run --walk", "unrecognized arguments: --walk"),
         ("run no_such_op --device cpu", "unknown op no_such_op; known: cross_entropy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,67 @@ def test_a_time_of_the_kernels_alone_is_shown() -> None:
     assert "| c | full | (0.5) |" in only
 
 
-def test_plots_are_drawn(tmp_path: Path) -> None:
+H100 = "nvidia-h100-80gb-hbm3"
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_the_pictures_show_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the byte by the pinned matplotlib; every name and number by any other one."""
     plots = pytest.importorskip("benchmark.plots")
-    source = RESULTS / "nvidia-h100-80gb-hbm3.json"
-    assert plots.main([str(source), str(tmp_path / "a.png")]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-sweep.png", "a.png"]
+    assert plots.main([str(RESULTS / f"{H100}.json"), str(tmp_path)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    kept = {path.name: path.read_text() for path in plots.TARGET.glob("*.svg")}
+    assert made.keys() == kept.keys(), "run `python -m benchmark plots`"
+    version = re.compile(r"Matplotlib v[\d.]+")
+    for name, drawn in made.items():
+        assert texts(drawn) == texts(kept[name]), f"{name}: run `python -m benchmark plots`"
+        if version.findall(drawn) == version.findall(kept[name]):
+            assert drawn == kept[name], f"{name}: run `python -m benchmark plots`"
+
+
+def test_a_picture_is_small_and_says_who_and_where() -> None:
+    plots = pytest.importorskip("benchmark.plots")
+    content = results.load(RESULTS / f"{H100}.json")
+    for name, make in plots.PICTURES.items():
+        picture = make(content)
+        shown = vars(picture)
+        assert len(shown.get("values", ())) <= 5, name
+        assert len(shown.get("series", ())) <= 4, name
+        assert len(shown.get("points", ())) <= 5, name
+        assert len(picture.title) <= 60, name
+        assert f"{content['gpu']}, bf16, torch 2." in picture.caption, name
+        light, dark = (plots.svg(picture, kind) for kind in plots.THEMES)
+        assert texts(light) == texts(dark), name
+        assert light != dark, name
+        assert not re.search(r"<image|href=.http|url\(http", light), name
+
+
+def test_a_claim_is_that_of_the_results() -> None:
+    """A title is made of the numbers beneath it, so that it cannot outlive them."""
+    plots = pytest.importorskip("benchmark.plots")
+    content = results.load(RESULTS / f"{H100}.json")
+    rows = [{**r, "tokens_per_s": r["tokens_per_s"] * (1 + (r["mode"] == "patched"))}
+            for r in content["e2e"]]  # fmt: skip
+    before, after = (
+        plots.PICTURES["step-speed"](c).title for c in (content, {**content, "e2e": rows})
+    )
+    assert "1.4 times" in before
+    assert "2.8 times" in after
+
+
+def test_pictures_without_rows_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plots = pytest.importorskip("benchmark.plots")
+    assert plots.main([str(RESULTS / "nvidia-h200.json"), str(tmp_path / "a")]) == 0
+    assert "step-speed: left out" not in capsys.readouterr().out
+    (tmp_path / "empty.json").write_text("{}")
+    assert plots.main([str(tmp_path / "empty.json"), str(tmp_path / "b")]) == 1
+    assert "step-speed: left out, these results have no" in capsys.readouterr().out
 
 
 def test_tables_replace_what_is_between_their_markers() -> None:
@@ -92,6 +149,8 @@ def test_tables_replace_what_is_between_their_markers() -> None:
     [
         ("README.md", "nvidia-h100-80gb-hbm3"),
         ("docs/performance.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/problems/out-of-memory.md", "nvidia-h100-80gb-hbm3"),
+        ("docs/problems/preference-and-rl.md", "nvidia-h100-80gb-hbm3"),
         ("docs/h200.md", "nvidia-h200"),
     ],
 )

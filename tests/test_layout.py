@@ -47,6 +47,8 @@ LAYERS = (
 )
 #: outside the layers: what only tests and benchmarks import
 TEST_ONLY = "testing"
+#: commands that run the ops' cases; nothing imports them until they are asked for
+RUN_CASES = ("cli/bench.py", "cli/selftest.py")
 #: ops without kernels of their own: they are built from a sibling's
 OPS_WITHOUT_KERNELS = frozenset({"gated_mlp"})
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
@@ -164,6 +166,7 @@ def file_roles(root: Path) -> Findings:
             if path.name in KERNEL_FILES and first == PACKAGE and "reference" in parts:
                 findings.append(f"{at}: kernels never import the reference")
             run_time = path.name != "cases.py" and where.parts[0] != TEST_ONLY
+            run_time = run_time and where.as_posix() not in RUN_CASES
             if run_time and first == PACKAGE and {TEST_ONLY, "cases"} & set(parts):
                 findings.append(f"{at}: {name} is for tests and benchmarks")
             if (
@@ -301,6 +304,7 @@ CLEAN = {
     "src/liger_kernel/ops/norm/contract.py": "",
     "src/liger_kernel/ops/norm/triton.py": "import triton\nfrom liger_kernel.backends import gpu",
     "src/liger_kernel/testing/__init__.py": "def close(a, b, atol): ...",
+    "src/liger_kernel/cli/selftest.py": "from liger_kernel.testing import OpCase",
     "src/liger_kernel/transformers/norm.py": "from liger_kernel.ops import norm\ndef f():\n    import triton",
     "tests/test_norm.py": "x = torch.empty(2, device='cuda')",
 }
@@ -351,6 +355,8 @@ def test_rule_accepts_a_clean_tree(rule: Callable[[Path], Findings], tmp_path: P
         (file_roles, "ops/norm/triton.py", "from . import reference", "never import the reference"),
         (file_roles, "ops/norm/__init__.py", "from .cases import SPEC", "is for tests"),
         (file_roles, "transformers/x.py", "import liger_kernel.testing", "is for tests"),
+        (file_roles, "cli/env.py", "import liger_kernel.testing", "is for tests"),
+        (import_directions, "transformers/x.py", "from liger_kernel import cli", "must not import"),
         (
             file_roles,
             "ops/norm/__init__.py",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from liger_kernel import compat
-
-compat.install()
+from liger_kernel._core.installed import warn_of_strangers
 
 __version__ = "1.0.0.dev0"
 
+compat.install()
+warn_of_strangers(__file__, __version__)
+
 _PATCHING = ("PatchReport", "patch", "patched", "unpatch")
-__all__ = ["PatchReport", "__version__", "patch", "patched", "unpatch"]
+__all__ = ["PatchReport", "__version__", "doctor", "patch", "patched", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +21,12 @@ def __getattr__(name: str) -> Any:
         from liger_kernel.transformers import patching
 
         return getattr(patching, name)
+    if name == "doctor":
+        from liger_kernel.cli import doctor
+
+        return doctor.doctor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PATCHING})
+    return sorted({*globals(), *__all__})

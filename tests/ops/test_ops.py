@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel import backends
+from liger_kernel.ops import COMPUTED_BY
 from liger_kernel.testing import Make, OpCase, OpSpec, assert_draws_no_worse, specs
 from liger_kernel.testing.calls import (
     as_tuple,
@@ -25,7 +26,9 @@ from tests import dummy_backend as _registered  # noqa: F401
 SPECS: list[OpSpec] = list(specs().values())
 WITH_GRADIENTS = [spec for spec in SPECS if spec.differentiable]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = os.environ.get("TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = os.environ.get("TEST_DEVICE") or next(
+    (name for name in ("cuda", "xpu") if getattr(torch, name).is_available()), "cpu"
+)
 PAIRS = [
     pytest.param(spec, case, id=f"{spec.name}-{case.id}")
     for spec in SPECS
@@ -46,10 +49,6 @@ IMPLEMENTATIONS = [
 def implementation(request: pytest.FixtureRequest) -> Any:
     with backends.use_implementation(request.param):
         yield request.param
-
-
-#: what has no files of its own -> the op whose files compute it
-COMPUTED_BY = {"gated_mlp": "glu", "fused_linear_cross_entropy": "cross_entropy"}
 
 
 def falls_back(op: str, implementation: str | None) -> bool:

@@ -166,6 +166,29 @@ def test_a_bias_that_is_trained_gets_its_gradient() -> None:
     assert model.lm_head.bias.grad.any()
 
 
+def trained(model: Any) -> None:
+    torch.optim.AdamW([model.lm_head.bias], lr=1.0, fused=True).step()
+
+
+def set_anew(model: Any) -> None:
+    model.final_logits_bias += 1.0
+
+
+@pytest.mark.parametrize(("model_type", "change"), [("bart", set_anew), ("esm", trained)])
+def test_logits_need_the_bias_of_the_forward(model_type: str, change: Any) -> None:
+    """The weight of the head is what it was."""
+    model = build(model_type).train()
+    liger_kernel.patch(model)
+    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "lm_head.bias" or model_type == "bart")
+    outputs = model(**inputs(model_type, 0))
+    outputs.loss.backward()
+    change(model)
+    with pytest.raises(RuntimeError, match='logits="real"'):
+        _ = outputs.logits
+
+
 @pytest.mark.parametrize("how", [how for how, (fuses, _) in THEN.items() if fuses])
 def test_compiled(how: str) -> None:
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import liger_kernel
 from liger_kernel.testing import Make
-from tests.transformers.steps import assert_all_no_worse, step
+from tests.transformers.steps import assert_all_no_worse, fused, step
 from tests.transformers.test_facts import MLP, SIZE, X, patched, times_two
 from tests.transformers.test_structure import Calls
 from tests.transformers.tiny import batch, build
@@ -52,6 +52,70 @@ def test_replicas_compute_with_their_own_weights(calls: Calls) -> None:
         for p in inner.parameters():
             p.zero_()
     assert torch.equal(replica(ids)[0], expected)
+
+
+def test_shallow_copies_compute_with_their_own_attributes() -> None:
+    """They share parameters and children with the original, and what is set on them is theirs."""
+    model, theirs = build("llama"), build("llama")
+    liger_kernel.patch(model)
+    for copied in (copy.copy(m.model.norm) for m in (model, theirs)):
+        copied.variance_epsilon = 7.0
+        copied._parameters = {"weight": nn.Parameter(torch.full((48,), 2.0))}
+        assert copied(torch.ones(1, 48)).unique().item() == pytest.approx(2 / 8**0.5)
+        assert "Liger" not in repr(copied)
+    for shared in (
+        model,
+        theirs,
+    ):  # one more layer, with the weights of the first and a cache of its own
+        layer = copy.copy(shared.model.layers[0])
+        layer._modules = dict(layer._modules)
+        layer.self_attn = copy.copy(layer.self_attn)
+        layer.self_attn.layer_idx = 2
+        shared.model.layers.append(layer)
+        shared.config.num_hidden_layers = 3
+    ids, more = batch()["input_ids"], {"max_new_tokens": 4, "eos_token_id": None}
+    assert torch.equal(model.eval().generate(ids, **more), theirs.eval().generate(ids, **more))
+
+
+def test_a_shallow_copy_of_a_model_is_not_patched_itself() -> None:
+    model = build("llama").train()
+    report = liger_kernel.patch(model)
+    copied: Any = copy.copy(model)
+    assert copied.model is model.model
+    assert not fused(copied(**batch()))
+    liger_kernel.unpatch(copied)
+    assert not report.skipped
+    liger_kernel.patch(copied)
+    assert fused(copied(**batch()))
+    assert fused(model(**batch()))
+
+
+def test_parts_that_were_copied_into_the_model() -> None:
+    """As PEFT puts a copy in the place of a module that is to be saved; it is what the report is about then."""
+    model, theirs = build("llama"), build("llama")
+    report = liger_kernel.patch(model)
+    for path in ("model.norm", "model.layers.0.mlp", "lm_head"):
+        model.set_submodule(path, copy.deepcopy(model.get_submodule(path)))
+    assert not report.skipped
+    assert fused(model.train()(**batch()))
+    assert liger_kernel.patch(model) is report
+    liger_kernel.unpatch(model)
+    for (path, module), stock in zip(model.named_modules(), theirs.modules(), strict=True):
+        assert type(module) is type(stock), path
+        assert vars(module).keys() == vars(stock).keys(), path
+
+
+def test_patch_sees_parts_that_are_new() -> None:
+    model = build("llama")
+    before = liger_kernel.patch(model)
+    model.model.norm = build("llama").model.norm
+    assert [row.path for row in before.skipped] == ["model.norm"]
+    report = liger_kernel.patch(model)
+    assert report is not before
+    assert not report.skipped
+    model.model.layers.extend(build("llama").model.layers)
+    assert len(liger_kernel.patch(model).replaced) == len(report.rows) + 8
+    assert not liger_kernel.patch(model).skipped
 
 
 def test_a_pickle_is_proven_again(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers import LlamaConfig, PreTrainedModel
@@ -162,6 +163,28 @@ class TestForeign:
         assert_no_worse("loss", outputs.loss, high, expected)
         handle.remove()
         assert fused(forward(**batch(), use_cache=False))
+
+    @pytest.mark.parametrize(
+        ("owner", "name", "reason"),
+        [
+            (nn.Linear, "forward", "does not compute a plain linear map"),
+            (F, "linear", "has replaced torch.nn.functional.linear"),
+            (F, "cross_entropy", "has replaced torch.nn.functional.cross_entropy"),
+        ],
+        ids=["Linear", "linear", "cross_entropy"],
+    )
+    def test_functions_of_torch_that_somebody_replaced(
+        self, owner: Any, name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once is not twice, and not never: also in MLPs, whose Linears are one op otherwise."""
+        model, original = build("mistral"), getattr(owner, name)
+        report = liger_kernel.patch(model)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs) * 1.5)
+        assert reason in next(row.reason for row in report.rows if row.kind == "loss")
+        low, high = build("mistral"), build("mistral", torch.float64)
+        assert_same_steps((model, high, low), [batch()])
+        monkeypatch.undo()
+        assert fused(model.train()(**batch()))
 
     def test_a_weight_that_is_no_plain_tensor(self, model: Any) -> None:
         weight = model.lm_head.weight.detach().as_subclass(Subclass)

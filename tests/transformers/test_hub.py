@@ -7,6 +7,7 @@ What `kernels` does to a module is bind the forward of a class to it; so much is
 from __future__ import annotations
 
 import collections
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.utils
 from torch import nn
 from transformers.integrations import hub_kernels
@@ -29,7 +31,8 @@ from transformers.integrations import hub_kernels
 from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers import hub, register_kernels
 from liger_kernel.transformers.patching.sites import norms
-from tests.transformers.steps import assert_all_no_worse, assert_same_step, step, steps
+from tests.transformers.here import hf_class
+from tests.transformers.steps import assert_all_no_worse, assert_same_step, step, steps, unrounded
 from tests.transformers.tiny import batch, build
 
 HERE = importlib.util.find_spec("kernels") is not None
@@ -76,6 +79,25 @@ def test_an_unproven_norm_keeps_its_own_forward(calls: collections.Counter[str])
     calls.clear()
     model.model.norm(x)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    "where", ["qwen3_next.Qwen3NextRMSNormGated", "kimi_linear.KimiLinearRMSNormGated"]
+)
+def test_gated(where: str, calls: collections.Counter[str]) -> None:
+    """A gate by silu and one by sigmoid; the gate is passed by position or by name."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate = torch.randn(2, 5, 16, generator=generator)
+    stock, bound = (hf_class(where)(16) for _ in range(2))
+    bound.forward = MethodType(hub.RMSNormGated.forward, bound)
+    high = copy.deepcopy(stock).double()
+    with unrounded(high):
+        high = high(x.double(), gate.double())
+    bound(x, gate)
+    calls.clear()
+    for found in (bound(x, gate), bound(x, gate=gate)):
+        assert_no_worse(where, found, high, stock(x, gate))
+    assert calls["rms_norm"] == 2
 
 
 def test_rotary(calls: collections.Counter[str]) -> None:
@@ -191,10 +213,35 @@ def test_hf_asks_for_every_name() -> None:
 
     asking = (
         modeling_llama.LlamaRMSNorm,
+        modeling_qwen3_5.Qwen3_5RMSNormGated,
         modeling_qwen3_5.Qwen3_5RMSNorm,
         type(modeling_llama.apply_rotary_pos_emb),
     )
     assert [cls.kernel_layer_name for cls in asking] == list(hub.LAYERS)
+
+
+#: what HF attaches, and no op of ours computes
+NOT_OURS = {
+    "MultiScaleDeformableAttention": "attention",
+    "Qwen3_5GatedDeltaNet": "linear attention",
+    "EsmFold2TriangleMultiplication": "of one model",
+    "MegaBlocksMoeMLP": "experts with a router",
+    "SoftmaxTopKRouter": "a router",
+    **dict.fromkeys(
+        ("SiLU", "GeLU", "NewGELU", "GeluTanh", "QuickGELU", "FastGELU"),
+        "an activation alone; with its product it is `liger_kernel.patch`'s",
+    ),
+}
+
+
+def test_every_name_that_hf_attaches_is_served_or_known_to_be_not_ours() -> None:
+    attached = set()
+    for file in Path(transformers.__file__).parent.rglob("*.py"):
+        if "_from_hub(" in (text := file.read_text(encoding="utf-8")):
+            attached |= set(re.findall(r'^@use_kernel_\w+_from_hub\("(\w+)"\)', text, re.MULTILINE))
+    assert {"RMSNorm", "rotary_pos_emb"} <= attached
+    assert attached <= {*hub.LAYERS, *NOT_OURS}
+    assert not {*hub.LAYERS} & {*NOT_OURS}
 
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

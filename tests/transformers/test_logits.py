@@ -249,3 +249,14 @@ def test_compiled_evaluation(compiled: Any) -> None:
     outputs = forward(**batch(), use_cache=False, skip_logits=True)
     assert fused(outputs)
     assert outputs.logits.shape == (3, 11, VOCAB)
+
+
+@pytest.mark.parametrize("more", [{}, {"labels": None}, {"logits_to_keep": 4}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_without_labels(compiled: Any, training: bool, more: dict[str, Any]) -> None:
+    model, forward = compiled
+    model.train(training)
+    given = {"input_ids": batch()["input_ids"], "use_cache": False, **more}
+    outputs, expected = forward(**given), build("llama").train(training)(**given)
+    assert outputs.loss is None
+    assert torch.equal(outputs.logits, expected.logits)

@@ -295,6 +295,19 @@ class TestInterrupted:
         assert fused(outputs)
         assert len({round(value.item(), 4) for value in [*losses, outputs.loss]}) == 1
 
+    @pytest.mark.parametrize("options", [None, {"logits": "real"}, {"rope": False}], ids=str)
+    def test_patched_anew_while_it_runs(self, model: Any, options: Any) -> None:
+        def change(*_: Any) -> None:
+            liger_kernel.unpatch(model)
+            if options is not None:
+                liger_kernel.patch(model, **options)
+
+        hook = model.model.norm.register_forward_hook(change)
+        outputs, expected = model(**batch()), stock()(**batch())
+        hook.remove()
+        torch.testing.assert_close(outputs.loss, expected.loss)
+        assert torch.equal(outputs.logits, expected.logits)
+
     def test_threads(self, model: Any) -> None:
         expected = {seed: model(**batch(seed=seed)).loss.detach() for seed in range(4)}
         found: dict[int, list[Tensor]] = {seed: [] for seed in expected}

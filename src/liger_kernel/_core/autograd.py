@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionMeta
 
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _IS_GRADS_BATCHED = torch._C._dispatch_key_parse("VmapMode")
@@ -86,6 +87,13 @@ def made_in_forward(ctx: Any) -> tuple[Tensor | None, ...]:
     if not graph_is_kept():
         return saved
     return tuple(None if grad is None else grad.clone() for grad in saved)
+
+
+class OwnApply(FunctionMeta):
+    """torch.compile calls `apply` of such a class. For torch's own metaclass it would trace forward and backward."""
+
+    def __init__(cls, name: str, bases: tuple[type, ...], members: Any, **of_class: Any) -> None:
+        super().__init__(name, bases, members)  # torch's own takes no keywords of a class statement
 
 
 class Op(torch.autograd.Function):

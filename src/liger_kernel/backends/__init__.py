@@ -27,11 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_kernel._core.autograd import Recompute, has_numbers
 from liger_kernel._core.contract import check_contract
+from liger_kernel.backends import disabled
 from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
-REFERENCE = "reference"
+REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
-_SHARED = ("dispatch", "kernels", "records", "triton")
+_SHARED = ("disabled", "dispatch", "kernels", "records", "triton")
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
 
@@ -60,7 +61,12 @@ def register(backend: Backend) -> None:
     for implementation in (backend.implementation, *backend.on_request):
         if implementation is not None:
             IMPLEMENTATIONS[implementation.name] = implementation
-    for cache in (backend_of, facts_of, _kernels):
+    forget()
+
+
+def forget() -> None:
+    """Look again at backends, devices and the list of disabled ops."""
+    for cache in (backend_of, facts_of, _disabled, _kernels):
         cache.cache_clear()
 
 
@@ -107,6 +113,17 @@ def can_assert(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_assert_async.msg", key)
 
 
+@contextlib.contextmanager
+def on_paper(facts: DeviceFacts) -> Iterator[None]:
+    """Let tensors of the meta device stand for those of a device with these facts."""
+    register(Backend("paper", ("meta",), lambda device: facts))
+    try:
+        yield
+    finally:
+        del BACKENDS["paper"]
+        forget()
+
+
 # --- explicit requests ----------------------------------------------------------------------------
 
 
@@ -139,9 +156,18 @@ def use_implementation(name: str | None) -> Iterator[None]:
         _requested = before
 
 
+def requested() -> str | None:
+    """The implementation that was asked for by name, if one was."""
+    return _requested
+
+
 def kernels_requested() -> bool:
     """Whether an implementation other than the reference was requested by name."""
     return _requested is not None and _requested != REFERENCE
+
+
+def reference_requested() -> bool:
+    return _requested == REFERENCE
 
 
 def host_bound(x: Tensor, limit: int) -> bool:
@@ -198,18 +224,51 @@ def is_there(module: str) -> bool:
         return False
 
 
+def devices_of(device_type: str) -> list[torch.device]:
+    """Every device of this type that the process sees."""
+    count = 1 if device_type == "cpu" else torch.get_device_module(device_type).device_count()
+    return [torch.device(device_type, i) for i in range(count)]
+
+
+@functools.cache
+def _disabled(device_type: str) -> dict[tuple[str, str], str]:
+    return disabled.reasons({facts_of(device).name for device in devices_of(device_type)})
+
+
+def serving(op: str, device_type: str, requested: str | None = None) -> tuple[str, str | None]:
+    """What computes `op` on `device_type`: an implementation, "portable" or "reference"; and why that is not the
+    implementation of the device, if selftest found it wrong.
+
+    Raises: RuntimeError if `requested` cannot serve.
+    """
+    found, why = implementation_for(device_type, requested), None
+    if found is not None and is_there(found.module(op)):
+        why = _disabled(device_type).get((op, found.name))
+        if why is None:
+            return found.name, None
+        if requested is not None:
+            raise RuntimeError(
+                f"LIGER_KERNEL_IMPL={requested!r} cannot serve {op}: selftest found it wrong here ({why}), which "
+                f"{disabled.path()} says. Unset the variable, or: {disabled.RESET}"
+            )
+    return (PORTABLE if is_there(f"liger_kernel.ops.{op}.{PORTABLE}") else REFERENCE), why
+
+
 @functools.cache
 def _kernels(op: str, device_type: str, requested: str | None) -> Any:
-    found = implementation_for(device_type, requested)
+    name, why = serving(op, device_type, requested)
+    if why is not None:
+        warnings.warn(
+            f"{op} is computed without its kernels on {device_type!r}: selftest found them wrong here ({why}), which "
+            f"{disabled.path()} says. {disabled.RESET}",
+            stacklevel=2,
+        )
     package = f"liger_kernel.ops.{op}"
+    if name == REFERENCE:
+        return Recompute(getattr(importlib.import_module(f"{package}.{name}"), op))
     contract = importlib.import_module(f"{package}.contract").Kernels
-    if found is not None and is_there(found.module(op)):
-        module = found.module(op)
-        return check_contract(importlib.import_module(module), contract, module)
-    if is_there(f"{package}.portable"):
-        return check_contract(importlib.import_module(f"{package}.portable"), contract, package)
-    reference = importlib.import_module(f"{package}.reference")
-    return Recompute(getattr(reference, op))
+    module = f"{package}.{name}" if name == PORTABLE else IMPLEMENTATIONS[name].module(op)
+    return check_contract(importlib.import_module(module), contract, module)
 
 
 def reference_of(op: str, x: Tensor) -> Any:

@@ -27,10 +27,19 @@ def architecture(compiler_name: str) -> str:
 
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
+    wavefront = getattr(found, "warp_size", 64)
+    return described(
+        getattr(found, "gcnArchName", ""), found.multi_processor_count, wavefront, found.name
+    )
+
+
+def described(compiler_name: str, processors: int, wavefront: int, name: str = "") -> DeviceFacts:
+    """The facts of a GPU of which this is known, whether or not it is in this machine."""
     return DeviceFacts(
-        architecture=architecture(getattr(found, "gcnArchName", "")),
-        processors=found.multi_processor_count,
-        most_warps=16,  # of 64 threads
+        name=name,
+        architecture=architecture(compiler_name),
+        processors=processors,
+        most_warps=1024 // wavefront,
         queues=True,
         product_multiple=8,
         streams=torch.cuda,

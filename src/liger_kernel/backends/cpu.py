@@ -8,6 +8,7 @@ from liger_kernel.backends.records import Backend, ChunkSizes, DeviceFacts
 from liger_kernel.backends.triton import TRITON
 
 FACTS = DeviceFacts(
+    name="CPU",
     wide_products_are_free=True,
     float64=True,
     # a small head is not worth a slab of many times its size

@@ -5,8 +5,10 @@
    that follows PyTorch's ops.
 2. DTensors, by the op's rule for shards.
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
-4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`); the
-   reference where that leaves these options or tensors to it (`_core.contract.Partial`).
+4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
+5. Where there is none, or it leaves these options or tensors to the reference (`_core.contract.Partial`), PyTorch's own
+   fused op if it has one, or the reference: both directly, under PyTorch's autograd. Nothing is computed twice then; an
+   autograd node of ours would run the reference again in backward.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, in_torch_func, is_transformed
+from liger_kernel._core.autograd import Op, Recompute, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import host_bound, kernels_of, kernels_requested, reference_of
+from liger_kernel.backends import (
+    host_bound,
+    kernels_of,
+    kernels_requested,
+    reference_of,
+    reference_requested,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Dispatch:
     shards: from a function of plain tensors, and the op's tensors of which some are DTensors, to its outputs.
     small: elements of the first tensor up to which `eager(options, *tensors)` is tried on a GPU; it returns None where
     it would not compute the same.
+    native: `native(options, *tensors)`, the op as PyTorch has it, run where there are no kernels; None likewise.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Dispatch:
     shards: Callable[..., Any]
     small: int = 0
     eager: Callable[..., Any] | None = None
+    native: Callable[..., Any] | None = None
 
     def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
         if is_transformed():
@@ -57,7 +67,14 @@ class Dispatch:
             found = self.eager(options, *tensors)
             if found is not None:
                 return found
-        return self.node.apply(kernels_for(self.name, options, *tensors), options, *tensors)
+        kernels = kernels_for(self.name, options, *tensors)
+        if not isinstance(kernels, Recompute):
+            return self.node.apply(kernels, options, *tensors)
+        if self.native is not None and not reference_requested():
+            found = self.native(options, *tensors)
+            if found is not None:
+                return found
+        return self.reference(*tensors, **options.named())
 
 
 def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:

@@ -26,6 +26,7 @@ def architecture(device_name: str) -> str:
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.xpu.get_device_properties(device)
     return DeviceFacts(
+        name=found.name,
         architecture=architecture(found.name),
         processors=found.gpu_subslice_count,
         queues=True,

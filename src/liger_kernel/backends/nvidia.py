@@ -27,10 +27,21 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def facts(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(found, "shared_memory_per_block_optin", 0)
+    return described(
+        (found.major, found.minor), found.multi_processor_count, shared_memory, found.name
+    )
+
+
+def described(
+    capability: tuple[int, int], processors: int, shared_memory: int, name: str = ""
+) -> DeviceFacts:
+    """The facts of a GPU of which this is known, whether or not it is in this machine."""
     return DeviceFacts(
-        architecture=architecture((found.major, found.minor)),
-        processors=found.multi_processor_count,
-        shared_memory=getattr(found, "shared_memory_per_block_optin", 0),
+        name=name,
+        architecture=architecture(capability),
+        processors=processors,
+        shared_memory=shared_memory,
         queues=True,
         # cuBLAS loads one element at a time where rows are not whole vectors of 16 bytes: 174 instead of 38 ms for a
         # head of 8192x4096x128257 on an H100
@@ -42,6 +53,10 @@ def facts(device: torch.device) -> DeviceFacts:
     )
 
 
+#: a card that is not here, for forecasts
+ON_PAPER = DeviceFacts(
+    name="an NVIDIA GPU", queues=True, product_multiple=8, mixed_products=SIXTEEN_BITS
+)
 BACKEND = Backend(
     "nvidia", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is None
 )

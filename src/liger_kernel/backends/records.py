@@ -43,6 +43,8 @@ class ChunkSizes:
 class DeviceFacts:
     """What host code has to know about a device. Nothing outside this folder asks a tensor where it lives."""
 
+    #: as its maker calls it
+    name: str = ""
     #: launch configurations are measured, and chosen, by it: "hopper", "cdna3", ...; "" where there are no kernels
     architecture: str = ""
     #: streaming multiprocessors, compute units, subslices; 2 where kernels are interpreted: partial sums are exercised

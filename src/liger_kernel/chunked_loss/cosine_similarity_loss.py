@@ -12,7 +12,7 @@ from liger_kernel.loss_head.losses.cosine_similarity import CosineSimilarityLoss
 
 
 class LigerFusedLinearCosineSimilarityLoss(DistillationLoss):
-    """Distillation with the cosine distance between student and teacher."""
+    """Distillation: cross entropy with the labels plus the cosine distance of the logits to a teacher's."""
 
     rows = CosineSimilarityLoss
 

@@ -33,7 +33,7 @@ def pair_loss(
 
 
 class LigerFusedLinearCPOLoss(PairLoss):
-    """CPO on the hidden states of chosen and rejected sequences."""
+    """CPO: `-log sigmoid(beta * (chosen - rejected))` of log-probabilities, plus `alpha` times the chosen's NLL."""
 
     formula = staticmethod(pair_loss)
 

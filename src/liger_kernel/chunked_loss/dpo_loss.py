@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,7 +103,11 @@ LOSSES: dict[str, Callable[[DPOOptions, Tensor, Tensor], Tensor]] = {
 
 
 def pair_loss(
-    options: DPOOptions, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor
+    options: DPOOptions,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | float,
+    ref_rejected: Tensor | float,
 ) -> tuple[Tensor, ...]:
     a, b = chosen - ref_chosen, rejected - ref_rejected
     return LOSSES[options.loss_type](options, a, b), options.beta * a, options.beta * b
@@ -119,4 +123,18 @@ class LigerFusedLinearDPOLoss(ReferencePairLoss):
     def __init__(self) -> None: ...
 
 
-class LigerFusedLinearDPOFunction(LossFunction, loss=LigerFusedLinearDPOLoss, last="alpha"): ...
+class LigerFusedLinearDPOFunction(LossFunction, loss=LigerFusedLinearDPOLoss, last="alpha"):
+    @staticmethod
+    def preference_loss_fn(
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        full_target: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """The loss per pair of `full_target` (2P, T), and the rewards, of log-probabilities of sequences; `options`
+        are those of the module that such a loss can read."""
+        refs = (0.0 if ref is None else ref for ref in (ref_chosen_logps, ref_rejected_logps))
+        loss, *rewards = pair_loss(DPOOptions(**options), chosen_logps, rejected_logps, *refs)
+        return loss.sum() / (full_target.shape[0] // 2), *rewards

@@ -6,19 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.autograd.function import FunctionMeta
 
-from liger_kernel._core.autograd import in_torch_func, made_in_forward, refuse_double_backward
 from liger_kernel._core.declared import LossModule
+from liger_kernel.chunked_loss.gradients import GradientsInForward
 from liger_kernel.chunked_loss.options import LossOptions, check_chunk_size
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses.distillation import DistillationLoss as DistillationRows
 from liger_kernel.loss_head.node import compute_dtype, linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.products import HeadInputs
-from liger_kernel.ops.scale_gradients import scale_gradients
 
 
 @dataclass(frozen=True)
@@ -33,27 +30,12 @@ class _OwnLoss(DistillationRows):
         return self.of_chunk(student, teacher, target) * counted / counted.sum().clamp(min=1)
 
 
-class _Outside(FunctionMeta):
-    """torch.compile calls `apply` of such a class, where for torch's own metaclass it would trace forward."""
-
-
-class LigerFusedLinearDistillationBase(torch.autograd.Function, metaclass=_Outside):
+class LigerFusedLinearDistillationBase(GradientsInForward):
     """weight_hard_loss * cross entropy + weight_soft_loss * `distillation_loss_fn`, per labelled token.
 
     A subclass gives `distillation_loss_fn(student_logits, teacher_logits, target=, ignore_index=, beta=, ...)`: the
-    sum over the rows of a chunk, from fp32 logits that are already divided by the temperature. Gradients are made in
-    forward, only for tensors with `requires_grad=True`, and handed out by backward.
+    sum over the rows of a chunk, from fp32 logits that are already divided by the temperature.
     """
-
-    @classmethod
-    @torch.compiler.disable
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        if in_torch_func():
-            raise RuntimeError(
-                f"{cls.__name__} makes its gradients in forward, which torch.func and forward-mode AD do not follow. "
-                f"Write the loss as a FormulaLoss of liger_kernel.loss_head.row_loss, or call it outside of them."
-            )
-        return super().apply(*args, **kwargs)
 
     @staticmethod
     def distillation_loss_fn(
@@ -135,9 +117,7 @@ class LigerFusedLinearDistillationBase(torch.autograd.Function, metaclass=_Outsi
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         """Gradients of student_input, student_weight, None for three, and of student_bias."""
-        refuse_double_backward()
-        dx, dw, db = made_in_forward(ctx)
-        scale_gradients((dx, dw, db), grad_output)
+        dx, dw, db = GradientsInForward.handed_out(ctx, grad_output)
         return None if dx is None else dx.view(ctx.shape), dw, None, None, None, db
 
 

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liger_kernel.chunked_loss.engine import token_logps
+from liger_kernel.chunked_loss.gradients import GradientsInForward
 
 
-class LigerFusedLinearPPOBase:
-    """Log-probabilities of sampled tokens, and how many tokens a loss over all ranks is divided by."""
+class LigerFusedLinearPPOBase(GradientsInForward):
+    """Log-probabilities of sampled tokens, and how many tokens a loss over all ranks is divided by.
+
+    A subclass whose forward saves the gradients of hidden states, weight and bias has its backward here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        raise NotImplementedError(
+            "A loss derived from LigerFusedLinearPPOBase defines its own forward; GRPO and its relatives are "
+            "LigerFusedLinearGRPOLoss(loss_type=...)."
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *grad_metrics: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states and the weight, three times None, and that of the bias."""
+        dx, dw, db = GradientsInForward.handed_out(ctx, grad_output)
+        return dx, dw, None, None, None, db
 
     @staticmethod
     def chunk_forward(

@@ -12,7 +12,7 @@ from liger_kernel.loss_head.losses.jsd import JSDLoss
 
 
 class LigerFusedLinearJSDLoss(DistillationLoss):
-    """Distillation with the generalised JSD between student and teacher."""
+    """Distillation: cross entropy with the labels plus the generalised JSD to a teacher, both weighed."""
 
     rows = JSDLoss
 

@@ -47,7 +47,10 @@ def sequence_loss(
 
 
 class LigerFusedLinearKTOLoss(LossModule):
-    """KTO on hidden states. A sequence without labelled tokens has loss 0."""
+    """KTO: `1 - sigmoid(+-beta * (log-ratio to the reference - kl))`, + for desirable sequences, which need no partner.
+
+    A sequence without labelled tokens has loss 0.
+    """
 
     @takes(KTOOptions)
     def __init__(self) -> None: ...

@@ -39,7 +39,7 @@ def pair_loss(
 
 
 class LigerFusedLinearORPOLoss(PairLoss):
-    """ORPO on the hidden states of chosen and rejected sequences."""
+    """ORPO: the NLL of the chosen tokens plus `-beta * log sigmoid(log(odds of chosen / odds of rejected))`."""
 
     formula = staticmethod(pair_loss)
 

@@ -39,7 +39,7 @@ def pair_loss(
 
 
 class LigerFusedLinearSimPOLoss(PairLoss):
-    """SimPO on the hidden states of chosen and rejected sequences."""
+    """SimPO: `-log sigmoid(beta * (chosen - rejected) - gamma)` of mean log-probabilities; no reference model."""
 
     formula = staticmethod(pair_loss)
 

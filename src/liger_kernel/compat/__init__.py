@@ -14,6 +14,8 @@ from typing import Any
 
 #: path that other projects import -> the module that is served under it
 ALIASES = {
+    "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
+    "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
@@ -21,8 +23,10 @@ ALIASES = {
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
+    "liger_kernel.transformers.model.llama": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
+    "liger_kernel.transformers.model.smollm3": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"

@@ -8,13 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, FunctionMeta
+from torch.autograd.function import FunctionCtx
 
-from liger_kernel._core.autograd import graph_is_kept, refuse_double_backward
-
-
-class _Meta(FunctionMeta):
-    """torch.compile inlines `apply` of such a class. For torch's own metaclass it would trace forward and backward."""
+from liger_kernel._core.autograd import OwnApply, graph_is_kept, refuse_double_backward
 
 
 def autograd_function(name: str, call: Callable[..., Any]) -> Any:
@@ -84,7 +80,7 @@ def autograd_function(name: str, call: Callable[..., Any]) -> Any:
         "forward": staticmethod(forward),
         "backward": staticmethod(backward),
     }
-    return _Meta(name, (torch.autograd.Function,), members)
+    return OwnApply(name, (torch.autograd.Function,), members)
 
 
 def _requires_grad(value: Any) -> bool:

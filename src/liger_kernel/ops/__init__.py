@@ -47,7 +47,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "sparsemax": ("LigerSparsemaxFunction",),
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
-#: the same for the loss that lives above the ops
+#: what has no kernels of its own -> the op whose kernels compute it
+COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
+#: as in `OPS`, for the loss that lives above the ops
 _FUSED_LOSS = (
     "LigerFusedLinearCrossEntropyFunction",
     "fused_linear_cross_entropy_backward",

@@ -87,6 +87,11 @@ class OpCase:
     frozen: tuple[int, ...] = ()
 
 
+def elements(case: OpCase) -> int:
+    """Of all inputs of a case."""
+    return sum(t.numel() for t in case.inputs(Make(torch.float32)) if t is not None)
+
+
 def case(id: str, why: str, inputs: Inputs, **more: Any) -> OpCase:
     """`more`: fields of the case, and options of the op."""
     fields = {name: more.pop(name) for name in OpCase.__match_args__ if name in more}

@@ -30,15 +30,27 @@ class RMSNorm(nn.Module):
     can_torch_compile = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not ours_runs():
-            return type(self).forward(self, hidden_states)
-        kind = norms.NormPlan.kind
-        if marker(kind) not in self.__dict__:
-            found = norms.find_plan(self)
-            self.__dict__[marker(kind)] = None if isinstance(found, str) else found
-        if self.__dict__[marker(kind)] is None:
-            return type(self).forward(self, hidden_states)
-        return call(self, kind, hidden_states)
+        return _norm(self, hidden_states)
+
+
+class RMSNormGated(nn.Module):
+    """Bound to norms of linear attention, whose gate comes before or after the norm, in groups or not."""
+
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return _norm(self, hidden_states, *(() if gate is None else (gate,)))
+
+
+def _norm(module: Any, *given: Tensor) -> Tensor:
+    kind = norms.NormPlan.kind
+    if ours_runs():
+        if marker(kind) not in module.__dict__:
+            found = norms.find_plan(module)
+            module.__dict__[marker(kind)] = None if isinstance(found, str) else found
+        if module.__dict__[marker(kind)] is not None:
+            return call(module, kind, *given)
+    return type(module).forward(module, *given)
 
 
 class RotaryEmbedding(nn.Module):
@@ -68,6 +80,7 @@ def _rotary(cls: Any) -> Callable[..., Any]:
 #: HF's name of a layer -> what takes its place
 LAYERS: dict[str, type[nn.Module]] = {
     "RMSNorm": RMSNorm,
+    "RMSNormGated": RMSNormGated,
     "RMSNormZeroCentered": RMSNorm,
     "rotary_pos_emb": RotaryEmbedding,
 }

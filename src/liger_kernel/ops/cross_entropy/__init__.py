@@ -48,7 +48,7 @@ def cross_entropy(
     return_predicted_tokens: bool = False,
     in_place: bool = False,
 ) -> Outputs:
-    """Cross entropy of (N, V) logits; the formula is in `reference.terms`.
+    """Cross entropy of (N, V) logits, by default the mean of `logsumexp(z) - z[target]` over the labels that count.
 
     Args:
         logits: (N, V), any floating dtype, any strides; computed in fp32 and, without `in_place`, left as they are.

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from liger_kernel.backends import can_look
 from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
-from liger_kernel.ops.cross_entropy.reference import FAR
+
+#: of the logits in fp32 that one thread goes through at a time, all passes over them: about what its cache holds
+BLOCK_BYTES = 2**21
 
 
 def step(
@@ -22,6 +24,28 @@ def step(
     row_scale: Tensor | None,
     padded: bool,
 ) -> None:
+    n_rows, block = logits.shape[0], logits.shape[0]
+    if can_look(
+        logits
+    ):  # no queue hides what a call costs, but several passes over rows in the cache are cheap
+        size = torch.promote_types(logits.dtype, torch.float32).itemsize * logits.shape[1]
+        block = max(1, BLOCK_BYTES * torch.get_num_threads() // max(1, size))
+    for start in range(0, n_rows, max(1, block)):
+        at = slice(start, start + block)
+        of_rows = (None if t is None else t[at] for t in (grad, row_scale))
+        _step(logits[at], target[at], weight, totals, options, out[at], *of_rows)
+
+
+def _step(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    totals: Totals,
+    options: CrossEntropyOptions,
+    out: CrossEntropyRows,
+    grad: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
     o, n_classes = options, logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = target == o.ignore_index
@@ -30,39 +54,32 @@ def step(
     if o.softcap is not None:
         tanh = torch.tanh(x / o.softcap)
         x = o.softcap * tanh
-    lse = x.logsumexp(-1)
-    shift = lse.masked_fill(lse.abs() < FAR, 0)
-    if not can_look(shift) or shift.any():  # where looking costs no wait, a pass is saved
-        x = x - shift[:, None]
-        lse = x.logsumexp(-1)
+    log_p = x.log_softmax(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
-    x_y = x.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
+    log_p_y = log_p.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
     w = None if weight is None else weight.to(x.dtype)
 
-    hit = (
-        torch.full_like(lse, 1 - o.label_smoothing)
-        if w is None
-        else (1 - o.label_smoothing) * w[label]
-    )
-    slope, loss, z = hit, hit * (lse - x_y), torch.zeros_like(lse)
+    hit = torch.full_like(log_p_y, 1 - o.label_smoothing)
+    if w is not None:
+        hit = hit * w[label]
+    slope, loss, z, z_slope = hit, -hit * log_p_y, torch.zeros_like(hit), torch.zeros_like(hit)
     if o.lse_square_scale:
-        z = o.lse_square_scale * (lse + shift).square()
+        top, at = x.max(-1, keepdim=True)
+        lse = (top - log_p.gather(1, at))[:, 0]
+        z, z_slope = o.lse_square_scale * lse.square(), 2 * o.lse_square_scale * lse
     smooth = o.label_smoothing / n_classes
     if smooth:
         weight_all = n_classes if totals.weight_all is None else totals.weight_all
-        loss = loss + smooth * (lse * weight_all - (x.sum(-1) if w is None else x @ w))
+        loss = loss - smooth * (log_p.sum(-1) if w is None else log_p @ w)
         slope = slope + smooth * weight_all
-    factor = torch.ones_like(lse)
-    z_slope = 2 * o.lse_square_scale * (lse + shift)
+    factor = torch.ones_like(hit)
     if o.reduction == "mean":
         assert totals.count is not None
         factor = factor / (totals.count if totals.weight is None else totals.weight)
         z, z_slope = z / totals.count, z_slope / totals.count
     loss, slope, hit = loss * factor + z, slope * factor + z_slope, hit * factor
     if o.token_scaling:
-        probability = (
-            x.softmax(-1).gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
-        )
+        probability = log_p_y.exp()
         loss, z, slope, hit = (t * probability for t in (loss, z, slope, hit))
         factor = factor * probability
 
@@ -77,12 +94,20 @@ def step(
                 column.copy_(value)
     if grad is None:
         return
-    g = x.softmax(-1).mul_(slope.masked_fill(out_of_range, torch.nan)[:, None])
-    if smooth:
-        g -= (smooth * factor)[:, None] * (1 if w is None else w)
-    g.scatter_(1, label[:, None], g.gather(1, label[:, None]) - hit[:, None])
-    if tanh is not None:
-        g *= 1 - tanh.square()
     if row_scale is not None:
-        g *= row_scale.to(g.dtype)[:, None]
-    grad.copy_(g.masked_fill_(ignored[:, None], 0))
+        slope, hit, factor = (t * row_scale.to(hit.dtype) for t in (slope, hit, factor))
+    slope = slope.masked_fill(out_of_range, torch.nan)[:, None]
+    g, at = log_p.exp_(), label[:, None]
+    if grad.dtype == g.dtype and not smooth and tanh is None:  # straight to where it belongs
+        at_label = g.gather(1, at) * slope - hit[:, None]
+        torch.mul(g, slope, out=grad).scatter_(1, at, at_label)
+    else:
+        g.mul_(slope)
+        if smooth:
+            g -= (smooth * factor)[:, None] * (1 if w is None else w)
+        g.scatter_(1, at, g.gather(1, at) - hit[:, None])
+        if tanh is not None:
+            g *= 1 - tanh.square()
+        grad.copy_(g)
+    if not can_look(ignored) or ignored.any():  # else a pass is saved
+        grad.masked_fill_(ignored[:, None], 0)

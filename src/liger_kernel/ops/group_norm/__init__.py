@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
@@ -20,11 +21,21 @@ class _GroupNorm(Op):
     pass
 
 
+def _native(
+    options: GroupNormOptions, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """`F.group_norm` of tensors of one dtype; its backward fails without a weight."""
+    if weight is None or any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+        return None
+    return torch.nn.functional.group_norm(x, options.num_groups, weight, bias, options.eps)
+
+
 _dispatch = Dispatch(
     "group_norm",
     _GroupNorm,
     reference.group_norm,
     shards=functools.partial(on_row_shards, n_rows_tensors=1, row_dim=1),
+    native=_native,
 )
 
 

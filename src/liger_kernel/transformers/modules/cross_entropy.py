@@ -35,7 +35,7 @@ class CrossEntropyOptions:
 
 
 class LigerCrossEntropyLoss(LossModule):
-    """`liger_kernel.ops.cross_entropy` with its options."""
+    """In the place of `torch.nn.CrossEntropyLoss`: `liger_kernel.ops.cross_entropy` with its options."""
 
     @takes(CrossEntropyOptions)
     def __init__(self) -> None: ...

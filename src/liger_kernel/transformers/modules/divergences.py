@@ -15,7 +15,7 @@ from liger_kernel.ops.tvd.contract import TVDOptions
 
 
 class LigerKLDIVLoss(nn.KLDivLoss):
-    """`liger_kernel.ops.kl_div`; the arguments after `eps` are those of `nn.KLDivLoss`, whose reduction is "mean"."""
+    """`torch.nn.KLDivLoss` by `liger_kernel.ops.kl_div`; its arguments (reduction "mean") follow `eps`."""
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,7 +27,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
 
 class LigerJSD(LossModule):
-    """`liger_kernel.ops.jsd` with its options."""
+    """The generalised Jensen-Shannon divergence of log-probabilities: `liger_kernel.ops.jsd` with its options."""
 
     @takes(JSDOptions)
     def __init__(self) -> None: ...
@@ -37,7 +37,7 @@ class LigerJSD(LossModule):
 
 
 class LigerTVDLoss(LossModule):
-    """`liger_kernel.ops.tvd` with its options."""
+    """The total variation distance of probabilities: `liger_kernel.ops.tvd` with its options."""
 
     @takes(TVDOptions)
     def __init__(self) -> None: ...

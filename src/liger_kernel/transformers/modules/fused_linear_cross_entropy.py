@@ -36,7 +36,7 @@ class FusedLinearCrossEntropyOptions:
 
 
 class LigerFusedLinearCrossEntropyLoss(LossModule):
-    """`liger_kernel.ops.fused_linear_cross_entropy` with its options."""
+    """Head and loss in one, without the logits: `liger_kernel.ops.fused_linear_cross_entropy` with its options."""
 
     @takes(FusedLinearCrossEntropyOptions)
     def __init__(self) -> None: ...

@@ -77,26 +77,34 @@ class LigerRMSNorm(nn.Module):
 
 
 class LigerRMSNormForGemma(LigerRMSNorm):
+    """Offset 1, rounded once as Gemma does, a weight that starts with zeros."""
+
     offset, casting_mode, init_fn = 1.0, "gemma", "zeros"
 
 
 class LigerRMSNormForGemma2(LigerRMSNorm):
+    """As `LigerRMSNormForGemma`."""
+
     offset, casting_mode, init_fn, in_place = 1.0, "gemma", "zeros", False
 
 
 class LigerRMSNormForQwen3Next(LigerRMSNormForGemma2):
-    pass
+    """As `LigerRMSNormForGemma`."""
 
 
 class LigerRMSNormForMuseGlimmerTextCentered(LigerRMSNormForGemma2):
-    pass
+    """As `LigerRMSNormForGemma`."""
 
 
 class LigerRMSNormForOlmo2(LigerRMSNorm):
+    """`LigerRMSNorm` under the name that OLMo 2 is patched with."""
+
     in_place = False
 
 
 class LigerRMSNormForGlm4(LigerRMSNorm):
+    """`LigerRMSNorm` under the name that GLM-4 is patched with."""
+
     in_place = False
 
 
@@ -125,8 +133,10 @@ class LigerRMSNormForGemma3(LigerRMSNorm):
 
 
 class LigerRMSNormForGemma4(LigerRMSNormForGemma3):
+    """As `LigerRMSNormForGemma3`, with offset 0 and a weight that starts with ones."""
+
     offset, init_fn = 0.0, "ones"
 
 
 class LigerRMSNormForMuseGlimmer(LigerRMSNormForGemma4):
-    pass
+    """As `LigerRMSNormForGemma4`."""

@@ -69,6 +69,7 @@ def _patch(model: nn.Module, wanted: PatchOptions) -> PatchReport:
     except BaseException:
         state.revert()
         raise
+    state.bind(model)
     model.__dict__[KEY] = state
     return state.report
 

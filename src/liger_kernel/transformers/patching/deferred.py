@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from liger_kernel.transformers.patching import heads
 from liger_kernel.transformers.patching.last_dimension import (
@@ -118,9 +119,9 @@ class DeferredLogits:
     def leave(self) -> None:
         """The forward is over: from now on this only stands for its value."""
         self._shape = self.shape
-        self._fused, origin = None, self._origin
-        if origin.stamp is None and not torch.compiler.is_compiling():
-            origin.stamp = heads.Stamp(origin.around, origin.hidden)
+        self._fused = None
+        if not torch.compiler.is_compiling():
+            self._origin.keep(tree_leaves([args for _, args, _ in self._chain]))
 
     def _then(
         self,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from liger_kernel.transformers.patching.linears import is_inert, is_watched
 
 #: what every module has: torch's business, and the same for all
-_COMMON = frozenset([*dir(nn.Module), *vars(nn.Module())])
+_COMMON = frozenset([*dir(nn.Module), *vars(nn.Module()), "__getstate__"])
 #: code that uses one of these may read any attribute
 _ANY_NAME = frozenset(["getattr", "vars", "__dict__", "attrgetter"])
 # fmt: off

@@ -28,7 +28,7 @@ from liger_kernel.transformers.patching.heads import running
 from liger_kernel.transformers.patching.lazy import lazy
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
 from liger_kernel.transformers.patching.origin import Modes, Origin
-from liger_kernel.transformers.patching.state import State, is_replaced
+from liger_kernel.transformers.patching.state import Ours, State, is_replaced
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
@@ -44,6 +44,7 @@ class ForwardCall:
     armed: bool
     skip_logits: bool | None
     loss_options: dict[str, Any]
+    logits: str  # as it was asked for when the forward began
     around: tuple[nn.Module, ...] = ()  # its heads, as they are now
     label_count: LabelCount | None = None
     origins: list[Origin] = field(default_factory=list)
@@ -63,7 +64,7 @@ class ForwardCall:
             self.obstructed = True
         elif not heads.is_plain(hidden):
             self.refuse(f"its input is a {type(hidden).__name__}")
-        elif self.site.logits == "real" and heads.runs_once(around):
+        elif self.logits == "real" and heads.runs_once(around):
             self.refuse('logits="real", and FSDP1 runs its unit once')
         else:
             return True
@@ -142,9 +143,9 @@ class ForwardCall:
     def _value(self, deferred: DeferredLogits, may_wait: bool) -> Any:
         """What the caller gets in the place of deferred logits."""
         skipped = self.skip_logits or (self.skip_logits is None and self.site.model.training)
-        if self.site.logits == "none" and skipped and self.fused:
+        if self.logits == "none" and skipped and self.fused:
             return None
-        if not may_wait or not skipped or self.site.logits == "real" or deferred.is_real:
+        if not may_wait or not skipped or self.logits == "real" or deferred.is_real:
             return deferred.materialize()
         deferred.leave()
         return deferred
@@ -201,10 +202,13 @@ class FusedForward:
     paths: tuple[str, ...]  # of its heads, as the model calls them
     beneath: Any = None  # a `forward` that the instance had before
     reason: str | None = None  # why its last forward did not fuse
+    labels_at: int | None = field(
+        init=False
+    )  # among the arguments; torch.compile cannot look it up
 
-    @property
-    def logits(self) -> str:
-        return cast(State, self.state).options.logits
+    def __post_init__(self) -> None:
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        self.labels_at = names.index("labels") if "labels" in names else None
 
     def adopt(self) -> None:
         """Let the heads hand on deferred logits, also those that were put in the place of others."""
@@ -214,9 +218,9 @@ class FusedForward:
 
     def install(self) -> None:
         self.adopt()
+        cast(State, self.state).bind(self.model, _replicate_for_data_parallel=_replica)
         attributes = self.model.__dict__
         attributes[KEY] = self
-        attributes["_replicate_for_data_parallel"] = functools.partial(_replica, self.model)
         if not leads_here(attributes.get("forward")):
             if is_replaced(self.model):
                 self.beneath = attributes["forward"]
@@ -225,7 +229,7 @@ class FusedForward:
     def remove(self) -> None:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
-        del attributes[KEY], attributes["_replicate_for_data_parallel"]
+        del attributes[KEY]
         if is_ours(attributes.get("forward")):
             del attributes["forward"]
             if self.beneath is not None:
@@ -265,7 +269,7 @@ class FusedForward:
         skip_logits = given.pop("skip_logits", None)
         labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
         if labels is None:
-            at = _position_of_labels(cast(Any, type(model)))
+            at = self.labels_at
             labels = args[at] if at is not None and at < len(args) else None
         if labels is None and shift_labels is not None:
             # HF's forward asks only `labels` whether to compute a loss
@@ -276,14 +280,14 @@ class FusedForward:
         asked = model.training if skip_logits is None else bool(skip_logits)
         if is_transformed() and not torch.compiler.is_compiling():
             asked = skip_logits = False  # torch.func follows HF's own code, and all logits are made
+        options = cast(State, self.state).options
         if labels is None or not (wanted or asked):
-            return ForwardCall(self, False, skip_logits, wanted), kwargs
-        state = cast(State, self.state)
+            return ForwardCall(self, False, skip_logits, wanted, options.logits), kwargs
         for name in LOSS_OPTIONS:
-            value = getattr(state.options, name)
+            value = getattr(options, name)
             if value is not None:
                 wanted[name] = value
-        call = ForwardCall(self, True, skip_logits, wanted, self.around())
+        call = ForwardCall(self, True, skip_logits, wanted, options.logits, self.around())
         if not torch.compiler.is_compiling():
             self.adopt()
         elif not all(isinstance(around, heads.Intercepted) for around in call.around):
@@ -314,7 +318,7 @@ class FusedForward:
             call.close()
 
 
-class BoundForward:
+class BoundForward(Ours):
     """The `forward` of a patched model. It looks like a method, which accelerate takes apart and puts together again.
 
     It has no `__wrapped__`: accelerate would follow that to HF's forward.
@@ -380,16 +384,10 @@ def leads_here(forward: Any) -> bool:
 def _replica(model: Any) -> Any:
     """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
     replica = type(model)._replicate_for_data_parallel(model)
-    for name in (KEY, "_replicate_for_data_parallel", "forward"):
+    for name in (KEY, "_replicate_for_data_parallel", "__getstate__", "forward"):
         if name != "forward" or is_ours(model.forward):
             del replica.__dict__[name]
     return replica
-
-
-@functools.cache
-def _position_of_labels(cls: Any) -> int | None:
-    names = list(inspect.signature(cls.forward).parameters)[1:]
-    return names.index("labels") if "labels" in names else None
 
 
 def _may_count(labels: Tensor) -> bool:

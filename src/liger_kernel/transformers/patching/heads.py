@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -18,6 +19,7 @@ from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
 _LINEAR = nn.Linear.forward
+_FUNCTIONAL = {"linear": F.linear, "cross_entropy": F.cross_entropy}
 _PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
@@ -69,13 +71,12 @@ class FusedHead(Intercepted):
     def forward(self, hidden: Tensor, request: Any = None) -> Tensor:
         head: Any = self
         if request is None:
-            return _LINEAR(
-                head, hidden
-            )  # not `super()`: somebody may hold this method when the class is gone
+            # not `super()`: somebody may hold this method when the class is gone
+            return nn.Linear.forward(head, hidden)
         # a DTensor may still be one here: what `request.refused` says makes the caller take these logits
         if not (is_plain(head.weight) and is_plain(hidden)):
             request.refused = f"its weight is a {type(head.weight).__name__} inside of its own call"
-            return _LINEAR(head, hidden)
+            return nn.Linear.forward(head, hidden)
         return request.run(hidden, head.weight, head.bias, request)
 
 
@@ -135,15 +136,16 @@ class Stamp:
     """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
 
     Fused optimizers and DeepSpeed write past the version counter of autograd, so some elements of each row of a weight
-    that may be trained are kept as well.
+    that may be trained, and all of a bias, are kept as well.
     """
 
-    def __init__(self, around: nn.Module, hidden: Tensor):
+    def __init__(self, around: nn.Module, *operands: Tensor):
         # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
         own = [p for m in parts(around) for p in m._parameters.values() if p is not None]
         weights = own or [_weight(leaf) for leaf in leaves(around)]
-        self._facts = [_facts(t) for t in (hidden, *weights)]
-        shards = [_shard(t) for t in weights if t.requires_grad]
+        self._facts = [_facts(t) for t in (*operands, *weights)]
+        trained = [t for t in (*operands, *weights) if t.requires_grad and t.is_leaf]
+        shards = map(_shard, trained)
         self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
@@ -159,7 +161,7 @@ def _can_be_read(shard: Tensor) -> bool:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    step = max(shard.numel() >> 18, 29)
+    step = max(shard.numel() >> 18, 29) if shard.ndim > 1 else 1
     return shard.detach().as_strided((shard.numel() // step,), (step,)).clone()
 
 
@@ -208,7 +210,8 @@ def _weight(head: Any) -> Any:
 
 
 def computes_linear(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) in (_LINEAR, FusedHead.forward)
+    forward = getattr(type(module), "forward", None)
+    return nn.Linear.forward is _LINEAR and forward in (_LINEAR, FusedHead.forward)
 
 
 def is_plain(t: Any) -> bool:
@@ -220,6 +223,10 @@ def obstacle(around: nn.Module) -> str | None:
     """Why the fused loss cannot take the place of this head now; None if it can. Looked at in every call."""
     if isinstance(around, nn.ModuleList):
         return f"{len(around)} heads, whose logits are joined before the loss"
+    for name, function in _FUNCTIONAL.items():
+        now = getattr(F, name)
+        if now is not function and not _home(now).startswith(_FRIENDS):
+            return f"{_home(now)} has replaced torch.nn.functional.{name}"
     for hooks in _GLOBAL_HOOKS:
         for hook in hooks.values():
             if not _home(hook).startswith(_FRIENDS):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 _FORWARDS: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Dropout)}
+_F_LINEAR = F.linear
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
@@ -34,7 +36,7 @@ def matmul_weight(linear: Any) -> Tensor | None:
     That is so for adapters and quantised layers (classes of their own), for hooks, for sharded weights (subclasses of
     Tensor), for biases, and where `forward` was replaced. Looked at in every call.
     """
-    if not _is_plain(linear, nn.Linear):
+    if F.linear is not _F_LINEAR or not _is_plain(linear, nn.Linear):
         return None
     parameters = linear.__dict__["_parameters"]
     weight: Tensor | None = parameters.get("weight")

@@ -66,6 +66,7 @@ class Origin:
     classes: int = 0  # of the head
     logits: Tensor | None = None
     called: bool = False  # the loss, or logits, were made
+    beside: tuple[Tensor, ...] = ()  # the tensors of recorded operations: masks, a bias
     stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
 
     def materialize(self) -> Tensor:
@@ -91,9 +92,17 @@ class Origin:
             _refuse_inside_function()
         return off
 
+    def keep(self, operands: list[Any]) -> None:
+        """Logits may be asked for later: note what they come from."""
+        self.beside += tuple(x for x in operands if isinstance(x, Tensor))
+        self.stamp = self._stamp()
+
+    def _stamp(self) -> heads.Stamp:
+        return heads.Stamp(self.around, self.hidden, *self.beside)
+
     def _check(self) -> None:
         if self.stamp is not None:
-            changed = self.stamp != heads.Stamp(self.around, self.hidden)
+            changed = self.stamp != self._stamp()
         else:
             changed = not heads.is_alive(self.hidden)
         if changed or not heads.is_whole(self.around):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
 from liger_kernel.transformers.patching.facts import Facts
-from liger_kernel.transformers.patching.state import State
+from liger_kernel.transformers.patching.state import OWNER, Bound, State
 
 
 class Plan:
@@ -78,8 +78,8 @@ def marker(kind: str) -> str:
     return f"_liger_{kind}"
 
 
-class Method(partial[Any]):
-    """What takes the place of a method of one module; it is copied and pickled with it."""
+class Method(Bound):
+    """What takes the place of a method of one module."""
 
     @property
     def __wrapped__(self) -> Any:
@@ -100,16 +100,18 @@ def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
 
 def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None:
     """Why a plan that was installed in `module`, at `path` of `root`, does not run any more; None if it does."""
-    attributes = module.__dict__
-    plan: MethodPlan | None = attributes.get(marker(kind))
-    if plan is None:
-        return "the patch was taken back"
     try:
         there = root.get_submodule(path)
     except AttributeError:
         return "it is not there any more"
-    if all(inner is not module for inner in there.modules()):
+    moved = all(inner is not module for inner in there.modules())
+    module = there if moved else module  # perhaps a copy that PEFT has made
+    attributes = module.__dict__
+    plan: MethodPlan | None = attributes.get(marker(kind))
+    if plan is None and moved:
         return "another module took its place after patching"
+    if plan is None:
+        return "the patch was taken back"
     ours = attributes.get(plan.slot)
     if plan.slot == "forward":  # perhaps beneath accelerate's hooks
         ours = attributes.get("_old_forward", ours)
@@ -137,7 +139,9 @@ def replicate(module: nn.Module) -> nn.Module:
 
 
 def install(module: nn.Module, plan: MethodPlan, state: State) -> None:
+    state.set(module, OWNER, state.token)
     state.set(module, marker(plan.kind), plan)
     state.set(module, plan.slot, Method(call, module, plan.kind))
-    state.set(module, "_get_name", partial(name, module, plan.kind))
-    state.set(module, "_replicate_for_data_parallel", partial(replicate, module))
+    state.bind(
+        module, _get_name=partial(name, kind=plan.kind), _replicate_for_data_parallel=replicate
+    )

@@ -26,7 +26,10 @@ class Row:
 
 @dataclass
 class PatchReport:
-    """The result of `liger_kernel.patch`: rows; a table when printed, by `rich` too (equal layers share a line)."""
+    """The result of `liger_kernel.patch`: `rows`, and of these `replaced` and `skipped`, as the model is when read.
+
+    A table when printed, by `rich` too; equal layers share a line.
+    """
 
     model: str
     rows: list[Row] = field(default_factory=list)
@@ -93,30 +96,32 @@ class PatchReport:
             raise ValueError(f"batch={batch} and seq={seq} must both be at least 1.")
         return 0 if self.forecast is None else self.forecast(self.of, batch * seq)
 
-    def _title(self) -> str:
+    def title(self) -> str:
+        """What stands above the table."""
         title = f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
         first = next(self.of.parameters(), None) if self.of is not None else None
         return title if first is None else f"{title}, computed by {computed_by(first.device.type)}"
 
-    def _lines(self) -> list[tuple[str, str, str, str]]:
+    def lines(self) -> list[tuple[str, str, str, str]]:
+        """The table: equal layers share a line."""
         return [
             (kind, path, f"x{count}" if count > 1 else "", by or f"(skipped: {reason})")
             for (kind, path, by, reason), count in _grouped(self.rows)
         ]
 
     def __str__(self) -> str:
-        lines = [COLUMNS, *self._lines()]
+        lines = [COLUMNS, *self.lines()]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         padded = ("  ".join([*map(str.ljust, line, widths), line[3]]) for line in lines)
-        return "\n".join([self._title(), *padded])
+        return "\n".join([self.title(), *padded])
 
     def __rich__(self) -> Any:
         """What `rich.print(report)` shows: the same table, drawn."""
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(*COLUMNS, title=escape(self._title()), title_justify="left")
-        for line in self._lines():
+        table = Table(*COLUMNS, title=escape(self.title()), title_justify="left")
+        for line in self.lines():
             table.add_row(*map(escape, line), style="dim" if "(skipped" in line[3] else None)
         return table
 

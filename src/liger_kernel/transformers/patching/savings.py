@@ -80,14 +80,17 @@ class LossSite:
     def _dx(self) -> int:
         return self.tokens * self.weight.shape[1] * self.weight.dtype.itemsize * self.needs_dx
 
+    def gradients(self) -> int:
+        """Those of the weight and of the hidden states, which outlive the loss."""
+        return self._of_weight(self.weight.dtype) * self.needs_dw + self._dx()
+
     def stock(self) -> int:
         """Bytes at the worst moment without the fused loss."""
         elements = self.tokens * self.weight.shape[0]
         logits, wide = elements * self.logits_dtype.itemsize, elements * torch.float32.itemsize
         copy = 0 if self.logits_dtype == torch.float32 else wide
         tanh = logits * self.softcap
-        dw = self._of_weight(self.weight.dtype) * self.needs_dw
-        moments = (logits + copy + wide + tanh, 3 * wide + tanh, logits + dw + self._dx())
+        moments = (logits + copy + wide + tanh, 3 * wide + tanh, logits + self.gradients())
         return self._fixed() + max(moments)
 
     def fused(self) -> int:

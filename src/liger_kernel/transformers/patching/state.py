@@ -6,7 +6,9 @@ The record is plain data that hangs on the model itself: `copy.deepcopy(model)` 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -19,6 +21,15 @@ from liger_kernel.transformers.patching.report import PatchReport
 
 MISSING = "<missing>"  # a string, so that it stays the same value through deepcopy and pickle
 KEY = "_liger_state"
+OWNER = "_liger_of"  # on a module: the token of the state that it was replaced under; a copy has it, too
+
+
+class Ours:
+    """An attribute of ours that is bound to the one module that has it; it is copied and pickled with that."""
+
+
+class Bound(Ours, functools.partial[Any]):
+    """`function(module, ...)`."""
 
 
 @dataclass
@@ -62,6 +73,7 @@ class State:
     report: PatchReport
     changes: list[Change] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def model(self) -> nn.Module:
@@ -72,19 +84,31 @@ class State:
         self.changes.append(Change(owner, name, owner.__dict__.get(name, MISSING), value))
         owner.__dict__[name] = value
 
+    def bind(self, owner: nn.Module, **methods: Callable[..., Any]) -> None:
+        """Give `owner` methods of its own, and a shallow copy of it none of ours."""
+        own = "__getstate__" in vars(owner)
+        if not own and getattr(type(owner), "__getstate__", None) is _GETSTATE:
+            methods["__getstate__"] = _Attributes
+        for name, function in methods.items():
+            self.set(owner, name, Bound(function, owner))
+
     def mix(self, owner: nn.Module, mixin: type[Mixin]) -> None:
         """A class with `mixin` for a module whose `forward` is that of its class."""
         if not is_replaced(owner) and "forward" in owner.__dict__:  # left by a hook
             left = owner.__dict__.pop("forward")
             self.changes.append(Change(owner, "forward", left, MISSING))
+        self.set(owner, OWNER, self.token)
         self.changes.append(Change(owner, "__class__", MISSING, MISSING))
         set_class(owner, mixed(mixin, type(owner)))
 
     def is_in_place(self) -> bool:
-        """Whether nobody has put anything else in the place of ours."""
+        """Whether nobody has put anything else in the place of ours, or has added more of what was replaced."""
         standing = (getattr(handle, "is_in_place", None) for handle in self.handles)
-        return all(check() for check in standing if check) and all(
-            change.is_in_place() for change in self.changes
+        kinds = {type(change.owner) for change in self.changes if change.name == OWNER}
+        return (
+            all(check() for check in standing if check)
+            and all(change.is_in_place() for change in self.changes)
+            and all(OWNER in vars(m) for m in self.model.modules() if type(m) in kinds)
         )
 
     def renew(self) -> None:
@@ -99,6 +123,37 @@ class State:
             change.revert()
         self.changes.clear()
         self.handles.clear()
+        for module in self.model.modules():  # copies that were made of parts, by PEFT for one
+            if vars(module).get(OWNER) == self.token:
+                set_class(module, without(type(module)))
+                for name in vars(module).keys() - _without_ours(module).keys():
+                    del module.__dict__[name]
+
+
+def _without_ours(module: nn.Module) -> dict[str, Any]:
+    attributes = vars(module).items()
+    return {n: v for n, v in attributes if not (isinstance(v, Ours) or n.startswith("_liger"))}
+
+
+class _Attributes(dict[str, Any]):
+    """Those of a module for its `copy.copy`, which is another module: without ours, which are bound to the first.
+
+    `copy.deepcopy` and `pickle` see all of them, and bind them anew.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__(_without_ours(module))
+        self.all = dict(vars(module))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.all, memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (self.all,)
+
+
+#: of a class that has none of its own; Python 3.10 has none at all
+_GETSTATE = getattr(nn.Module, "__getstate__", None)
 
 
 def state_of(model: nn.Module) -> State | None:

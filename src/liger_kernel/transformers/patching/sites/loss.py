@@ -89,17 +89,20 @@ class _FusedLoss(Site):
         state.report.forecast = saved_bytes
 
 
-def saved_bytes(model: nn.Module, tokens: int) -> int:
-    """`PatchReport.savings` of a model; 0 where no head is fused with its loss."""
-    saved = []
+def loss_sites(model: nn.Module, tokens: int) -> Iterator[LossSite]:
+    """What the memory of each fused loss depends on."""
     for module in model.modules():
         site: FusedForward | None = module.__dict__.get(KEY)
         if site is None or site.state is None or any(map(site.verdict, site.paths)):
             continue
         linears = [leaf for around in site.around() for leaf in heads.leaves(around)]
-        loss = LossSite.of(module, linears, site.state.options, tokens)
-        saved.append(loss.stock() - loss.fused())
-    return max(saved, default=0)  # of several models one runs at a time
+        yield LossSite.of(module, linears, site.state.options, tokens)
+
+
+def saved_bytes(model: nn.Module, tokens: int) -> int:
+    """`PatchReport.savings` of a model; 0 where no head is fused with its loss."""
+    # of several models one runs at a time
+    return max((loss.stock() - loss.fused() for loss in loss_sites(model, tokens)), default=0)
 
 
 SITE = _FusedLoss(

@@ -1,0 +1,241 @@
+"""`liger_kernel estimate`: the memory of a training step, part by part, without and with the library.
+
+The model is on paper. Parts:
+
+    weights        bytes of parameters and buffers
+    gradients      bytes of parameters that are trained
+    optimizer      its state for these
+    activations    what autograd keeps of a forward, counted: every storage once, attention as fused kernels keep it
+    logits, loss   the formula of `liger_kernel.transformers.patching.savings`, with the chunks of this machine's GPU
+
+With checkpointing the activations are the inputs of the layers, counted likewise, and a layer that is computed again is
+a part of its own: what checkpointing does not keep, over the number of layers.
+
+    peak = weights + optimizer + max(activations + logits and loss, gradients, each with a layer computed again)
+
+since gradients come while activations go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernel import backends, utils
+from liger_kernel.backends import nvidia
+from liger_kernel.cli import models
+from liger_kernel.cli.answer import Answer, Table, UserError, size
+from liger_kernel.transformers.patching import patch
+from liger_kernel.transformers.patching.savings import text_setting
+from liger_kernel.transformers.patching.sites.loss import loss_sites
+
+#: bytes of state of an optimizer for a parameter of so many bytes
+OPTIMIZERS = {
+    "adamw": lambda itemsize: 2 * itemsize,
+    "adamw_8bit": lambda itemsize: 2 + 2 * 4 / 256,  # a scale for each block of 256
+    "sgd": lambda itemsize: 0,
+    "sgd_momentum": lambda itemsize: itemsize,
+}
+HOW = {
+    "weights": "bytes of all parameters and buffers; exact. Adapters are in the dtype of the weights: PEFT makes them "
+    "float32, and without autocast then keeps a float32 copy of every input",
+    "gradients": "bytes of the parameters that are trained; exact",
+    "optimizer": "states in the dtype of the weights (8 bits for adamw_8bit); exact for fused AdamW",
+    "activations": "every tensor that autograd keeps of a forward on the meta device, attention as fused kernels keep "
+    "it",
+    "recomputed": "what one checkpointed layer keeps while it runs again",
+    "logits_and_loss": "the formula of report.savings; within 0.4 % where it was measured",
+    "peak": "weights + optimizer + max(activations + logits and loss, gradients), each with a layer that runs again. "
+    "Beside it come the CUDA context (0.5 GiB), the workspace of cuBLAS and gaps of the allocator",
+}
+
+
+@dataclass
+class Step:
+    """Bytes of a training step."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    recomputed: int = 0
+    logits_and_loss: int = 0
+    of_head: int = 0  # the gradients that are there when the loss is done
+
+    @property
+    def peak(self) -> int:
+        again = self.recomputed
+        at_loss = self.activations + max(self.logits_and_loss, self.of_head + again)
+        return self.weights + self.optimizer + max(at_loss, self.gradients + again)
+
+    def as_dict(self) -> dict[str, int]:
+        parts = {**asdict(self), "peak": self.peak}
+        del parts["of_head"]
+        return parts
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash and memory-efficient attention keep; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, length, _ = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # their layout
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    return _FusedAttention.apply(query, key, value)
+
+
+def kept(model: nn.Module, batch: int, seq: int) -> int:
+    """Bytes that autograd keeps of a forward without labels."""
+    given = models.inputs(model, batch, seq)
+    tensors = (*model.parameters(), *model.buffers(), *given.values())
+    ours = {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
+    found: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()._cdata
+        if storage not in ours:
+            found.setdefault(storage, t)  # and so its address stays its own
+        return t
+
+    with (
+        models.runnable(),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        outputs = model(**given)
+    del outputs
+    return sum(t.untyped_storage().nbytes() for t in found.values())
+
+
+@contextlib.contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """By the kind that keeps its inputs where autograd shows them; the memory is that of the other kind."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+    except ValueError as error:
+        raise UserError(f"--checkpointing: {error}") from error
+    model.enable_input_require_grads()
+    yield
+    model.disable_input_require_grads()
+    model.gradient_checkpointing_disable()
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora needs PEFT: pip install peft") from error
+    dtype = model.dtype
+    with torch.device("meta"):
+        made = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    return made.to(dtype)
+
+
+def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple[int, int]:
+    """What is kept, and what one layer keeps while it is computed again."""
+    try:
+        everything = kept(model, batch, seq)
+        if not checkpointing:
+            return everything, 0
+        with _checkpointed(model):
+            inputs = kept(model, batch, seq)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the forward of {type(model).__name__} cannot run without numbers, so that its activations cannot be "
+            f"counted: {reason}"
+        ) from error
+    layers = text_setting(model, "num_hidden_layers") or 1
+    return inputs, (everything - inputs) // layers
+
+
+def steps(
+    model: Any, batch: int, seq: int, optimizer: str, checkpointing: bool
+) -> tuple[Step, Step]:
+    """Without and with the library."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fixed = {
+        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.nbytes for p in trained),
+        "optimizer": int(sum(p.numel() * OPTIMIZERS[optimizer](p.itemsize) for p in trained)),
+    }
+    stock = Step(**fixed)
+    stock.activations, stock.recomputed = _activations(model, batch, seq, checkpointing)
+    # a rotary embedding keeps the same with and without ours, but the reference, which would run here, more
+    patch(model, rope=False)
+    ours = Step(**fixed)
+    ours.activations, ours.recomputed = _activations(model, batch, seq, checkpointing)
+    for loss in loss_sites(model, batch * seq):
+        stock.logits_and_loss = max(stock.logits_and_loss, loss.stock())
+        ours.logits_and_loss = max(ours.logits_and_loss, loss.fused())
+        stock.of_head = ours.of_head = max(ours.of_head, loss.gradients())
+    return stock, ours
+
+
+def answer(
+    model: str,
+    batch: int,
+    seq: int,
+    dtype: str,
+    lora: int,
+    optimizer: str,
+    checkpointing: bool,
+    download: bool,
+) -> Answer:
+    for name, value, least in (("batch", batch, 1), ("seq", seq, 1), ("lora", lora, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value} is below {least}")
+    for name, choice, known in (
+        ("dtype", dtype, models.DTYPES),
+        ("optimizer", optimizer, OPTIMIZERS),
+    ):
+        if choice not in known:
+            raise UserError(f"--{name} {choice} is unknown; known: {', '.join(known)}")
+    made = models.on_paper(model, download, models.DTYPES[dtype])
+    name = type(made).__name__
+    if lora:
+        made = _with_lora(made, lora)
+    device = utils.infer_device()
+    facts = nvidia.ON_PAPER
+    if device != "cpu":
+        facts = backends.facts_of(backends.devices_of(device)[0])
+    with backends.on_paper(facts):
+        stock, ours = (step.as_dict() for step in steps(made, batch, seq, optimizer, checkpointing))
+    rows = [
+        [part.replace("_", " "), size(stock[part]), size(ours[part])]
+        for part in stock
+        if part != "recomputed" or checkpointing
+    ]
+    quantised = getattr(made.config, "quantization_config", None) is not None
+    how = [
+        [part.replace("_", " "), HOW[part]]
+        for part in stock
+        if part != "recomputed" or checkpointing
+    ]
+    setup = f"{name}, {batch} x {seq} tokens, {dtype}, {optimizer}"
+    setup += (
+        f", LoRA of rank {lora} on all linears" * bool(lora) + ", checkpointing" * checkpointing
+    )
+    saved = stock["peak"] - ours["peak"]
+    data = {"setup": setup, "device": facts.name, "stock": stock, "patched": ours, "how": HOW}
+    return Answer(
+        data,
+        [
+            Table(f"{setup}, on {facts.name}", ["part", "stock", "patched"], rows),
+            f"{size(saved)} less at the peak, {100 * saved / stock['peak']:.0f} %.",
+            *["The configuration asks for quantised weights; they are counted unquantised."]
+            * quantised,
+            Table("How", (), how),
+        ],
+    )

@@ -1,0 +1,101 @@
+"""A model on paper: the whole model of a configuration on the meta device, which takes no memory and no weights."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from liger_kernel.cli.answer import UserError
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+#: classes of transformers that make a model of a configuration, the likeliest first
+_AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "this needs HuggingFace transformers: pip install liger-kernel[transformers]"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def config_of(model: str, download: bool) -> Any:
+    """The configuration of a folder, a config.json, a model type, or a model of the hub.
+
+    Without `download` one of the hub has to be in the cache. No code of a repository is run.
+    """
+    transformers = _transformers()
+    if not Path(model).exists() and model in transformers.CONFIG_MAPPING:
+        return transformers.AutoConfig.for_model(model)
+    where = {"local_files_only": not download, "trust_remote_code": False}
+    try:
+        return transformers.AutoConfig.from_pretrained(model, **where)
+    except Exception as error:  # of many kinds: no such file, no JSON, no such type, no network
+        if Path(model).exists():
+            raise UserError(f"{model}: no configuration can be read: {error}") from error
+        more = "" if download else " To look on the hub, add --download."
+        raise UserError(
+            f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and no "
+            f"model in the cache of the hub.{more}"
+        ) from error
+
+
+def _class_of(config: Any) -> Any:
+    transformers = _transformers()
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for name in _AUTO:
+        mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise UserError(f"transformers has no model for a {type(config).__name__}")
+
+
+def on_paper(model: str, download: bool = False, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model in training mode, all of its parameters on the meta device."""
+    config = config_of(model, download)
+    cls = _class_of(config)
+    try:
+        with torch.device("meta"):
+            made = cls._from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a configuration is bad for
+        raise UserError(f"{model}: {cls.__name__} cannot be built: {error}") from error
+    return made.train()
+
+
+def inputs(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
+    """Text for a forward on paper."""
+    ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
+    known = inspect.signature(model.forward).parameters
+    return {"input_ids": ids, **({"use_cache": False} if "use_cache" in known else {})}
+
+
+@contextlib.contextmanager
+def runnable() -> Iterator[None]:
+    """Lets HF's forwards run without numbers, where these could only say that the rows are not packed sequences."""
+    from transformers import masking_utils
+
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        yield
+        return
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+        yield

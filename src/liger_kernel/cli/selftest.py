@@ -1,0 +1,231 @@
+"""`liger_kernel selftest`: the ops' own cases, on this machine.
+
+Beside `bench` the only file that needs the cases and the tolerance of `liger_kernel.testing` outside of tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from liger_kernel import backends, utils
+from liger_kernel.backends import disabled
+from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.cli.answer import Answer, Table, UserError
+from liger_kernel.cli.present import track
+from liger_kernel.ops import COMPUTED_BY
+from liger_kernel.testing import Make, OpCase, OpSpec, specs
+from liger_kernel.testing.calls import assert_as_exact, drawn
+from liger_kernel.testing.cases import elements
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+#: elements of the inputs of a case that the interpreter runs
+SMALL = 2**13
+
+
+@dataclass
+class Result:
+    """One op by one implementation."""
+
+    op: str
+    implementation: str
+    passed: int = 0
+    failed: int = 0
+    why: str = ""  # of the first failure
+
+    @property
+    def verdict(self) -> str:
+        if self.failed:
+            return f"WRONG in {self.failed}: {self.why}"
+        return "right" if self.passed else "not run"
+
+
+@dataclass(frozen=True)
+class _Run:
+    spec: OpSpec
+    case: OpCase
+    dtype: torch.dtype
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.case.id}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def implementations(device_type: str) -> list[str]:
+    """What serves this machine, the reference first."""
+    found = backends.IMPLEMENTATIONS.items()
+    serving = [
+        n for n, one in found if one.unavailable(device_type) is None and _offers(n, device_type)
+    ]
+    return [backends.REFERENCE, *serving]
+
+
+def _offers(name: str, device_type: str) -> bool:
+    try:
+        return backends.implementation_for(device_type, name) is not None
+    except RuntimeError:
+        return False
+
+
+def _has_files(op: str, implementation: str) -> bool:
+    if implementation == backends.REFERENCE:
+        return True
+    files = backends.IMPLEMENTATIONS[implementation].module(COMPUTED_BY.get(op, op))
+    return backends.is_there(files)
+
+
+def runs(
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], device_type: str, small: bool
+) -> list[_Run]:
+    found = []
+    for op in ops:
+        spec = specs()[op]
+        cases = [case for case in spec.cases if not case.large]
+        if small:
+            cases = [c for c in cases if elements(c) <= SMALL] or [min(cases, key=elements)]
+        for implementation in implementations(device_type):
+            if _has_files(op, implementation):
+                found += [_Run(spec, c, d, implementation) for c in cases for d in dtypes]
+    return found
+
+
+def test(
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], device_type: str, small: bool
+) -> list[Result]:
+    """A result for every op and implementation; stops where an op has made the device useless."""
+    todo = runs(ops, dtypes, device_type, small)
+    results: dict[tuple[str, str], Result] = {}
+    for run in todo:
+        key = run.spec.name, run.implementation
+        results.setdefault(key, Result(*key))
+    with _all_enabled():
+        for run in track(todo, "selftest"):
+            result = results[run.spec.name, run.implementation]
+            try:
+                with backends.use_implementation(run.implementation):
+                    _compare(run, device_type, again=not result.failed)
+            except Exception as error:  # whatever a compiler or a driver raises is a verdict
+                result.failed += 1
+                text = " ".join(str(error).split()) or type(error).__name__
+                result.why = result.why or f"{run}: {text}"
+                if not _is_alive(device_type):
+                    break
+            else:
+                result.passed += 1
+    return list(results.values())
+
+
+def _compare(run: _Run, device_type: str, again: bool) -> None:
+    """`again`: judge an error close to what is allowed on more draws, which an op known to be wrong can do without."""
+
+    def draw(seed: int) -> Any:
+        return drawn(run.spec, run.case, Make(run.dtype, device_type, seed))
+
+    inputs, grads = draw(0)
+    assert_as_exact(run.spec, run.case, inputs, grads, draw if again else None)
+
+
+def _is_alive(device_type: str) -> bool:
+    try:
+        return float(torch.ones(2, device=device_type).sum()) == 2
+    except RuntimeError:
+        return False
+
+
+@contextlib.contextmanager
+def _all_enabled() -> Iterator[None]:
+    """What is disabled is tested, too."""
+    before = os.environ.get(disabled.VARIABLE)
+    os.environ[disabled.VARIABLE] = os.devnull
+    backends.forget()
+    try:
+        yield
+    finally:
+        del os.environ[disabled.VARIABLE]
+        if before is not None:
+            os.environ[disabled.VARIABLE] = before
+        backends.forget()
+
+
+def record(results: Sequence[Result], device_type: str) -> list[disabled.Entry]:
+    """Write down what is wrong, and strike out what is right now; returns what is disabled here."""
+    names = {backends.facts_of(device).name for device in backends.devices_of(device_type)}
+    ran = {(COMPUTED_BY.get(r.op, r.op), r.implementation) for r in results if r.passed or r.failed}
+    try:
+        kept = [
+            e
+            for e in disabled.read()
+            if e.device not in names or (e.op, e.implementation) not in ran
+        ]
+    except ValueError:
+        kept = []  # nobody can read what it says
+    new: dict[tuple[str, str], disabled.Entry] = {}
+    for result in results:
+        if result.failed and result.implementation != backends.REFERENCE:
+            op = COMPUTED_BY.get(result.op, result.op)
+            for name in names:
+                entry = disabled.Entry.here(
+                    op, result.implementation, name, f"{result.op}, {result.why}"
+                )
+                new.setdefault((op, name), entry)
+    try:
+        disabled.write([*kept, *new.values()])
+    except OSError as error:
+        raise UserError(
+            f"{disabled.path()} cannot be written ({error}); name another file by {disabled.VARIABLE}."
+        ) from error
+    backends.forget()
+    return list(new.values())
+
+
+def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
+    for name in given or ():
+        if name not in known:
+            raise UserError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    return [name for name in known if not given or name in given]
+
+
+def answer(
+    op: Sequence[str] | None, dtype: Sequence[str] | None, interpret: bool, reset: bool
+) -> Answer:
+    if reset:
+        path = disabled.path()
+        there = path.is_file()
+        disabled.write([])
+        backends.forget()
+        text = f"{path} is removed." if there else f"There is no {path}; no op is disabled."
+        return Answer({"removed": there, "file": str(path)}, [text])
+    if interpret and not INTERPRET:
+        raise UserError("--interpret came too late: set TRITON_INTERPRET=1 before Python starts")
+    ops = _chosen(op, list(specs()), "op")
+    dtypes = [DTYPES[name] for name in _chosen(dtype, list(DTYPES), "dtype")]
+    device_type = "cpu" if INTERPRET else utils.infer_device()
+    results = test(ops, dtypes, device_type, small=INTERPRET)
+    entries = record(results, device_type)
+    failed = [r for r in results if r.failed]
+    complete = all(r.passed or r.failed for r in results)
+    names = sorted({backends.facts_of(d).name for d in backends.devices_of(device_type)})
+    rows = [[r.op, r.implementation, str(r.passed + r.failed), r.verdict] for r in results]
+    parts: list[Table | str] = [
+        Table(f"selftest on {', '.join(names)}", ["op", "computed by", "cases", "verdict"], rows),
+        f"{len(results) - len(failed)} of {len(results)} are right.",
+    ]
+    if not complete:
+        parts.append(f"The device does not answer after {failed[-1].op}; the rest was not run.")
+    if entries:
+        wrong = ", ".join(sorted({e.op for e in entries}))
+        parts.append(
+            f"Computed by the reference from now on: {wrong}. {disabled.path()} says so; {disabled.RESET}"
+        )
+    data = {
+        "devices": names,
+        "results": [asdict(r) for r in results],
+        "disabled": [asdict(e) for e in entries],
+        "file": str(disabled.path()),
+    }
+    return Answer(data, parts, status=int(bool(failed) or not complete))

@@ -1,0 +1,168 @@
+"""What the library would launch on a GPU that is not there: every case of every op, on tensors without numbers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.aot.targets import Target
+
+DEVICE = "meta"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as Triton compiles it once: all that its own cache distinguishes."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module.removeprefix('liger_kernel.').removesuffix('.triton')}:{self.kernel}"
+
+    def named(self) -> dict[str, Any]:
+        """The constants by the names of their parameters."""
+        parameters = [name for name, _ in self.signature]
+        return {parameters[path[0]]: value for path, value in self.constants}
+
+    def __str__(self) -> str:
+        given = {**self.named(), **dict(self.options)}
+        types = [kind for _, kind in self.signature if kind != "constexpr"]
+        return f"{self.name}({', '.join(types)}; {', '.join(f'{k}={v}' for k, v in given.items())})"
+
+
+def pretend(vendor: str) -> None:
+    """Make torch that of a vendor. To be called before the first import of a kernel, which reads it."""
+    torch.version.cuda, torch.version.hip = ("12.8", None) if vendor == "nvidia" else (None, "6.4")
+
+
+def install(target: Target) -> None:
+    """Let `target` be the device of meta tensors."""
+    from liger_kernel import backends
+    from liger_kernel.backends.records import Backend, Implementation
+
+    facts = target.facts()
+    everywhere = Implementation("triton", lambda device_type: None)
+    backends.register(Backend("pretended", (DEVICE,), lambda _: facts, implementation=everywhere))
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Variant]]:
+    """Kernels launched inside are noted in the list, and not run."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(target.triton())
+    found: list[Variant] = []
+
+    @functools.cache
+    def binder(kernel: Any) -> Any:
+        return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bound, specialization, options = binder(self)(*args, **kwargs)
+        options, signature, constants, attributes = self._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        given = {name: value for name, value in kwargs.items() if name not in signature}
+        variant = Variant(
+            self.fn.__module__,
+            self.fn.__name__,
+            tuple(signature.items()),
+            tuple(constants.items()),
+            tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
+            tuple(sorted(given.items())),
+        )
+        found.append(variant)
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        yield found
+    finally:
+        JITFunction.run = original
+
+
+@functools.cache
+def _draws() -> Any:
+    from liger_kernel.testing import Make
+
+    class MetaMake(Make):
+        """Shapes, dtypes and strides of the draws of `Make`, without numbers and without memory."""
+
+        def __post_init__(self) -> None:
+            self._generator = None  # type: ignore[assignment]
+
+        def peaked(self, rows: int, classes: int, labels: Any, height: float = 60.0) -> Any:
+            return self.randn(rows, classes)
+
+    return MetaMake
+
+
+def needs(spec: Any, case: Any, inputs: Any) -> Iterator[set[int]]:
+    """Every set of inputs that may require a gradient; of a large case, all and none of them."""
+    from liger_kernel.testing.calls import wanted_inputs
+
+    wanted = sorted(wanted_inputs(spec, case, inputs))
+    sizes = (0, len(wanted)) if case.large else range(len(wanted) + 1)
+    for size in dict.fromkeys(sizes):
+        yield from map(set, itertools.combinations(wanted, size))
+
+
+def run_case(spec: Any, case: Any, dtype: torch.dtype) -> None:
+    """Forward and backward, as the tests call them."""
+    from liger_kernel.testing.calls import call, drawn, leaves
+
+    with torch.device(DEVICE):
+        inputs, grads = drawn(spec, case, _draws()(dtype, DEVICE))
+        for wanted in needs(spec, case, inputs):
+            call(spec.function, case.options, leaves(inputs, wanted), grads)
+
+
+def launches(target: Target, specs: dict[str, Any]) -> dict[Variant, str]:
+    """What the cases of `specs` launch on `target`: each variant, and the first case that asks for it."""
+    from liger_kernel import backends
+
+    install(target)
+    found: dict[Variant, str] = {}
+    with backends.use_implementation("triton"), recording(target) as launched:
+        for spec in specs.values():
+            for case, dtype in itertools.product(spec.cases, DTYPES):
+                run_case(spec, case, dtype)
+                for variant in launched:
+                    found.setdefault(variant, f"{spec.name}-{case.id}-{str(dtype)[6:]}")
+                launched.clear()
+    return found
+
+
+def never_launched(found: Iterable[Variant]) -> list[str]:
+    """Functions of the kernel files that are neither a kernel in `found` nor named by another function there."""
+    from triton.runtime.jit import JITFunction
+
+    modules = {v.module for v in found}
+    functions = {
+        (name, function.fn.__name__): function
+        for name in modules
+        for function in vars(sys.modules[name]).values()
+        if isinstance(function, JITFunction) and function.fn.__module__ == name
+    }
+    launched = {(v.module, v.kernel) for v in found}
+    sources = [(at, function.src) for at, function in functions.items()]
+    return sorted(
+        f"{module}:{name}"
+        for module, name in functions.keys() - launched
+        if not any(re.search(rf"\b{name}\b", src) for at, src in sources if at != (module, name))
+    )

@@ -1,0 +1,182 @@
+"""Losses that other projects derive from our bases, as AgileRL does: a forward of its own, and the base's backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOLoss
+from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction, LigerFusedLinearDPOLoss
+from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from tests.chunked_loss.full_logits import (
+    DTYPES,
+    IGNORED,
+    Inputs,
+    compare,
+    draw_sequences,
+    logits_of,
+    paired,
+    pick,
+)
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+class WithAlpha(LigerFusedLinearPreferenceBase):
+    preference_loss_fn = staticmethod(LigerFusedLinearDPOFunction.preference_loss_fn)
+
+    @classmethod
+    def forward(
+        cls, ctx: Any, _input: Any, weight: Any, target: Any, bias: Any, *args: Any, **more: Any
+    ) -> Any:
+        names = ("ref_input", "ref_weight", "ref_bias", "alpha", "loss_type")
+        return LigerFusedLinearPreferenceBase.forward(
+            cls=cls,
+            ctx=ctx,
+            _input=_input,
+            weight=weight,
+            target=target,
+            bias=bias,
+            beta=0.3,
+            compute_nll_loss=True,
+            compiled=True,
+            use_ref_model=args[0] is not None,
+            average_log_prob=False,
+            chunk_size=1,
+            **dict(zip(names, args, strict=True)),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Any) -> Any:
+        return *LigerFusedLinearPreferenceBase.backward(ctx, grad_output)[:4], *(None,) * 5
+
+
+def with_alpha(i: Inputs) -> tuple[Tensor, ...]:
+    refs = (i.get(f"ref_{name}") for name in ("hidden", "weight", "bias"))
+    loss, metrics = WithAlpha.apply(
+        i["hidden"], i["weight"], i["target"], i.get("bias"), *refs, 0.7, "hinge"
+    )
+    return loss, *metrics
+
+
+with_alpha.__name__ = "ours"
+
+
+@dtypes
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_preference_loss(dtype: torch.dtype, reference: bool) -> None:
+    def pair(c: Any, r: Any, ref_c: Any, ref_r: Any) -> Any:
+        a, b = 0.3 * (c - ref_c), 0.3 * (r - ref_r)
+        return (1 - a + b).clamp(min=0), a, b
+
+    compare(
+        with_alpha,
+        lambda i: paired(pair, i, average=False, alpha=0.7, nll=True),
+        draw_sequences(dtype, reference=reference),
+    )
+
+
+def test_what_it_shares_with_our_own() -> None:
+    """Frozen tensors, 0-d metrics, a batch without pairs; a loss of nobody's."""
+    i = draw_sequences(torch.float32)(0)
+    given = i["weight"].requires_grad_(), i["hidden"], i["target"], i["bias"]
+    refs = i["ref_hidden"], i["ref_weight"], i["ref_bias"]
+    own = LigerFusedLinearDPOLoss(beta=0.3, loss_type="hinge", compute_nll_loss=True, alpha=0.7)
+    expected, metrics = own(*given, *refs)
+    found = with_alpha(i)
+    assert torch.equal(found[0], expected)
+    assert all(map(torch.equal, found[1:], metrics))
+    assert torch.equal(
+        *(torch.autograd.grad(loss, i["weight"])[0] for loss in (found[0], expected))
+    )
+
+    class Scalar(LigerFusedLinearPreferenceBase):
+        @staticmethod
+        def preference_loss_fn(c: Any, r: Any, full: Any, beta: float, share: float) -> Any:
+            pairs = full.shape[0] // 2
+            return (share * (r - c)).sum() / pairs, c.sum() / pairs, c
+
+        @classmethod
+        def forward(cls, ctx: Any, *args: Any) -> Any:
+            more = {"compute_nll_loss": False, "share": 0.5, "average_log_prob": False}
+            return LigerFusedLinearPreferenceBase.forward(cls, ctx, *args, **more)
+
+    loss, (chosen, rejected, *_, mean, each) = Scalar.apply(i["hidden"], i["weight"], i["target"])
+    assert not loss.requires_grad or loss.backward() is None
+    assert torch.equal(each, chosen)
+    assert torch.equal(mean, chosen.mean())
+    assert torch.equal(loss, 0.5 * (rejected - chosen).mean())
+    assert Scalar.apply(i["hidden"][:0], i["weight"], i["target"][:0])[0] == 0
+    with pytest.raises(ValueError, match="odd number"):
+        Scalar.apply(i["hidden"][:3], i["weight"], i["target"][:3])
+    with pytest.raises(NotImplementedError, match="preference_loss_fn"):
+        LigerFusedLinearPreferenceBase.preference_loss_fn(chosen, rejected, i["target"])
+
+
+def test_a_preference_loss_of_log_probabilities() -> None:
+    logps = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+    full, of = torch.zeros(4, 1), LigerFusedLinearDPOFunction.preference_loss_fn
+    loss, won, _ = of(*logps, full, beta=0.2)
+    assert torch.equal(won, 0.2 * logps[0])
+    assert torch.equal(loss, of(*logps, full, torch.zeros(2), torch.zeros(2), beta=0.2)[0])
+    with pytest.raises(ValueError, match="Unsupported loss_type"):
+        of(*logps, full, loss_type="ipo")
+
+
+class Policy(LigerFusedLinearPPOBase):
+    """Makes its gradients itself."""
+
+    @classmethod
+    def forward(
+        cls, ctx: Any, hidden: Any, weight: Any, ids: Any, mask: Any, advantages: Any, bias: Any
+    ) -> Any:
+        def loss_of(*given: Any) -> Any:
+            logps = pick(logits_of(*given), ids)
+            loss = -(logps.exp() * advantages[:, None] * mask).sum() / mask.sum()
+            return loss, logps.mean()
+
+        grads, (loss, mean) = torch.func.grad_and_value(
+            loss_of, argnums=(0, 1, 2) if bias is not None else (0, 1), has_aux=True
+        )(hidden, weight, bias)
+        ctx.save_for_backward(*grads, *[None] * (3 - len(grads)))
+        return loss, (mean,)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Any, *metrics: Any) -> Any:
+        return LigerFusedLinearPPOBase.backward(ctx, grad_output)[:6]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_policy_loss(bias: bool) -> None:
+    def reference(i: Inputs) -> tuple[Tensor, ...]:
+        logps = pick(logits_of(i["hidden"], i["weight"], i.get("bias")), i["target"])
+        mask = (i["target"] != IGNORED).to(logps)
+        weights = torch.arange(len(mask))[:, None] - 1.0
+        return -(logps.exp() * weights * mask).sum() / mask.sum(), logps.mean()
+
+    def ours(i: Inputs) -> tuple[Tensor, ...]:
+        mask = (i["target"] != IGNORED).to(i["hidden"])
+        advantages = torch.arange(len(mask)) - 1.0
+        loss, metrics = Policy.apply(
+            i["hidden"], i["weight"], i["target"], mask, advantages, i.get("bias")
+        )
+        return loss, *metrics
+
+    compare(ours, reference, draw_sequences(torch.float32, reference=False, bias=bias))
+
+
+def test_a_policy_loss_without_a_forward() -> None:
+    with pytest.raises(NotImplementedError, match="LigerFusedLinearGRPOLoss"):
+        LigerFusedLinearPPOBase.apply(torch.ones(1))
+
+
+def test_transforms_are_refused() -> None:
+    i = draw_sequences(torch.float32)(0)
+    own = LigerFusedLinearCPOLoss()
+    torch.func.grad(lambda w: own(w, i["hidden"], i["target"])[0])(i["weight"])
+    with pytest.raises(RuntimeError, match="WithAlpha makes its gradients in forward"):
+        torch.func.grad(lambda w: with_alpha({**i, "weight": w})[0])(i["weight"])

@@ -1,0 +1,193 @@
+"""`inspect` and `estimate`: models on paper."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import liger_kernel
+from benchmark.savings import LiveBytes
+from benchmark.shapes import MODELS, STEPS
+from liger_kernel.cli import estimate, inspection, models
+from liger_kernel.cli.slow_paths import slow_paths
+from tests.cli.conftest import Run
+from tests.transformers.tiny import batch, build
+
+RESULTS = Path(__file__).parents[2] / "benchmark" / "results" / "nvidia-h100-80gb-hbm3.json"
+
+
+def off_by(found: float, truth: float) -> float:
+    return abs(found / truth - 1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A folder with the configuration of a large model."""
+    settings: Any = build("llama").config.to_dict()  # type: ignore[operator]
+    settings |= {"hidden_size": 4096, "num_hidden_layers": 3, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+class TestInspect:
+    def test_a_folder_a_file_and_a_type(self, run: Run, both: str, config: Path) -> None:
+        found = [run("inspect", str(where), "--json") for where in (config, config / "config.json")]
+        assert found[0].data == found[1].data
+        (loss, *_), kinds = found[0].data["rows"], [row["kind"] for row in found[0].data["rows"]]
+        assert loss["by"] == "fused linear cross entropy"
+        assert kinds.count("mlp") == 3
+        assert found[0].data["step"] == "ran"
+        done = run("inspect", "qwen3")
+        assert done.status == 0
+        assert "LigerSwiGLU" in done.out
+        assert all(len(line) <= 80 for line in done.out.splitlines())
+
+    def test_what_is_skipped_and_what_is_slow(self, run: Run, both: str) -> None:
+        done = run("inspect", "gpt_oss")  # 36 layers
+        assert "computes something else" in " ".join(done.out.split())
+        assert "eager" in done.out
+        assert any("mamba" in line for line in run("inspect", "mamba2", "--json").data["slow"])
+        assert run("inspect", "llama", "--json").data["slow"] == []
+
+    def test_a_step_tells_more_than_the_structure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = models.on_paper("llama")
+        report = liger_kernel.patch(model)
+        assert report.rows[0].by
+        monkeypatch.setattr(
+            type(model), "loss_function", lambda self, logits, **_: logits[..., ::2].sum()
+        )
+        assert inspection.one_step(model) is None
+        assert report.rows[0].by is None
+
+    def test_a_forward_that_cannot_run_is_told(self, run: Run) -> None:
+        done = run("inspect", "blip")
+        assert done.status == 0
+        assert "pixel_values" in done.out
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("command", ["inspect", "estimate"])
+    @pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "nobody"}', "[1]"])
+    def test_models(self, run: Run, tmp_path: Path, command: str, text: str | None) -> None:
+        where = tmp_path / "config.json"
+        if text is not None:
+            where.write_text(text)
+        done = run(command, str(where))
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert str(where) in done.err
+
+    def test_a_configuration_that_fits_no_model(self, run: Run, config: Path) -> None:
+        file = config / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "wide"}))
+        done = run("inspect", str(config))
+        assert (done.status, done.err.count("\n")) == (2, 1)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--batch", "-1"), ("--batch", "0"), ("--seq", "0"), ("--seq", "x"), ("--lora", "-3"),
+            ("--dtype", "int4"), ("--optimizer", "lion"),
+        ],
+    )  # fmt: skip
+    def test_sizes(self, run: Run, both: str, options: tuple[str, str]) -> None:
+        done = run("estimate", "llama", *options)
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert options[0] in done.err
+
+    def test_activations_that_cannot_be_counted(self, run: Run) -> None:
+        done = run("estimate", "aria_text")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "activations" in done.err
+
+    def test_nothing_is_downloaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: Any) -> Any:
+            raise AssertionError("a connection")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        done = run("inspect", "somebody/something")
+        assert done.status == 2
+        assert "--download" in done.err
+
+
+class TestEstimate:
+    def test_the_parts(self, run: Run, both: str, config: Path) -> None:
+        arguments = ("estimate", str(config), "--batch", "2", "--seq", "1024")
+        done = run(*arguments)
+        assert done.status == 0
+        assert "logits and loss" in done.out
+        stock, ours = (run(*arguments, "--json").data[name] for name in ("stock", "patched"))
+        assert stock["optimizer"] == 2 * stock["gradients"] == 2 * ours["gradients"]
+        assert ours["activations"] < stock["activations"]
+        assert ours["logits_and_loss"] < stock["logits_and_loss"] / 2
+        for found in (stock, ours):
+            at_loss = found["activations"] + found["logits_and_loss"]
+            assert found["peak"] == found["weights"] + found["optimizer"] + max(
+                at_loss, found["gradients"]
+            )
+
+    def test_options(self, run: Run, config: Path) -> None:
+        def peak(*options: str) -> dict[str, int]:
+            done = run("estimate", str(config), "--seq", "4096", "--json", *options)
+            found: dict[str, int] = done.data["patched"]
+            return found
+
+        plain = peak()
+        assert peak("--optimizer", "sgd")["optimizer"] == 0
+        assert peak("--optimizer", "adamw_8bit")["optimizer"] < 0.6 * plain["optimizer"]
+        wide = peak("--dtype", "float32")  # a few buffers are float32 always
+        assert 1.99 * plain["weights"] < wide["weights"] <= 2 * plain["weights"]
+        checkpointed = peak("--checkpointing")
+        assert checkpointed["activations"] < plain["activations"] / 2
+        assert checkpointed["activations"] + 3 * checkpointed["recomputed"] <= plain["activations"]
+        pytest.importorskip("peft")
+        lora = peak("--lora", "8")
+        assert lora["gradients"] < plain["gradients"] / 50
+        assert lora["activations"] < plain["activations"]
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_what_a_forward_keeps(self, checkpointing: bool) -> None:
+        """Counted on paper, and alive after a real forward on the CPU, where the mask and the tables are beside it."""
+
+        def built() -> Any:
+            model: Any = build("llama", hidden_size=1024, head_dim=16).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": True})
+                model.enable_input_require_grads()
+            return model
+
+        model = built()
+        live = LiveBytes(model)
+        with live:
+            outputs = model(input_ids=batch(2, 32)["input_ids"], use_cache=False)
+            alive = live.live - outputs.logits.nbytes
+        assert off_by(estimate.kept(built().to("meta"), 2, 32), alive) < 0.02
+
+    @pytest.mark.parametrize("setup", STEPS, ids=str)
+    def test_against_measured_peaks(self, run: Run, tmp_path: Path, setup: Any) -> None:
+        """Those of `python -m benchmark e2e` on an H100, fused AdamW, in the file of results."""
+        settings = {**MODELS[setup.shape], "max_position_embeddings": setup.seq}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        options = ("--checkpointing",) if setup.checkpointing else ()
+        sizes = ("--batch", str(setup.batch), "--seq", str(setup.seq))
+        found = run("estimate", str(tmp_path), *sizes, *options, "--json").data
+        measured = {
+            row["mode"]: row["peak_gb"]
+            for row in json.loads(RESULTS.read_text())["e2e"]
+            if (row["shape"], row["seq"], row["batch"]) == setup[:3]
+        }
+        # of so few tokens the norms and the gate are PyTorch's now, which was not so when this was measured
+        most = 0.3 if setup.seq == 512 else 0.05
+        for mode in ("stock", "patched"):
+            assert off_by(found[mode]["peak"] / 1e9, measured[mode]) < most, mode
+
+
+def test_slow_paths_of_a_live_model() -> None:
+    model = build("llama")
+    (line,) = slow_paths(model)
+    assert "sdpa" in line
+    assert next(model.parameters()).device == torch.device("cpu")
