@@ -16,7 +16,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -253,6 +253,7 @@ def _module() -> ModuleType:
         "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
         "is_bf16_supported": lambda: True,
         "get_device_name": lambda device=0: "Ascend910B stand-in",
+        "get_device_properties": lambda device=0: SimpleNamespace(total_memory=2**36),
         "empty_cache": lambda: None,
     }
     vars(module).update(members)

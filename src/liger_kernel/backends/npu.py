@@ -21,6 +21,7 @@ _STREAMS = ("Stream", "stream", "current_stream", "is_current_stream_capturing")
 def facts(device: torch.device) -> DeviceFacts:
     runtime: Any = torch.npu  # type: ignore[attr-defined]
     return DeviceFacts(
+        name=runtime.get_device_name(device),
         queues=True,
         small_by_torch=False,  # `F.rms_norm` is six operators there, `npu_rms_norm` is one
         streams=runtime if all(hasattr(runtime, name) for name in _STREAMS) else None,
