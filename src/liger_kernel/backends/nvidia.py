@@ -31,9 +31,7 @@ def facts(device: torch.device) -> DeviceFacts:
     return described((found.major, found.minor), found.multi_processor_count, shared_memory)
 
 
-def described(
-    capability: tuple[int, int], processors: int, shared_memory: int
-) -> DeviceFacts:
+def described(capability: tuple[int, int], processors: int, shared_memory: int) -> DeviceFacts:
     """The facts of a GPU of which this is known, whether or not it is in this machine."""
     return DeviceFacts(
         architecture=architecture(capability),
