@@ -8,7 +8,8 @@
 4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
 5. Where there is none, or it leaves these options or tensors to the reference (`_core.contract.Partial`), PyTorch's own
    fused op if it has one, or the reference: both directly, under PyTorch's autograd. Nothing is computed twice then; an
-   autograd node of ours would run the reference again in backward.
+   autograd node of ours would run the reference again in backward. (It does for tensors without numbers: they stand for
+   those of a GPU, whose memory is estimated, and keep for backward what a kernel keeps.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, Recompute, in_torch_func, is_transformed
+from liger_kernel._core.autograd import Op, Recompute, has_numbers, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import (
     host_bound,
@@ -68,7 +69,7 @@ class Dispatch:
             if found is not None:
                 return found
         kernels = kernels_for(self.name, options, *tensors)
-        if not isinstance(kernels, Recompute):
+        if not isinstance(kernels, Recompute) or not has_numbers(x):
             return self.node.apply(kernels, options, *tensors)
         if self.native is not None and not reference_requested():
             found = self.native(options, *tensors)

@@ -16,7 +16,7 @@ from liger_kernel.backends import disabled
 from liger_kernel.cli.installed import others, version_of
 
 #: the oldest releases that work; pyproject.toml says the same
-OLDEST = {"torch": "2.6", "triton": "3.0", "transformers": "4.57"}
+OLDEST = {"torch": "2.6", "triton": "3.2", "transformers": "4.57"}
 #: the newest ones that the tests ran on
 NEWEST = {"transformers": "5.24"}
 #: the first numpy that breaks the interpreter of triton, up to this release of triton
