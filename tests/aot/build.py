@@ -17,8 +17,17 @@ from tests.aot.targets import Target
 
 #: bytes of a thread that may go to memory for want of registers: of 1024 threads they fill the L1 of the largest GPUs
 MOST_SPILLED = 256
-#: kernels that may spill more -> how much, and why
-SPILLS: dict[str, tuple[int, str]] = {}
+#: kernels that may spill more, in rows that are too long for the registers -> the most of any launch on an H100, where
+#: other tiles were measured and are slower; a GPU that needs more than that needs a configuration of its own
+SPILLS = {
+    "ops.group_norm:_group_norm_bwd": 1352,
+    "ops.group_norm:_group_norm_fwd": 276,
+    "ops.modulated_rms_norm:_modulated_rms_norm_bwd": 2304,
+    "ops.modulated_rms_norm:_modulated_rms_norm_fwd": 640,
+    "ops.norms.kernels:_norm_bwd": 2304,
+    "ops.poly_norm:_poly_norm_bwd": 308,
+    "ops.softmax:_softmax_bwd": 568,
+}
 MOST_THREADS = 1024
 
 
@@ -154,11 +163,10 @@ def faults(measured: Measured, kernel: str, target: Target) -> list[str]:
     if measured.error:
         return [measured.error]
     found = list(measured.foreign)
-    spilled, _ = SPILLS.get(kernel, (MOST_SPILLED, ""))
     for what, limit in (
         ("shared_memory", target.shared_memory),
         ("threads", MOST_THREADS),
-        ("spilled", spilled),
+        ("spilled", SPILLS.get(kernel, MOST_SPILLED)),
     ):
         if (value := getattr(measured, what)) > limit:
             found.append(f"{what} {value} > {limit}")

@@ -129,13 +129,16 @@ def _measured(
             yield futures[future], future.result()
         except BrokenProcessPool:
             broken.append(futures[future])
-    for launch in broken:  # one of them did it: each gets a process of its own
-        with pool(launch.target.vendor, 1) as alone:
-            try:
-                found = alone.submit(build.build, launch.variant, launch.target).result()
-            except BrokenProcessPool:
-                found = Measured(error="the compiler ended its process")
-        yield launch, found
+    while broken:  # by one worker in their order: the first without a result is the one that did it
+        with pool(broken[0].target.vendor, 1) as alone:
+            again = [alone.submit(build.build, x.variant, x.target) for x in broken]
+            for launch, result in zip(tuple(broken), again, strict=True):
+                broken.remove(launch)
+                try:
+                    yield launch, result.result()
+                except BrokenProcessPool:
+                    yield launch, Measured(error="the compiler ended its process")
+                    break
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ class Target:
 
     `shared_memory`: bytes that one program may have, from NVIDIA's CUDA C++ Programming Guide (technical specifications
     per compute capability: maximum amount of shared memory per thread block) and from LLVM's User Guide for AMDGPU and
-    AMD's instruction set manuals (local data share of a work-group). `processors`: what torch reports of this GPU, from
-    the vendor's data sheet.
+    AMD's instruction set manuals (local data share of a work-group). `processors`: streaming multiprocessors,
+    compute units, and on RDNA pairs of these, as torch counts them, from the vendor's data sheet.
     """
 
     name: str

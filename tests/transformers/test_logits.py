@@ -15,7 +15,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
-from tests.transformers.steps import assert_full_gradient, focal, fused, outputs_of, patched
+from tests.transformers.steps import (
+    assert_all_no_worse,
+    assert_full_gradient,
+    focal,
+    fused,
+    outputs_of,
+    patched,
+    step,
+)
 from tests.transformers.tiny import VOCAB, batch, build
 
 TYPES = ["llama", "gemma2"]  # as the head gives them, and soft-capped
@@ -139,6 +147,74 @@ def test_a_function_inside_the_forward(function: Any) -> None:
     liger_kernel.patch(model, fused_linear_cross_entropy=False)
     model(**batch()).loss.backward()
     assert model.lm_head.weight.grad.norm() > 0
+
+
+def then_written(write: Callable[[Any], Any], view: bool) -> Any:
+    """A loss of what was made of the logits before `write` wrote into them."""
+
+    def loss(logits: Any, labels: Tensor, *_: Any, **others: Any) -> Tensor:
+        made = logits[:, :-1] if view else logits[:, :-1] * 2.0
+        write(logits)
+        return F.cross_entropy(made.reshape(-1, VOCAB).float(), labels[:, 1:].flatten())
+
+    return loss
+
+
+def scaled_by(logits: Any) -> None:
+    logits *= 0.5
+
+
+def biased(logits: Any) -> None:
+    logits += torch.linspace(-1, 1, VOCAB)
+
+
+def divided_by(logits: Any) -> None:
+    logits /= torch.linspace(1, 2, VOCAB)
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "an element": lambda logits: logits.__setitem__((..., 5), -9.0),
+    "mul_": lambda logits: logits.mul_(0.5),
+    "*=": scaled_by,
+    "+=": biased,
+    "/=": divided_by,
+    "hook": lambda logits: logits.register_hook(lambda grad: grad * 0.5),
+}
+
+
+@pytest.mark.parametrize("view", [True, False], ids=["view", "copy"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_written_to_in_the_forward(model_type: str, write: str, view: bool) -> None:
+    """Views see it, copies do not, and the caller gets what was written to."""
+    ours, low, high = build(model_type), build(model_type), build(model_type, torch.float64)
+    liger_kernel.patch(ours)
+    found = []
+    for model in (ours, high, low):
+        model.loss_function = then_written(WRITES[write], view)
+        outputs, grads = step(model, **batch())
+        found.append({"loss": outputs.loss, "logits": outputs.logits, **grads})
+    assert_all_no_worse(*found)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_scale_in_place_is_fused(again: bool) -> None:
+    ours, low, high = build("llama"), build("llama"), build("llama", torch.float64)
+    liger_kernel.patch(ours)
+
+    def loss(logits: Any, labels: Tensor, **others: Any) -> Tensor:
+        logits *= 0.5
+        if again:
+            logits /= 0.25
+        return F.cross_entropy(logits.view(-1, VOCAB), labels.flatten())
+
+    found = []
+    for model in (ours, high, low):
+        model.loss_function = loss
+        outputs, grads = step(model, **batch())
+        assert fused(outputs) == (model is ours)
+        found.append({"loss": outputs.loss, "logits": outputs.logits, **grads})
+    assert_all_no_worse(*found)
 
 
 # -- the weights of the forward ----------------------------------------------------------------------------------------

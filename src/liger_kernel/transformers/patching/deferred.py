@@ -11,10 +11,12 @@ It is a plain object with `__torch_function__`, not a Tensor subclass: `torch.co
 
 from __future__ import annotations
 
+import copy
 import operator
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,26 +77,33 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class DeferredLogits:
-    """See the module docstring. `chain` has the recorded operations: their names, arguments and keywords."""
+    """See the module docstring. `chain` has the recorded operations: their names, arguments and keywords.
+
+    The last of them was applied to `parent`. Once one is real, all that came from the same head are, each made of its
+    parent's tensor, so that what is written into one of them is seen in those that are views of it, and in no other.
+    """
 
     def __init__(
         self,
         origin: Origin,
+        parent: DeferredLogits | None,
         chain: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...],
         fused: Fused | None,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self._origin, self._chain, self._fused = origin, chain, fused
+        self._origin, self._parent, self._chain, self._fused = origin, parent, chain, fused
         self._dtype, self._device = dtype, device
         self._shape: torch.Size | None = None
         self._real: Tensor | None = None
+        if origin.call is not None and not torch.compiler.is_compiling():
+            origin.family.append(weakref.ref(self))
 
     @classmethod
     def of(cls, origin: Origin) -> DeferredLogits:
         hidden = origin.hidden
         dtype = origin.modes.dtype_of(hidden)
-        return cls(origin, (), Fused(hidden), dtype, hidden.device)
+        return cls(origin, None, (), Fused(hidden), dtype, hidden.device)
 
     @property
     def is_real(self) -> bool:
@@ -106,14 +115,19 @@ class DeferredLogits:
     def materialize(self) -> Tensor:
         """The real logits, made once by the head's own call and the recorded operations, as the forward would have."""
         if self._real is None:
-            modes = self._origin.modes
-            now = Modes.now(modes.device)
-            self._origin.look_around()
-            with modes.on(self._origin.hidden, now):
-                value = self._origin.materialize()
-                for name, args, kwargs in self._chain:
-                    value = _OPERATIONS[name](value, *args, **kwargs)
-            self._real = value
+            origin = self._origin
+            origin.look_around()
+            with origin.modes.on(origin.hidden, Modes.now(origin.modes.device)):
+                for one in (*origin.relatives(), self):
+                    one._make()
+        return cast(Tensor, self._real)
+
+    def _make(self) -> Tensor:
+        if self._real is None and self._parent is None:
+            self._real = self._origin.materialize()
+        elif self._real is None:
+            name, args, kwargs = self._chain[-1]
+            self._real = _OPERATIONS[name](cast(Any, self._parent)._make(), *args, **kwargs)
         return self._real
 
     def leave(self) -> None:
@@ -144,6 +158,7 @@ class DeferredLogits:
             return _OPERATIONS[name](self.materialize(), *args, **kwargs)
         after = DeferredLogits(
             self._origin,
+            self,
             (*self._chain, (name, args, kwargs)),
             fused,
             dtype or self._dtype,
@@ -388,4 +403,29 @@ _DELEGATED = (
 )
 for _name in _DELEGATED.split():
     setattr(DeferredLogits, f"__{_name}__", _delegate(f"__{_name}__"))
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    """`logits *= x`: recorded where no view can see it, else done to the real logits."""
+    write = getattr(operator, f"i{name}")
+
+    def method(self: DeferredLogits, other: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return getattr(self, f"__{name}__")(other)
+        is_view = self._chain and self._chain[-1][0] in _VIEWS
+        if not is_view and all(one._parent is not self for one in self._origin.relatives()):
+            after = getattr(self, f"__{name}__")(other)
+            if type(after) is DeferredLogits and after._dtype == self._dtype:
+                after._parent = copy.copy(self)
+                self.__dict__.update(vars(after))
+                return self
+        self._real = write(self.materialize(), _real(other))
+        return self
+
+    return method
+
+
+_VIEWS = ("contiguous", "reshape", "getitem")
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(DeferredLogits, f"__i{_name}__", _in_place(_name))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -130,7 +130,7 @@ class ForwardCall:
         """Nothing may refer to this call any more: that would be a cycle, and keep hidden states until Python's GC."""
         origins, self.origins = self.origins, []
         for origin in origins:
-            origin.call = origin.logits = None
+            origin.call = None
 
     def verdict(self) -> str | None:
         """Why the loss was not fused."""
@@ -314,7 +314,10 @@ class FusedForward:
                 output, self.reason = call.finish(output), call.verdict()
             return output
         finally:
-            del running.calls[depth:]
+            while (
+                len(running.calls) > depth
+            ):  # torch.compile of torch 2.6 cannot trace `del calls[depth:]`
+                running.calls.pop()
             call.close()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -64,23 +64,26 @@ class Origin:
     modes: Modes
     call: Any  # the forward that runs; None once it is over
     classes: int = 0  # of the head
-    logits: Tensor | None = None
+    family: list[Any] = field(
+        default_factory=list
+    )  # references to what is recorded in this forward
     called: bool = False  # the loss, or logits, were made
     beside: tuple[Tensor, ...] = ()  # the tensors of recorded operations: masks, a bias
     stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
 
     def materialize(self) -> Tensor:
-        if self.logits is not None:
-            return self.logits
         if self.call is None:
             self._check()
         again, self.called = self.called, True
         value = heads.logits_of(self.around, self.hidden)
         if again and value.requires_grad and heads.runs_once(self.around):
             value = _ValuesOnly.apply(value)
-        if self.call is not None:
-            self.logits = value  # something else in this forward may ask
         return value
+
+    def relatives(self) -> list[Any]:
+        """What is recorded in this forward and somebody holds, parents first."""
+        found = (reference() for reference in self.family)
+        return [one for one in found if one is not None] if self.call is not None else []
 
     def look_around(self) -> bool:
         """Whether gradients are off here and were on at the head: what is made of the logits here has none.
