@@ -94,6 +94,7 @@ def test_a_missing_or_broken_torch_npu_is_named(
 def test_streams_are_used_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
     class Runtime:
         device = None
+        get_device_name = str
         current_stream = stream = Stream = None
 
     monkeypatch.setattr(torch, "npu", Runtime, raising=False)

@@ -40,6 +40,21 @@ def test_views_share_memory_and_versions() -> None:
     assert x.t().tolist() == x.cpu().t().tolist()
 
 
+def test_a_number_that_the_host_reads_is_seen() -> None:
+    x = torch.arange(3.0, device="npu")
+    for read in (
+        lambda: float(x.sum()),
+        lambda: x.tolist(),
+        lambda: bool(x.any()),
+        lambda: x[x > 1],
+    ):
+        device.ran.clear()
+        read()
+        assert device.READS & set(device.ran)
+    device.ran.clear()
+    assert not device.READS & set(device.ran)
+
+
 def test_no_other_device_mixes_in() -> None:
     x = torch.ones(2, device="npu")
     with pytest.raises(RuntimeError, match="a tensor on cpu"):

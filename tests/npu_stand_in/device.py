@@ -38,6 +38,8 @@ WIDER = (
 )
 #: that take tensors of the CPU, too
 TAKES_CPU = ("copy_", "index", "_index_put_impl_")
+#: for which the host waits, and what a copy to it is
+READS = {"_local_scalar_dense", "copy_ to the host", "equal", "nonzero"}
 #: that torch_npu has no kernel for
 UNKNOWN = ("_assert_async",)
 
@@ -100,8 +102,10 @@ _ABOVE = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView) | torch._
 
 
 def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    ran.append(op.__name__)
     packet = op._overloadpacket.__name__
+    ran.append(packet)
+    if packet == "copy_" and args[0].device.type == "cpu":
+        ran.append("copy_ to the host")
     if packet in UNKNOWN:
         raise NotImplementedError(f"{op.__name__} has no kernel for {NAME!r}")
     hosts: dict[int, tuple[Tensor, Tensor]] = {}
