@@ -277,6 +277,53 @@ def test_evaluation_mode(model: Any) -> None:
     assert "model.train()" in fault(doctor(model, step(model)))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_trainer(
+    model: Any, smoothing: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HF's Trainer patches in `train()`; for label smoothing it takes the labels away from the model."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.models.llama import modeling_llama
+
+    rope = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", rope
+    )  # put back what the Trainer leaves there
+    liger_kernel.unpatch(model)
+    given = batch()
+    rows = [{name: value[i] for name, value in given.items()} for i in range(len(given["labels"]))]
+    arguments = TrainingArguments(
+        tmp_path, use_cpu=True, use_liger_kernel=True, max_steps=1, label_smoothing_factor=smoothing,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    assert "HF's Trainer" in fault(doctor(model))
+    trainer.train()
+    found = doctor(trainer.model_wrapped, lambda: trainer.training_step(model, dict(given)))
+    if smoothing:
+        assert "label smoothing" in fault(found)
+    else:
+        assert found.findings == ()
+
+
+@pytest.mark.parametrize("wrap", ["compile", "compile in place", "ddp", "peft"])
+def test_a_wrapped_model_is_well(model: Any, wrap: str) -> None:
+    if wrap == "compile":
+        model = torch.compile(model, backend="eager")
+    elif wrap == "compile in place":
+        model.compile(backend="eager")
+    elif wrap == "ddp":
+        model = nn.parallel.DataParallel(
+            model
+        )  # a wrapper that, on a CPU, only calls what it wraps
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        liger_kernel.patch(model)
+    assert doctor(model, step(model)).findings == ()
+    torch._dynamo.reset()
+
+
 def test_a_step_of_another_model(model: Any) -> None:
     other = build("llama").train()
     assert "never runs this model" in fault(doctor(model, step(other)))

@@ -81,6 +81,10 @@ class TestBadInput:
         assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
         assert str(where) in done.err
 
+    def test_a_type_without_defaults(self, run: Run) -> None:
+        done = run("inspect", "vision-encoder-decoder")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+
     def test_a_configuration_that_fits_no_model(self, run: Run, config: Path) -> None:
         file = config / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "wide"}))

@@ -36,7 +36,8 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.fault)
 
     def title(self) -> str:
-        return f"{len(self.faults)} faults, {len(self.findings) - len(self.faults)} notes"
+        faults, notes = len(self.faults), len(self.findings) - len(self.faults)
+        return f"{faults} fault{'s' * (faults != 1)}, {notes} note{'s' * (notes != 1)}"
 
     def lines(self) -> Iterator[tuple[str, str]]:
         for f in self.findings:

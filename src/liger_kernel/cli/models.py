@@ -43,7 +43,10 @@ def config_of(model: str, download: bool) -> Any:
     """
     transformers = _transformers()
     if not Path(model).exists() and model in transformers.CONFIG_MAPPING:
-        return transformers.AutoConfig.for_model(model)
+        try:
+            return transformers.AutoConfig.for_model(model)
+        except Exception as error:  # a type that is put together from others
+            raise UserError(f"{model}: its configuration has no defaults: {error}") from error
     where = {"local_files_only": not download, "trust_remote_code": False}
     try:
         return transformers.AutoConfig.from_pretrained(model, **where)
