@@ -38,8 +38,8 @@ test-gpu: $(READY)
 test-zoo: $(READY)
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 
-# oldest and newest of Python, torch, Triton and transformers: the rows of tests/matrix.txt, or some of them, as in
-# make test-matrix ARGS="oldest newest -- -k rms_norm"
+# oldest and newest of Python, torch, Triton and transformers: the rows of tests/matrix.txt, or some of them, as with
+# ARGS="oldest newest -- -k rms_norm"
 test-matrix: $(READY)
 	$(RUN) -m tests.matrix $(ARGS)
 
