@@ -38,14 +38,10 @@ test-gpu: $(READY)
 test-zoo: $(READY)
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 
-# the same on the releases that tests/transformers/zoo/releases.py describes
-MATRIX ?= 4.57.6 5.0.0 5.17.0 5.23.0 5.24.0
-test-matrix: $(MATRIX:%=.venv/matrix/%/.ready)
-	@for release in $(MATRIX); do \
-	  echo "transformers $$release"; \
-	  ZOO=all OMP_NUM_THREADS=1 PYTHONPATH=src .venv/matrix/$$release/bin/python -m pytest -n logical --maxprocesses 8 \
-	    $(ARGS) tests/transformers/test_zoo.py || failed="$$failed $$release"; \
-	done; test -z "$$failed" || { echo "failed on transformers$$failed"; exit 1; }
+# oldest and newest of Python, torch, Triton and transformers: the rows of tests/matrix.txt, or some of them, as with
+# ARGS="oldest newest -- -k rms_norm"
+test-matrix: $(READY)
+	$(RUN) -m tests.matrix $(ARGS)
 
 # every kernel compiled for GPUs that are not there; docs/hardware.md holds what was found. ARGS=--write renews it
 aot: $(READY)
@@ -89,16 +85,6 @@ bench-all: $(READY)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info
-
-# One release of transformers in front of all that lies beside torch, so that no torch is installed again. Without the
-# package kernels: the releases want different versions of it, or break on a new one.
-.venv/matrix/%/.ready: $(READY)
-	rm -rf $(@D)
-	$(RUN) -m venv --without-pip $(@D)
-	@$(RUN) -c 'import os, torch; print("import site, sys; sys.modules[\"kernels\"] = None; site.addsitedir(%r)" % os.path.dirname(torch.__path__[0]))' \
-	  > $$(echo $(@D)/lib/python*/site-packages)/beside_torch.pth
-	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install transformers==$*
-	@touch $@
 
 .venv/.ready: requirements-dev.txt pyproject.toml
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version.split()[0] + ". Name another one: make BASE_PYTHON=python3.12")'

@@ -7,6 +7,7 @@ The forms are those of the newest releases on 2026-11-27. TRL's trainers and HF'
 from __future__ import annotations
 
 import collections
+import importlib.util
 import inspect
 import operator
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import liger_kernel.transformers as trf
 from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers import functional, monkey_patch
 from liger_kernel.transformers.patching.state import state_of
+from tests.transformers.here import lacks
 from tests.transformers.steps import assert_same_step, step
 from tests.transformers.tiny import batch, build
 
@@ -51,17 +53,13 @@ def kinds(model: nn.Module) -> set[str]:
 # -- one call on a model that is there ---------------------------------------------------------------------------------
 
 
-def hf_trainer(model: nn.Module) -> None:
+def hf_trainer(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    if importlib.util.find_spec("transformers.integrations.liger") is None:
+        lacks("integrations.liger: its Trainer makes the call")
     from transformers.integrations.liger import apply_liger_kernel
 
     for _ in range(2):  # at every train()
-        apply_liger_kernel(model, {"rms_norm": True, "bogus": 1})
-
-
-def hf_trainer_by_default(model: nn.Module) -> None:
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(model, None)
+        apply_liger_kernel(model, options)
 
 
 def llamafactory_v1(model: nn.Module) -> None:
@@ -93,8 +91,8 @@ def axolotl(model: nn.Module) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[nn.Module], None], set[str]]] = {
-    "transformers": (hf_trainer, FUSED),
-    "transformers by default": (hf_trainer_by_default, FUSED),
+    "transformers": (lambda m: hf_trainer(m, {"rms_norm": True, "bogus": 1}), FUSED),
+    "transformers by default": (hf_trainer, FUSED),
     "trl": (
         lambda m: trf._apply_liger_kernel_to_instance(model=m, fused_linear_cross_entropy=False),
         NOT_FUSED,

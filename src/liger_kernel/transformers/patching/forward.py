@@ -314,9 +314,7 @@ class FusedForward:
                 output, self.reason = call.finish(output), call.verdict()
             return output
         finally:
-            while (
-                len(running.calls) > depth
-            ):  # torch.compile of torch 2.6 cannot trace `del calls[depth:]`
+            while len(running.calls) > depth:  # torch.compile of torch 2.6 cannot delete a slice
                 running.calls.pop()
             call.close()
 
