@@ -306,6 +306,36 @@ def test_compiled_logits_after_the_step(compiled: Any) -> None:
         outputs.logits  # noqa: B018
 
 
+def test_compiled_logits_of_a_frozen_body(compiled: Any) -> None:
+    """Its hidden states have no graph: that of the loss tells when the weight has changed."""
+    model, forward = compiled
+    model.model.requires_grad_(False)
+    outputs = forward(**batch(), use_cache=False)
+    assert fused(outputs)
+    assert torch.equal(outputs.logits, build("llama").train()(**batch()).logits)
+    outputs = forward(**batch(), use_cache=False)
+    stepped(model, outputs)
+    with pytest.raises(RuntimeError, match='logits="real"'):
+        outputs.logits  # noqa: B018
+
+
+def test_compiled_without_gradients(compiled: Any) -> None:
+    model, forward = compiled
+    with torch.no_grad():
+        outputs = forward(**batch(), use_cache=False)
+        model.lm_head.weight += 1
+    assert torch.equal(outputs.logits, build("llama").train()(**batch()).logits)
+
+
+def test_exported_with_labels(compiled: Any) -> None:
+    model, _ = compiled
+    given = {"input_ids": batch()["input_ids"], "labels": batch()["labels"], "use_cache": False}
+    outputs = torch.export.export(model, (), given, strict=False).module()(**given)
+    expected = build("llama").train()(**given)
+    assert torch.equal(outputs.loss, expected.loss)
+    assert torch.equal(outputs.logits, expected.logits)
+
+
 @pytest.mark.parametrize("logits", ["none", "real"])
 def test_compiled_with_other_options(logits: str) -> None:
     torch._dynamo.reset()

@@ -321,6 +321,16 @@ def test_options_are_checked() -> None:
         liger_kernel.patch(model, cross_entropy=True)
     with pytest.raises(ValueError, match="chunk_size=1 and memory_budget=2"):
         liger_kernel.patch(model, chunk_size=1, memory_budget=2)
+    for wrong, error, reason in (
+        ({"chunk_size": 2.5}, TypeError, "chunk_size=2.5 is no int"),
+        ({"memory_budget": "1G"}, TypeError, "memory_budget='1G' is no int"),
+        ({"chunk_size": 0}, ValueError, "chunk_size=0 is below 1"),
+        ({"accum_dtype": "bf16"}, TypeError, "accum_dtype='bf16' is no dtype"),
+        ({"accum_dtype": torch.int8}, TypeError, "no floating dtype"),
+        ({"rope": "no"}, TypeError, "rope='no' is no bool"),
+    ):
+        with pytest.raises(error, match=reason):
+            liger_kernel.patch(model, **wrong)
     with pytest.raises(TypeError, match=r"nn\.Module"):
         liger_kernel.patch("llama")
     with pytest.raises(ValueError, match="strict=True"):

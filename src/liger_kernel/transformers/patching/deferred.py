@@ -336,6 +336,8 @@ class DeferredLogits:
         modes = then if now == then else Modes(then.grad and now.grad, then.device, then.autocast)
         with modes.on(origin.hidden, now):
             result = heads.loss_of(origin.around, fused.hidden, request)
+        if torch.compiler.is_compiling():
+            origin.loss = result
         if request.refused is not None:
             origin.call.refuse(request.refused)
             # the rows are chosen already; the rest acts on each element

@@ -33,6 +33,7 @@ from liger_kernel.transformers.patching.state import Ours, State, is_replaced
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
 CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS)
+_EXPORTS = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 cannot tell
 KEY = "_liger_loss"  # where the FusedForward of a model hangs
 
 
@@ -145,7 +146,10 @@ class ForwardCall:
         skipped = self.skip_logits or (self.skip_logits is None and self.site.model.training)
         if self.logits == "none" and skipped and self.fused:
             return None
-        if not may_wait or not skipped or self.logits == "real" or deferred.is_real:
+        now = not skipped or self.logits == "real" or deferred.is_real
+        if self.skip_logits is None and torch.compiler.is_compiling():
+            now = now or not torch.is_grad_enabled()  # no graph would tell later what has changed
+        if now or not may_wait:
             return deferred.materialize()
         deferred.leave()
         return deferred
@@ -278,8 +282,8 @@ class FusedForward:
         # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing
         # and `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` still.
         asked = model.training if skip_logits is None else bool(skip_logits)
-        if is_transformed() and not torch.compiler.is_compiling():
-            asked = skip_logits = False  # torch.func follows HF's own code, and all logits are made
+        if _EXPORTS() or (is_transformed() and not torch.compiler.is_compiling()):
+            asked = skip_logits = False  # these follow HF's own code, and all logits are made
         options = cast(State, self.state).options
         if labels is None or not (wanted or asked):
             return ForwardCall(self, False, skip_logits, wanted, options.logits), kwargs

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from liger_kernel.loss_head.plan import ChunkOptions
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -49,11 +51,14 @@ class PatchOptions:
                 "cross_entropy=True and fused_linear_cross_entropy=True exclude each other: "
                 "the fused linear loss leaves no logits for the other. Set one of them to False."
             )
-        if self.chunk_size is not None and self.memory_budget is not None:
-            raise ValueError(
-                f"chunk_size={self.chunk_size} and memory_budget={self.memory_budget} both set the size "
-                "of the slab of logits; pass one of them."
-            )
+        wanted = {"chunk_size": int, "memory_budget": int, "accum_dtype": torch.dtype}
+        for name, kind in wanted.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(
+                    f"{name}={value!r} is no {kind.__name__}; pass None for the default."
+                )
+        ChunkOptions(**{name: getattr(self, name) for name in wanted})
         if self.logits not in LOGITS:
             raise ValueError(f"logits={self.logits!r} is none of {', '.join(map(repr, LOGITS))}.")
 
@@ -66,6 +71,9 @@ class PatchOptions:
         if unknown:
             known = ", ".join(sorted(switches.keys() | others))
             raise TypeError(f"Unknown option(s) {', '.join(unknown)}; known: {known}.")
+        for name in (switches.keys() | {"strict"}) & given.keys():
+            if not isinstance(given[name], (bool, int, type(None))):
+                raise TypeError(f"{name}={given[name]!r} is no bool; pass True or False.")
         values = {name: given[name] for name in others & given.keys()}
         values["strict"] = bool(values.get("strict"))
         on = frozenset(name for name, default in switches.items() if given.get(name, default))

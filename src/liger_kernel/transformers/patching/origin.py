@@ -68,6 +68,7 @@ class Origin:
         default_factory=list
     )  # references to what is recorded in this forward
     called: bool = False  # the loss, or logits, were made
+    loss: Tensor | None = None  # of compiled code, whose graph it has
     beside: tuple[Tensor, ...] = ()  # the tensors of recorded operations: masks, a bias
     stamp: heads.Stamp | None = None  # of the end of the forward, if logits may be asked for later
 
@@ -107,7 +108,10 @@ class Origin:
         if self.stamp is not None:
             changed = self.stamp != self._stamp()
         else:
-            changed = not heads.is_alive(self.hidden)
+            graphs = [
+                t for t in (self.hidden, self.loss) if t is not None and t.grad_fn is not None
+            ]
+            changed = not graphs or not all(map(heads.is_alive, graphs))
         if changed or not heads.is_whole(self.around):
             raise RuntimeError(
                 "These logits were fused with the loss, and not computed in the forward. What they come from, the "
