@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 from tests.aot import proof, table
+from tests.aot.targets import TARGETS
 
 
 def parsed(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--targets", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=TARGETS, metavar="NAME")
     parser.add_argument("--ops", nargs="+", default=[], metavar="OP")
     parser.add_argument("--all", action="store_true", help="every launch, not a cover of them")
     parser.add_argument("--workers", type=int, default=1, help="processes that compile (1)")
@@ -41,15 +42,17 @@ def tell(line: str) -> None:
 def main(args: list[str] | None = None) -> int:
     """0; 1 with a line for each fault."""
     given = parsed(args)
-    if given.write and (given.ops or given.targets):
+    if given.write and (given.ops or given.targets != [*TARGETS]):
         sys.exit("--write takes the whole library and all targets.")
     requests = [
-        proof.Request(target, tuple(given.ops), given.all or bool(given.launches), given.specs)
-        for target in proof.targets(given.targets)
+        proof.Request(
+            TARGETS[name], tuple(given.ops), given.all or bool(given.launches), given.specs
+        )
+        for name in given.targets
     ]
     if given.launches:
         lines = [
-            f"{request.target.name} {launch.variant}"
+            f"{request.target.name} {launch.variant} {launch.variant.attributes}"
             for _, found in proof.by_vendor(requests, given.workers, tell)
             for request, recorded in found
             for launch in recorded.launches

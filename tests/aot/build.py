@@ -17,8 +17,8 @@ from tests.aot.targets import Target
 
 #: bytes of a thread that may go to memory for want of registers: of 1024 threads they fill the L1 of the largest GPUs
 MOST_SPILLED = 256
-#: kernels that may spill more, in rows that are too long for the registers -> the most of any launch on an H100, where
-#: other tiles were measured and are slower; a GPU that needs more than that needs a configuration of its own
+#: kernels that may spill more, in rows that are too long for the registers: about as much as on an H100, where other
+#: tiles were measured and are slower; a GPU that needs more needs a configuration of its own
 SPILLS = {
     "ops.group_norm:_group_norm_bwd": 1352,
     "ops.group_norm:_group_norm_fwd": 276,

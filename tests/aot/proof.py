@@ -22,7 +22,7 @@ from tests.aot import build, record
 from tests.aot.build import Measured
 from tests.aot.cover import cover
 from tests.aot.record import Variant
-from tests.aot.targets import TARGETS, Target
+from tests.aot.targets import Target
 
 #: where `specs()` tells the cases of the library
 LIBRARY = "liger_kernel.testing"
@@ -65,6 +65,8 @@ def start_worker(vendor: str) -> None:
 def recorded(request: Request) -> Recorded:
     """In a worker."""
     specs = importlib.import_module(request.specs).specs()
+    if unknown := sorted(set(request.ops) - specs.keys()):
+        raise ValueError(f"Unknown ops {unknown}; known: {', '.join(specs)}.")
     wanted = {name: spec for name, spec in specs.items() if not request.ops or name in request.ops}
     found = record.launches(request.target, wanted)
     chosen = list(found) if request.everything else cover(found, request.target.meet)
@@ -193,10 +195,3 @@ def prove(
             measured = [(x, results.known[x.key]) for x in what.launches]
             proofs[request] = Proof(request.target, what, measured)
     return [proofs[request] for request in requests]
-
-
-def targets(names: Iterable[str]) -> list[Target]:
-    unknown = sorted(set(names) - TARGETS.keys())
-    if unknown:
-        raise ValueError(f"Unknown targets {unknown}; known: {', '.join(TARGETS)}.")
-    return [TARGETS[name] for name in names] or list(TARGETS.values())
