@@ -4,7 +4,8 @@
     python -m benchmark tables benchmark/results/nvidia-h100-80gb-hbm3.json README.md  # and renew them in these files
 
 A file takes the tables between `<!-- benchmark:KIND -->` and `<!-- /benchmark:KIND -->`; KIND is `ops`, `e2e`, `host`,
-`steps` (`e2e` in short), `chunked`, `head` (time and memory of the fused loss, without the sweep) or the name of an op.
+`steps` (`e2e` in short), `chunked`, `cpu` (ops on a processor), `head` (time and memory of the fused loss, without the
+sweep) or the name of an op.
 """
 
 from __future__ import annotations
@@ -208,6 +209,20 @@ def chunked_table(content: dict[str, Any]) -> str:
     return whole(content, "chunked", header, body, *note)
 
 
+def cpu_table(content: dict[str, Any]) -> str:
+    """Milliseconds of ops on a processor, in float32 and in bfloat16."""
+    order = ("ours", "eager", "torch")
+    cells: dict[tuple[Any, ...], list[str]] = {}
+    for (op, case, _), line in lines(content["ops"], ("op", "case", "dtype"), "provider", order):
+        found = (time_cell(row, best(line)) for row in line)
+        cells[op, case] = [*found, *cells.get((op, case), [])]
+    body = [[*key, *line] for key, line in cells.items()]
+    header = ["op", "size", *order, *(f"{name}, bf16" for name in order)]
+    run = list(content["runs"].values())[-1] if body else {}
+    note = f"{run.get('processor')}, {run.get('threads')} thread, torch {run.get('torch')}."
+    return "\n\n".join([markdown(header, body), note]) if body else "No results."
+
+
 #: what a page may ask for, beside `ops` and the ops themselves
 KINDS = {
     "e2e": e2e_table,
@@ -215,6 +230,7 @@ KINDS = {
     "head": head_table,
     "host": host_table,
     "chunked": chunked_table,
+    "cpu": cpu_table,
 }
 
 

@@ -225,7 +225,9 @@ def is_there(module: str) -> bool:
 
 
 def devices_of(device_type: str) -> list[torch.device]:
-    """Every device of this type that the process sees."""
+    """Every device of this type that the process sees; a meta tensor is on none."""
+    if device_type == "meta":
+        return []
     count = 1 if device_type == "cpu" else torch.get_device_module(device_type).device_count()
     return [torch.device(device_type, i) for i in range(count)]
 
