@@ -16,6 +16,8 @@ MODULES = [
         "liger_kernel.ops",
         "liger_kernel.chunked_loss",
         "liger_kernel.transformers",
+        "liger_kernel.cli.app",
+        "liger_kernel.env_report",
     )
     if importlib.util.find_spec(name) is not None
 ]

@@ -133,6 +133,16 @@ def test_a_file_that_cannot_be_written(
     assert disabled.VARIABLE in done.err
 
 
+def test_a_file_that_is_no_list_of_ops_stays(run: Run, disabled_file: Path) -> None:
+    disabled_file.write_text('{"mine": 1}')
+    done = run(*ONE)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert str(disabled_file) in done.err
+    assert disabled_file.read_text() == '{"mine": 1}'
+    assert run("selftest", "--reset").status == 0
+    assert not disabled_file.exists()
+
+
 def test_interpret_too_late(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "INTERPRET", False)
     done = run(*ONE, "--interpret")

@@ -77,7 +77,7 @@ def read() -> list[Entry]:
         return []
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{path()}, the list of disabled ops, cannot be read ({error}). {RESET}"
+            f"{path()}, the list of disabled ops, cannot be read ({error}). `liger_kernel selftest --reset` removes it."
         ) from error
 
 

@@ -156,14 +156,9 @@ def record(results: Sequence[Result], device_type: str) -> list[disabled.Entry]:
     """Write down what is wrong, and strike out what is right now; returns what is disabled here."""
     names = {backends.facts_of(device).name for device in backends.devices_of(device_type)}
     ran = {(COMPUTED_BY.get(r.op, r.op), r.implementation) for r in results if r.passed or r.failed}
-    try:
-        kept = [
-            e
-            for e in disabled.read()
-            if e.device not in names or (e.op, e.implementation) not in ran
-        ]
-    except ValueError:
-        kept = []  # nobody can read what it says
+    kept = [
+        e for e in disabled.read() if e.device not in names or (e.op, e.implementation) not in ran
+    ]
     new: dict[tuple[str, str], disabled.Entry] = {}
     for result in results:
         if result.failed and result.implementation != backends.REFERENCE:
@@ -202,6 +197,10 @@ def answer(
         return Answer({"removed": there, "file": str(path)}, [text])
     if interpret and not INTERPRET:
         raise UserError("--interpret came too late: set TRITON_INTERPRET=1 before Python starts")
+    try:
+        disabled.read()
+    except ValueError as error:  # it may be a file of somebody else
+        raise UserError(str(error)) from error
     ops = _chosen(op, list(specs()), "op")
     dtypes = [DTYPES[name] for name in _chosen(dtype, list(DTYPES), "dtype")]
     device_type = "cpu" if INTERPRET else utils.infer_device()
