@@ -338,6 +338,29 @@ def test_options_are_checked() -> None:
     assert not liger_kernel.patch(nn.Linear(2, 2)).replaced
 
 
+def test_cross_entropy_leaves_a_loss_of_ones_own() -> None:
+    options = {"cross_entropy": True, "fused_linear_cross_entropy": False}
+
+    def own(logits: Any, labels: Any, **others: Any) -> Any:
+        return logits.float().square().mean()
+
+    first, later = build("llama").train(), build("llama").train()
+    first.loss_function = own
+    reports = [liger_kernel.patch(model, **options) for model in (first, later)]
+    assert [row.kind for row in reports[1].replaced if row.kind == "loss"] == ["loss"]
+    later.loss_function = own
+    reports.append(liger_kernel.patch(later, **options))
+    for report in reports:
+        reason = next(row.reason for row in report.rows if row.kind == "loss")
+        assert "loss function" in reason
+    expected = build("llama").train()
+    expected.loss_function = own
+    for model in (first, later):
+        torch.testing.assert_close(model(**batch()).loss, expected(**batch()).loss)
+        liger_kernel.unpatch(model)
+        assert model.loss_function is own
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_cross_entropy_alone(model_type: str, calls: collections.Counter[str]) -> None:
     model = build(model_type)

@@ -295,6 +295,15 @@ class TestInterrupted:
         assert fused(outputs)
         assert len({round(value.item(), 4) for value in [*losses, outputs.loss]}) == 1
 
+    def test_unpatched_by_its_own_loss(self, model: Any) -> None:
+        def loss(logits: Any, labels: Tensor, vocab_size: int, **others: Any) -> Tensor:
+            liger_kernel.unpatch(model)
+            return original(logits=logits, labels=labels, vocab_size=vocab_size, **others)
+
+        original = model.loss_function
+        model.loss_function = loss
+        assert torch.equal(model(**batch()).loss, stock()(**batch()).loss)
+
     @pytest.mark.parametrize("options", [None, {"logits": "real"}, {"rope": False}], ids=str)
     def test_patched_anew_while_it_runs(self, model: Any, options: Any) -> None:
         def change(*_: Any) -> None:

@@ -321,6 +321,7 @@ class DeferredLogits:
             or reduce is not None
             or origin.look_around()
             or (origin.called and heads.runs_once(origin.around))
+            or not heads.is_armed(origin.around)
         ):
             return F.cross_entropy(self.materialize(), target, *plain)
         arguments = {

@@ -113,6 +113,11 @@ def leaves(around: nn.Module) -> list[nn.Module]:
     return [m for m in parts(around) if isinstance(m, nn.Linear)]
 
 
+def is_armed(around: nn.Module) -> bool:
+    """False once the patch is taken back, by another thread or by the model's own code."""
+    return all(isinstance(leaf, FusedHead) for leaf in leaves(around))
+
+
 @beneath_hooks
 def adopt(around: nn.Module, state: State) -> None:
     """Let `around` hand on deferred logits, and the Linears in it compute the loss."""

@@ -22,15 +22,9 @@ class Plan:
     Plain data: it is copied and pickled with its module.
     """
 
-
-@dataclass(frozen=True)
-class NamedPlan(Plan):
-    """For a site that has one way only."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
+    def lost(self, module: nn.Module) -> str | None:
+        """Why it does not run any more in `module`; None if it does. Of plans for methods, `lost` below tells."""
+        return None
 
 
 @dataclass(frozen=True)

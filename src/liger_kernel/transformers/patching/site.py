@@ -68,4 +68,5 @@ class Site:
                 check = partial(plans.lost, model, path, module, self.kind)
                 state.report.add(self.kind, path, by=str(found), check=check)
             elif found is not None:
-                state.report.add(self.kind, path, by=str(found))
+                check = partial(found.lost, module)
+                state.report.add(self.kind, path, by=str(found), check=check)

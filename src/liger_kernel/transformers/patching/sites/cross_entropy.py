@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.labels import per_item, shifted
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.plans import NamedPlan
+from liger_kernel.transformers.patching.plans import Plan
 from liger_kernel.transformers.patching.site import Site
 from liger_kernel.transformers.patching.state import State
 
@@ -35,14 +35,32 @@ def causal_lm_loss(
     return per_item(loss, num_items_in_batch)
 
 
-def _prove(model: nn.Module, state: State) -> NamedPlan | str:
+_SLOT = "_loss_function"  # of a model: what its `loss_function` gives, where somebody has set it
+
+
+class LossPlan(Plan):
+    """HF's loss function makes way for `causal_lm_loss`."""
+
+    def __str__(self) -> str:
+        return "cross entropy"
+
+    def lost(self, module: nn.Module) -> str | None:
+        now = vars(module).get(_SLOT)
+        if now is None:
+            return "the patch was taken back"
+        return None if now is causal_lm_loss else "its loss function was replaced after patching"
+
+
+def _prove(model: nn.Module, state: State) -> LossPlan | str:
+    if _SLOT in vars(model):
+        return "its loss function is not HF's, but one that somebody has set"
     kind = getattr(model, "loss_type", None)
     if kind not in ("ForCausalLM", "ForConditionalGeneration"):  # HF computes both alike
         return f"its loss is {kind!r}, not that of a causal LM"
     forward: Any = inspect.unwrap(type(model).forward)
     if "loss_function" not in forward.__code__.co_names:
         return f"{type(model).__name__} computes its loss itself"
-    return NamedPlan("cross entropy")
+    return LossPlan()
 
 
 SITE = Site(
@@ -50,6 +68,6 @@ SITE = Site(
     kind="loss",
     candidates=lambda model: [(type(model).__name__, model)],
     prove=_prove,
-    install=lambda model, plan, state: state.set(model, "_loss_function", causal_lm_loss),
+    install=lambda model, plan, state: state.set(model, _SLOT, causal_lm_loss),
     slot=None,
 )
