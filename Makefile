@@ -1,5 +1,3 @@
-# make demo | test | coverage | test-gpu | test-zoo | test-matrix | aot | release-check | check | layout | format | docs | bench OP=rms_norm | bench-all PEERS=dir
-#
 # Every target first makes .venv with the versions pinned in requirements-dev.txt. With PYTHON=... on the command line
 # that interpreter is used as it is, and nothing is installed. ARGS=... goes to the program behind the target.
 
@@ -16,65 +14,65 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage test-gpu test-zoo test-matrix aot release-check check layout format docs bench bench-all clean
 
-help:
-	@sed -n 's/^# make /make /p' Makefile
+help: ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s%s\n", $$1, $$2 }' Makefile
 
-demo: $(READY)
+demo: $(READY) ## train a small Llama without and with the library, and compare
 	@$(RUN) -m examples.demo $(ARGS)
 
 # one torch thread per worker: more workers than that fight over the cores
-test: $(READY)
+test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) tests
 
-# the same, and the lines of src/liger_kernel that no test runs
-coverage:
+coverage: ## the same, and the lines of src/liger_kernel that no test runs
 	@$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
 
-test-gpu: $(READY)
+test-gpu: $(READY) ## what needs a GPU: PYTHON=python3 with a GPU build of torch
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or torch.xpu.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
 	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops tests/test_reach.py
 
 # every type that transformers ships, where `make test` takes a third
-test-zoo: $(READY)
+test-zoo: $(READY) ## patch every model type of transformers
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 
 # oldest and newest of Python, torch, Triton and transformers: the rows of tests/matrix.txt, or some of them, as with
 # ARGS="oldest newest -- -k rms_norm"
-test-matrix: $(READY)
+test-matrix: $(READY) ## oldest and newest Python, torch, Triton, transformers
 	$(RUN) -m tests.matrix $(ARGS)
 
 # every kernel compiled for GPUs that are not there; docs/hardware.md holds what was found. ARGS=--write renews it
-aot: $(READY)
+aot: $(READY) ## compile every kernel for GPUs that are not there
 	@nice -n 15 $(RUN) -m tests.aot $(ARGS)
 
 # wheel and sdist: built, looked into, installed into environments of their own, used; ARGS="--out dist" keeps them
-release-check: $(READY)
+release-check: $(READY) ## build wheel and sdist, install them, use them
 	$(RUN) -m tests.release $(ARGS)
 
-check: $(READY)
+check: $(READY) ## lint, format, types, layout
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest tests/test_layout.py
 
-layout: $(READY)
+layout: $(READY) ## the layout test alone
 	@$(RUN) -m pytest tests/test_layout.py
 
-format: $(READY)
+format: $(READY) ## format the code
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# the site, into build/site; NO_MKDOCS_2_WARNING: no advertisement among the warnings
-docs: $(READY)
+# NO_MKDOCS_2_WARNING: no advertisement among the warnings
+docs: $(READY) ## the site, into build/site
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --clean $(ARGS)
 	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
 
-bench: $(READY)
+bench: $(READY) ## time an op beside PyTorch: OP=rms_norm
 	$(RUN) -m benchmark run $(OP) $(ARGS)
 
 TABLES = README.md docs/performance.md docs/problems/out-of-memory.md docs/problems/preference-and-rl.md
 # everything beside its peers, then tables and plots: most of an hour of a GPU, on a machine that does nothing else
-bench-all: $(READY)
+bench-all: $(READY) ## all measurements, tables and plots: PEERS=dir
 	@test -d "$(PEERS)" || { echo "make bench-all PEERS=dir, made by: pip install --target dir --no-deps liger-kernel cut-cross-entropy"; exit 1; }
 	$(RUN) -m benchmark run --peer-site $(PEERS) $(ARGS)
 	$(RUN) -m benchmark run fused_linear_cross_entropy --sweep --mode full --peer-site $(PEERS) $(ARGS)
@@ -83,7 +81,7 @@ bench-all: $(READY)
 	$(RUN) -m benchmark host
 	results=$$($(RUN) -m benchmark results) && $(RUN) -m benchmark tables $$results $(TABLES) && $(RUN) -m benchmark plots $$results
 
-clean:
+clean: ## remove .venv and everything that was made
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info
 
 .venv/.ready: requirements-dev.txt pyproject.toml

@@ -150,11 +150,13 @@ def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple
             return everything, 0
         with _checkpointed(model):
             inputs = kept(model, batch, seq)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    except Exception as error:  # a forward that needs numbers, images, or fewer tokens
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the forward of {type(model).__name__} cannot run without numbers, so that its activations cannot be "
-            f"counted: {reason}"
+            f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "
+            f"tokens of text alone, its forward raises: {reason}"
         ) from error
     layers = text_setting(model, "num_hidden_layers") or 1
     return inputs, (everything - inputs) // layers

@@ -38,7 +38,8 @@ def answer(model: str, download: bool) -> Answer:
         parts.append(Table("Slow in HuggingFace's own code", (), [[line] for line in slow]))
     if failed is not None:
         parts.append(
-            f"No step was run without weights ({failed}): the first real one may change the row of the loss."
+            f"No step could be tried without weights ({failed}). Some models turn out to need logits only in a step: "
+            "after the first real one, print the report again and look at the row of the loss."
         )
     parts.append(f"{n_parameters / 1e9:.2f} billion parameters, none of them in memory.")
     data = {

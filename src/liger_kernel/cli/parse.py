@@ -88,7 +88,8 @@ def _by_typer(commands: dict[str, Command], argv: list[str]) -> tuple[str, dict[
         parsed = app(argv, prog_name=PROG, standalone_mode=False)
     except errors as error:
         where = getattr(getattr(error, "ctx", None), "command_path", PROG)
-        raise UserError(f"{error.format_message()} Try: {where} --help") from error
+        message = error.format_message().rstrip(".")
+        raise UserError(f"{message}. Try: {where} --help") from error
     return parsed if isinstance(parsed, tuple) else None
 
 
