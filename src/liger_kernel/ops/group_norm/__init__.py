@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.autograd import Op
@@ -24,10 +25,12 @@ class _GroupNorm(Op):
 def _native(
     options: GroupNormOptions, x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
-    """`F.group_norm` of tensors of one dtype; its backward fails without a weight."""
-    if weight is None or any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+    """`F.group_norm` in fp32; its backward fails without a weight."""
+    if weight is None:
         return None
-    return torch.nn.functional.group_norm(x, options.num_groups, weight, bias, options.eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w, b = weight.to(wide), None if bias is None else bias.to(wide)
+    return F.group_norm(x.to(wide), options.num_groups, w, b, options.eps).to(x.dtype)
 
 
 _dispatch = Dispatch(
