@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "liger_kernel"
 SITE = Path(sysconfig.get_path("purelib"))
-EXTRAS = {"cuda", "dev", "docs", "rocm", "transformers", "xpu"}
+EXTRAS = {"cli", "cuda", "dev", "docs", "rocm", "transformers", "xpu"}
 
 #: of an environment that has torch and what torch needs
 ALONE = """
