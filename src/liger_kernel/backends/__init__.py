@@ -166,10 +166,6 @@ def kernels_requested() -> bool:
     return _requested is not None and _requested != REFERENCE
 
 
-def reference_requested() -> bool:
-    return _requested == REFERENCE
-
-
 def host_bound(x: Tensor, limit: int) -> bool:
     """Whether `limit` is not exceeded by the elements of `x`: so few that PyTorch's own C++ ops, if few, are faster.
 

@@ -24,11 +24,12 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op, Recompute, has_numbers, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import (
+    REFERENCE,
     host_bound,
     kernels_of,
     kernels_requested,
     reference_of,
-    reference_requested,
+    requested,
 )
 
 
@@ -71,7 +72,7 @@ class Dispatch:
         kernels = kernels_for(self.name, options, *tensors)
         if not isinstance(kernels, Recompute) or not has_numbers(x):
             return self.node.apply(kernels, options, *tensors)
-        if self.native is not None and not reference_requested():
+        if self.native is not None and requested() != REFERENCE:
             found = self.native(options, *tensors)
             if found is not None:
                 return found

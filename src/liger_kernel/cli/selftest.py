@@ -17,13 +17,13 @@ from liger_kernel import backends, utils
 from liger_kernel.backends import disabled
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.cli.answer import Answer, Table, UserError
+from liger_kernel.cli.models import DTYPES
 from liger_kernel.cli.present import track
 from liger_kernel.ops import COMPUTED_BY
 from liger_kernel.testing import Make, OpCase, OpSpec, specs
 from liger_kernel.testing.calls import assert_as_exact, drawn
 from liger_kernel.testing.cases import elements
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 #: elements of the inputs of a case that the interpreter runs
 SMALL = 2**13
 
