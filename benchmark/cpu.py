@@ -21,7 +21,7 @@ import torch
 from benchmark.measure import release
 from benchmark.options import MeasuringParser
 from benchmark.providers import PROVIDERS
-from benchmark.results import Row, default_path, describe_run, keep, processor
+from benchmark.results import Row, describe_run, keep, path_of, processor
 from benchmark.shapes import ON_CPU
 from benchmark.workload import Workload
 from liger_kernel.testing import specs
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device != "cpu" or args.threads < 1 or args.turns < 1:
         parser.error("this is for --device cpu, with at least one thread and one turn")
     torch.set_num_threads(args.threads)
-    path = args.json or default_path("cpu")
+    path = args.json or path_of(processor())
     run = describe_run("cpu", processor=processor(), threads=args.threads)
     for op in args.ops or ON_CPU:
         for dtype in (torch.float32, torch.bfloat16):

@@ -45,11 +45,16 @@ def processor() -> str:
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or device_name("cpu")
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 
 def default_path(device: str) -> Path:
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".json")
+    """Git ignores that of the CPU, on which commands are only tried."""
+    return path_of(device_name(device))
 
 
 def describe_run(device: str, **more: Any) -> dict[str, Any]:

@@ -218,9 +218,7 @@ def cpu_table(content: dict[str, Any]) -> str:
         cells[op, case] = [*found, *cells.get((op, case), [])]
     body = [[*key, *line] for key, line in cells.items()]
     header = ["op", "size", *order, *(f"{name}, bf16" for name in order)]
-    run = list(content["runs"].values())[-1] if body else {}
-    note = f"{run.get('processor')}, {run.get('threads')} thread, torch {run.get('torch')}."
-    return "\n\n".join([markdown(header, body), note]) if body else "No results."
+    return whole(content, "ops", header, body)
 
 
 #: what a page may ask for, beside `ops` and the ops themselves
@@ -240,10 +238,10 @@ def provenance(content: dict[str, Any], kind: str) -> str:
     runs = [run for name, run in sorted(content["runs"].items()) if name in used]
     lines: dict[str, list[Row]] = {}
     for run in runs:
-        line = (
-            f"{run['gpu']}, driver {run['driver']}, torch {run['torch']}, triton {run['triton']}, "
-            f"commit {run['commit'][:10]}"
-        )
+        where = f"{run['gpu']}, driver {run['driver']}"
+        if "processor" in run:
+            where = f"{run['processor']}, {run['threads']} thread(s)"
+        line = f"{where}, torch {run['torch']}, triton {run['triton']}, commit {run['commit'][:10]}"
         lines.setdefault(line, []).append(run)
     return "\n".join(f"{line}, {_when(together)}." for line, together in lines.items())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmark import __main__ as command_line
 from benchmark import children, run, sources
@@ -137,3 +138,17 @@ def test_a_child_that_ends_early_is_an_error(how: str, code: int) -> None:
     assert next(rows) == "one"
     with pytest.raises(children.ChildError, match=f"ended with code {code}"):
         next(rows)
+
+
+def test_ops_on_a_processor(tmp_path: Path) -> None:
+    """Every column has a time, in both dtypes."""
+    path, threads = tmp_path / "found.json", torch.get_num_threads()
+    try:
+        assert command_line.main(["cpu", "group_norm", "--turns", "1", "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(path.read_text())["ops"]
+    assert {(r["provider"], r["dtype"]) for r in rows} == {
+        (name, dtype) for name in ("ours", "eager", "torch") for dtype in ("float32", "bfloat16")
+    }
+    assert all(r["ms"] > 0 for r in rows)

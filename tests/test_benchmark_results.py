@@ -203,3 +203,11 @@ def test_runs_of_one_commit_share_a_line() -> None:
     assert line.endswith(
         "commit cccccccccc, 2026-01-01 and 2026-01-02 UTC; copy 10 GB/s; matrix product 7 TFLOP/s."
     )
+
+
+def test_the_table_of_the_processor_is_that_of_its_results() -> None:
+    content = results.load(RESULTS / "intel-r-xeon-r-processor.json")
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    assert tables.filled(page, content) == page
+    changed = {**content, "ops": [{**row, "ms": 1.0} for row in content["ops"]]}
+    assert tables.filled(page, changed) != page
