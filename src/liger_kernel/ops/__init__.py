@@ -49,13 +49,15 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 #: what has no kernels of its own -> the op whose kernels compute it
 COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
-#: as in `OPS`, for the loss that lives above the ops
-_FUSED_LOSS = (
-    "LigerFusedLinearCrossEntropyFunction",
-    "fused_linear_cross_entropy_backward",
-    "fused_linear_cross_entropy_forward",
-)
-_NAMES = {name for names in (*OPS.values(), _FUSED_LOSS) for name in names}
+#: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
+LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
+    "fused_linear_cross_entropy": (
+        "LigerFusedLinearCrossEntropyFunction",
+        "fused_linear_cross_entropy_backward",
+        "fused_linear_cross_entropy_forward",
+    ),
+}
+_NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 
 

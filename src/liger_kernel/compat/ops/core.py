@@ -1,9 +1,8 @@
 """The autograd Functions and helpers of the incumbent's ops: its names, signatures and return values.
 
-They are served where it has them, `liger_kernel.ops` and the module of each op, and computed by our ops: on any device,
-with any strides, without writing to an input. What cannot matter here (`in_place`, `row_mode`, `position_ids`, launch
-configurations) is accepted and changes nothing. A `..._forward` runs without autograd and returns what `..._backward`
-takes, which gives gradients in fresh memory.
+They are computed by our ops: on any device, with any strides, without writing to an input. What cannot matter here
+(`in_place`, `row_mode`, `position_ids`, launch configurations) is accepted and changes nothing. A `..._forward` runs
+without autograd and returns what `..._backward` takes, which gives gradients in fresh memory.
 """
 
 from __future__ import annotations

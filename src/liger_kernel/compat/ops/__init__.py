@@ -1,0 +1,29 @@
+"""The incumbent's autograd Functions and helpers, a file per op: `<op>.py`, or `core.py` for the first ones.
+
+A name is served where the incumbent has it, `liger_kernel.ops` and the module of its op, by a row of `ops.OPS` or
+`ops.LINEAR_LOSSES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from liger_kernel.ops import LINEAR_LOSSES, OPS
+
+_HERE = Path(__file__).parent
+
+
+def module_of(op: str) -> ModuleType:
+    """The file that defines the incumbent's names for `op`."""
+    own = (_HERE / f"{op}.py").is_file()
+    return importlib.import_module(f"{__name__}.{op if own else 'core'}")
+
+
+def __getattr__(name: str) -> Any:
+    for op, names in (*OPS.items(), *LINEAR_LOSSES.items()):
+        if name in names:
+            return getattr(module_of(op), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
