@@ -24,10 +24,12 @@ from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import rope
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
+from liger_kernel.ops.tiled_mlp import apply_tiled_mlp, tiled_mlp
 from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
+    "apply_tiled_mlp",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",
@@ -46,5 +48,6 @@ __all__ = [
     "rope",
     "softmax",
     "sparsemax",
+    "tiled_mlp",
     "tvd",
 ]

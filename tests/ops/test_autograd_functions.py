@@ -23,6 +23,7 @@ from liger_kernel.testing import Make
 
 Arguments = tuple[Any, ...]
 SERVED = {**ops.OPS, **ops.LINEAR_LOSSES}
+FROZEN = torch.nn.Linear(8, 8).requires_grad_(False)
 FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
 
 
@@ -59,6 +60,7 @@ def arguments(name: str) -> Arguments:
         "LigerSoftmaxFunction": (leaf(5, 12),),
         "LigerSparsemaxFunction": (leaf(5, 12), 0),
         "LigerReLUSquaredFunction": (leaf(5, 12),),
+        "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 
@@ -141,7 +143,8 @@ class TestEveryFunction:
 
     def test_frozen_inputs_cost_nothing(self, name: str) -> None:
         function, given = getattr(ops, name), arguments(name)
-        first = (given[0], *(t.detach() if isinstance(t, Tensor) else t for t in given[1:]))
+        leaf = next(t for t in given if isinstance(t, Tensor))
+        first = tuple(t.detach() if isinstance(t, Tensor) and t is not leaf else t for t in given)
         assert_same(run(subclass_of(function).apply, first), run(function.apply, first))
         constant = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
         for output in tensors(subclass_of(function).apply(*constant)):

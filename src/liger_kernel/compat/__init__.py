@@ -51,6 +51,7 @@ ALIASES = {
             "softmax",
             "sparsemax",
             "swiglu",
+            "tiled_mlp",
         )
     },
 }

@@ -45,10 +45,15 @@ OPS: dict[str, tuple[str, ...]] = {
     "scale_gradients": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
+    "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
-COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
+COMPUTED_BY = {
+    "fused_linear_cross_entropy": "cross_entropy",
+    "gated_mlp": "glu",
+    "tiled_mlp": "glu",
+}
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
     "fused_linear_cross_entropy": (

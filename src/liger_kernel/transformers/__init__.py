@@ -33,6 +33,8 @@ _EXPORTS = {
     "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",
     "LigerTVDLoss": "modules.divergences",
+    "LigerTiledGEGLUMLP": "modules.tiled_mlp",
+    "LigerTiledSwiGLUMLP": "modules.tiled_mlp",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`

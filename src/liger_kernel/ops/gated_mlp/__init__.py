@@ -57,7 +57,7 @@ def gated_mlp(
     check_choice("activation", activation, ACTIVATIONS)
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
-    _check_tensors(x, *weights, autocast)
+    check_tensors(x, *weights, autocast)
     options = (activation, float(gate_multiplier))
     transformed = is_transformed()
     if not transformed and gate_multiplier == 1:
@@ -160,9 +160,10 @@ def _saved_tensors_are_ours() -> bool:
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
-def _check_tensors(
+def check_tensors(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
+    """Of `gated_mlp`."""
     named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
     weights = [w for w in named.values() if w is not None]
     features = down_weight.shape[-1] if down_weight.ndim == 2 else -1
