@@ -18,6 +18,7 @@ from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
+from liger_kernel.ops.multi_token_attention import multi_token_attention
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
@@ -42,6 +43,7 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "modulated_rms_norm",
+    "multi_token_attention",
     "poly_norm",
     "relu_squared",
     "rms_norm",

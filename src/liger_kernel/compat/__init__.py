@@ -44,6 +44,7 @@ ALIASES = {
             "layer_norm",
             "mlp",
             "modulated_rms_norm",
+            "multi_token_attention",
             "poly_norm",
             "relu_squared",
             "rms_norm",

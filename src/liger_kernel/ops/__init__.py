@@ -38,6 +38,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "modulated_rms_norm_backward",
         "modulated_rms_norm_forward",
     ),
+    "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
@@ -52,6 +53,7 @@ OPS: dict[str, tuple[str, ...]] = {
 COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
     "gated_mlp": "glu",
+    "multi_token_attention": "softmax",
     "tiled_mlp": "glu",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`

@@ -24,6 +24,7 @@ _EXPORTS = {
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",
     "LigerModulatedRMSNorm": "modules.modulated_rms_norm",
+    "LigerMultiTokenAttention": "modules.multi_token_attention",
     "LigerPhi3SwiGLUMLP": "modules.swiglu",
     "LigerPolyNorm": "modules.poly_norm",
     "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",
