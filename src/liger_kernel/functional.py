@@ -11,6 +11,7 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_neighborhood_attention import fused_neighborhood_attention
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
@@ -35,6 +36,7 @@ __all__ = [
     "dyt",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_neighborhood_attention",
     "gated_mlp",
     "glu",
     "glu_packed",

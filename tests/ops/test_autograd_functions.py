@@ -62,6 +62,7 @@ def arguments(name: str) -> Arguments:
         "LigerReLUSquaredFunction": (leaf(5, 12),),
         "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
         "LigerMultiTokenAttentionFunction": (leaf(1, 2, 5, 5), leaf(2, 2, 3, 3), leaf(2), 1, 1),
+        "LigerFusedNeighborhoodAttentionFunction": (*(leaf(1, 2, 5, 4) for _ in "qkv"), 3, 1),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 

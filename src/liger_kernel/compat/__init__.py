@@ -39,6 +39,7 @@ ALIASES = {
             "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
+            "fused_neighborhood_attention",
             "geglu",
             "group_norm",
             "layer_norm",

@@ -29,6 +29,10 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_neighborhood_attention": (
+        "LigerFusedNeighborhoodAttentionFunction",
+        "fused_neighborhood_attention_forward",
+    ),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
@@ -52,6 +56,7 @@ OPS: dict[str, tuple[str, ...]] = {
 #: what has no kernels of its own -> the op whose kernels compute it
 COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
+    "fused_neighborhood_attention": "softmax",
     "gated_mlp": "glu",
     "multi_token_attention": "softmax",
     "tiled_mlp": "glu",

@@ -15,6 +15,7 @@ import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
+import liger_kernel.ops.fused_neighborhood_attention as _fused_neighborhood_attention
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
@@ -242,6 +243,20 @@ def liger_tvd(
 def liger_softmax(x: Tensor) -> Tensor:
     """`softmax` over the last dimension."""
     return _softmax.softmax(x)
+
+
+def liger_fused_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """`fused_neighborhood_attention` of (B, H, S, D)."""
+    return _fused_neighborhood_attention.fused_neighborhood_attention(
+        query, key, value, kernel_size, dilation, scale
+    )
 
 
 def liger_multi_token_attention(
