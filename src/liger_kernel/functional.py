@@ -18,6 +18,7 @@ from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.mm_int8int2 import mm_int8int2
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.multi_token_attention import multi_token_attention
 from liger_kernel.ops.poly_norm import poly_norm
@@ -44,6 +45,7 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "mm_int8int2",
     "modulated_rms_norm",
     "multi_token_attention",
     "poly_norm",

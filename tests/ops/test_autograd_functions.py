@@ -22,7 +22,7 @@ from liger_kernel.compat import ops as compat_ops
 from liger_kernel.testing import Make
 
 Arguments = tuple[Any, ...]
-SERVED = {**ops.OPS, **ops.LINEAR_LOSSES}
+SERVED = {**ops.OPS, **ops.LINEAR_LOSSES, **ops.BY_PYTORCH}
 FROZEN = torch.nn.Linear(8, 8).requires_grad_(False)
 FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
 
@@ -63,6 +63,7 @@ def arguments(name: str) -> Arguments:
         "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
         "LigerMultiTokenAttentionFunction": (leaf(1, 2, 5, 5), leaf(2, 2, 3, 3), leaf(2), 1, 1),
         "LigerFusedNeighborhoodAttentionFunction": (*(leaf(1, 2, 5, 4) for _ in "qkv"), 3, 1),
+        "LigerEmbeddingFunction": (leaf(6, 8), torch.tensor([[1, 5, 1], [0, 1, 3]])),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 

@@ -16,6 +16,8 @@ from typing import Any
 ALIASES = {
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
+    "liger_kernel.ops.experimental.embedding": "liger_kernel.compat.ops.embedding",
+    "liger_kernel.ops.experimental.mm_int8int2": "liger_kernel.compat.mm_int8int2",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",

@@ -37,6 +37,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mm_int8int2": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -69,7 +70,11 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
         "fused_linear_cross_entropy_forward",
     ),
 }
-_NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
+#: likewise, for what PyTorch computes
+BY_PYTORCH: dict[str, tuple[str, ...]] = {"embedding": ("LigerEmbeddingFunction",)}
+_NAMES = {
+    name for table in (OPS, LINEAR_LOSSES, BY_PYTORCH) for names in table.values() for name in names
+}
 __getattr__ = compat_names(__name__, _NAMES)
 
 
