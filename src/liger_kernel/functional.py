@@ -17,6 +17,7 @@ from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.lora_linear import lora_linear
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
@@ -39,6 +40,7 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "lora_linear",
     "modulated_rms_norm",
     "poly_norm",
     "relu_squared",

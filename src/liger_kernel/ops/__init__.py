@@ -33,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "lora_linear": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",

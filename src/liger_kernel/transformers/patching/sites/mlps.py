@@ -19,6 +19,7 @@ from liger_kernel.transformers.patching.linears import drops_nothing, maps_featu
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
+from liger_kernel.transformers.patching.sites import lora
 from liger_kernel.transformers.patching.state import State
 
 MLP = Option("mlp", True, "gated MLPs, the gates of experts, and squared ReLUs.")
@@ -62,8 +63,13 @@ class MLPPlan(MethodPlan):
             ups = up(x) if up is not None and self.up_first else None
             gated = gate(x)
             ups = up(x) if up is not None and not self.up_first else ups
-            product = glu_op.gated_product(gated, ups, self.activation, into_act)
-            y = down(product if inner is None else inner(product))
+            args = (gated, ups, self.activation, into_act)
+            fused = lora.down_of_product(down, *args) if inner is None else None
+            if fused is not None:
+                y = fused
+            else:
+                product = glu_op.gated_product(*args)
+                y = down(product if inner is None else inner(product))
         y = y if scale == 1 else y * scale
         return y if last is None else last(y)
 
