@@ -204,13 +204,13 @@ def _logprobs(
             a += tl.load(scales + LOGSUMEXP).to(tl.float32)
         if ENTROPY:
             # log p + H = (z - top) - its mean under p
-            g = tl.load(scales + ENTROPY).to(tl.float32)
-            a += g * (weighted / total)
-            b = -g / total
+            g_entropy = tl.load(scales + ENTROPY).to(tl.float32)
+            a += g_entropy * (weighted / total)
+            b = -g_entropy / total
         if SUM_P2:
-            g = 2.0 * tl.load(scales + SUM_P2).to(tl.float32)
-            a -= g * (squares / total / total)
-            c = g / total / total
+            g_squares = 2.0 * tl.load(scales + SUM_P2).to(tl.float32)
+            a -= g_squares * (squares / total / total)
+            c = g_squares / total / total
         if MEAN_LOGIT:
             mean = tl.load(scales + MEAN_LOGIT).to(tl.float32) / n_cols
         # exp(z - top) / total keeps digits that exp(z - lse) loses where lse is large
