@@ -42,6 +42,10 @@ def arguments(name: str) -> Arguments:
             *(True, True, True),
         ),
         "LigerFusedLinearCrossEntropyFunction": (leaf(5, 8), leaf(12, 8), labels, leaf(12)),
+        "LigerFusedLinearScaledCrossEntropyFunction": (
+            *(leaf(5, 8), leaf(12, 8), labels, 0.7),
+            *(-100, 1, True, make.integers(12, 3)),
+        ),
         "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
         "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),
         "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),

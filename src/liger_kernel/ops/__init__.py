@@ -34,6 +34,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
     "lora_linear": (),
+    "logprobs": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -49,7 +50,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
-COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
+COMPUTED_BY = {
+    "fused_linear_cross_entropy": "cross_entropy",
+    "gated_mlp": "glu",
+    "linear_logprobs": "logprobs",
+}
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
     "fused_linear_cross_entropy": (
@@ -57,6 +62,7 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
+    "linear_logprobs": ("LigerFusedLinearScaledCrossEntropyFunction",),
 }
 _NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
