@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import lora_linear as op
+from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.transformers.patching import plans, proof
 from liger_kernel.transformers.patching.facts import Reading, unchanged
 from liger_kernel.transformers.patching.linears import (
@@ -94,7 +95,7 @@ def _adapters(x: Tensor, found: Adapters) -> list[op.Adapter]:
 
 
 def down_of_product(
-    down: nn.Module, gate: Tensor, up: Tensor | None, activation: str, multiplier: float
+    down: nn.Module, gate: Tensor, up: Tensor | None, options: GLUOptions
 ) -> Tensor | None:
     """`down(f(gate) * up)` without keeping the product, where `down` is a Linear with adapters of ours; else None."""
     plan = down.__dict__.get(plans.marker(LoRAPlan.kind))
@@ -105,7 +106,7 @@ def down_of_product(
         return None
     if not (gate.requires_grad and torch.is_grad_enabled()) or gate.dtype != found[0].dtype:
         return None
-    product, again = gated_mlp_op.product_to_make_again(gate, up, activation, multiplier)
+    product, again = gated_mlp_op.product_to_make_again(gate, up, options)
     return op.adapted(product, *found[:2], _adapters(product, found[2]), again)
 
 
