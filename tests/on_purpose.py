@@ -79,6 +79,28 @@ BEHAVIOURS = (
         "transformers/test_doors.py::test_auto_class",
     ),
     Behaviour(
+        "`lce_forward` and the other forwards of `liger_kernel.transformers.model`",
+        "copies of HuggingFace's forwards",
+        "HuggingFace's own forward, with its loss fused, and its output class; `token_accuracy` and "
+        "`predicted_tokens` are in it where they were asked for",
+        "A copy is out of date with the next release of transformers.",
+        "transformers/test_model_forwards.py::test_it_is_the_forward_of_a_patched_model",
+    ),
+    Behaviour(
+        "`lce_forward(label_smoothing=..., ...)`: options of the loss that HuggingFace's has not",
+        "without effect where there are logits, as in evaluation",
+        "with the same effect everywhere",
+        "Losses of training and evaluation are compared.",
+        "transformers/test_model_forwards.py::test_options_of_the_loss",
+    ),
+    Behaviour(
+        "`lce_forward(skip_logits=True)` without labels",
+        "ValueError, or TypeError",
+        "logits",
+        "HuggingFace's Trainer sends it with labels taken away, for label smoothing or a loss of the user's.",
+        "transformers/test_model_forwards.py::test_it_is_the_forward_of_a_patched_model",
+    ),
+    Behaviour(
         "`LigerLayerNorm(bias=True)`",
         "a bias of random numbers",
         "a bias of zeros",

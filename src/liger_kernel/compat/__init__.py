@@ -23,10 +23,8 @@ ALIASES = {
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
-    "liger_kernel.transformers.model.llama": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
-    "liger_kernel.transformers.model.smollm3": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
@@ -56,6 +54,13 @@ ALIASES = {
 }
 
 
+_MODELS = "liger_kernel.transformers.model"
+
+
+def _forwards() -> Any:
+    return importlib.import_module(f"{__name__}.forwards")
+
+
 class _AliasFinder:
     """Serves the target module object itself, so that setting an attribute through an alias reaches the real module.
 
@@ -63,10 +68,13 @@ class _AliasFinder:
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in ALIASES:
-            return None
         loader: Any = self
-        return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
+        if fullname in ALIASES:
+            return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
+        package, _, model_type = fullname.rpartition(".")
+        if package == _MODELS and model_type in _forwards().FORWARDS:
+            return ModuleSpec(fullname, loader, origin=_forwards().__file__)
+        return None
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -75,6 +83,9 @@ class _AliasFinder:
         # The import system returns, and binds in the parent package, whatever stands in sys.modules after this call.
         # Returning the target from create_module instead would overwrite its __spec__.
         name = module.__name__
+        if name not in ALIASES:
+            _forwards().fill(module)
+            return
         sys.modules[name] = importlib.import_module(ALIASES[name])
 
 

@@ -1,4 +1,4 @@
-"""`liger_kernel.transformers.model`, a package of the incumbent; its modules are rows in `compat.ALIASES`."""
+"""`liger_kernel.transformers.model`, a package whose modules are rows in `compat.ALIASES` or in `forwards`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 from types import ModuleType
 
 from liger_kernel.compat import ALIASES
+from liger_kernel.compat.forwards import FORWARDS, PACKAGE
 
 __path__: list[str] = []
-_PACKAGE = "liger_kernel.transformers.model"
 
 
 def __getattr__(name: str) -> ModuleType:
     """`from liger_kernel.transformers.model import loss_utils` looks under the name of this file."""
-    if f"{_PACKAGE}.{name}" in ALIASES:
-        return importlib.import_module(f"{_PACKAGE}.{name}")
-    raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
+    if name in FORWARDS or f"{PACKAGE}.{name}" in ALIASES:
+        return importlib.import_module(f"{PACKAGE}.{name}")
+    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
