@@ -14,13 +14,35 @@ from typing import Any
 
 #: path that other projects import -> the module that is served under it
 ALIASES = {
+    "liger_kernel.backends.registry": "liger_kernel.compat.dispatch",
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
+    "liger_kernel.ops.backends._triton": "liger_kernel.compat.triton_ops",
+    **{
+        f"liger_kernel.ops.backends._triton.{op}": "liger_kernel.compat.triton_ops"
+        for op in (
+            "cross_entropy",
+            "fused_add_rms_norm",
+            "fused_linear_cross_entropy",
+            "fused_linear_jsd",
+            "geglu",
+            "jsd",
+            "kl_div",
+            "layer_norm",
+            "rms_norm",
+            "rope",
+            "softmax",
+            "swiglu",
+        )
+    },
+    "liger_kernel.ops.configure": "liger_kernel.compat.configure",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
+    "liger_kernel.triton": "liger_kernel.compat.triton_cache",
+    "liger_kernel.triton.monkey_patch": "liger_kernel.compat.triton_cache",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
