@@ -83,20 +83,28 @@ def _forwards() -> Any:
     return importlib.import_module(f"{__name__}.forwards")
 
 
+def _served(path: str) -> str | None:
+    """The module that is served under `path`; itself where it has to be made."""
+    if path in ALIASES:
+        return ALIASES[path]
+    package, _, name = path.rpartition(".")
+    if package == _MODELS:
+        return path if name in _forwards().FORWARDS else None
+    # `from package import name` looks for it under the name of our file
+    aliases = (_served(f"{alias}.{name}") for alias, target in ALIASES.items() if target == package)
+    return next(filter(None, aliases), None)
+
+
 class _AliasFinder:
     """Serves the target module object itself, so that setting an attribute through an alias reaches the real module.
 
     Finder and loader by their methods alone: importing their base classes costs more than all of this file.
     """
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         loader: Any = self
-        if fullname in ALIASES:
-            return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
-        package, _, model_type = fullname.rpartition(".")
-        if package == _MODELS and model_type in _forwards().FORWARDS:
-            return ModuleSpec(fullname, loader, origin=_forwards().__file__)
-        return None
+        target = _served(fullname)
+        return target and ModuleSpec(fullname, loader, origin=f"alias of {target}")
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -105,10 +113,11 @@ class _AliasFinder:
         # The import system returns, and binds in the parent package, whatever stands in sys.modules after this call.
         # Returning the target from create_module instead would overwrite its __spec__.
         name = module.__name__
-        if name not in ALIASES:
+        target = _served(name)
+        if target == name:
             _forwards().fill(module)
-            return
-        sys.modules[name] = importlib.import_module(ALIASES[name])
+        else:
+            sys.modules[name] = importlib.import_module(str(target))
 
 
 def install() -> None:

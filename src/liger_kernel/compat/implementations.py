@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +75,4 @@ def select_impl(device: str, explicit: str | None = None) -> ImplInfo | None:
 def __getattr__(name: str) -> Any:
     if name == "IMPL_REGISTRY":
         return _registry()
-    if name == "registry":  # this module stands for the package, too
-        return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
