@@ -6,6 +6,7 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 `liger_kernel.transformers.functional` has the same ops under the names and argument orders of the incumbent.
 """
 
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs
@@ -56,3 +57,9 @@ __all__ = [
     "sparsemax",
     "tvd",
 ]
+
+__getattr__ = compat_names(
+    __name__,
+    ("declare_op_locations", "dispatch", "fused_linear_jsd", "geglu", "swiglu"),
+    "liger_kernel.compat.dispatch",
+)

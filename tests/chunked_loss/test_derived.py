@@ -12,6 +12,10 @@ from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOLoss
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction, LigerFusedLinearDPOLoss
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from liger_kernel.chunked_loss.fused_linear_unpaired_preference import (
+    LigerFusedLinearUnpairedPreferenceBase,
+)
+from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOLoss
 from tests.chunked_loss.full_logits import (
     DTYPES,
     IGNORED,
@@ -115,6 +119,65 @@ def test_what_it_shares_with_our_own() -> None:
         Scalar.apply(i["hidden"][:3], i["weight"], i["target"][:3])
     with pytest.raises(NotImplementedError, match="preference_loss_fn"):
         LigerFusedLinearPreferenceBase.preference_loss_fn(chosen, rejected, i["target"])
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_loss_on_single_sequences(reference: bool) -> None:
+    """KTO as somebody writes it, and ours."""
+
+    class Mine(LigerFusedLinearUnpairedPreferenceBase):
+        @staticmethod
+        def preference_loss_fn(
+            log_prob_chunk: Tensor, preference_labels_chunk: Tensor, full_target: Tensor,
+            ref_log_prob_chunk: Any = None, beta: float = 0.1, kl: Any = None,
+        ) -> Any:  # fmt: skip
+            ratio = (
+                log_prob_chunk
+                if ref_log_prob_chunk is None
+                else log_prob_chunk - ref_log_prob_chunk
+            )
+            margin = beta * (ratio - kl)
+            losses = torch.where(preference_labels_chunk, -margin, margin).sigmoid()
+            rewards = (beta * ratio).masked_fill(~preference_labels_chunk, 0)
+            return losses.sum() / len(full_target), rewards.sum()
+
+        @classmethod
+        def forward(cls, ctx: Any, *args: Any) -> Any:
+            *tensors, use_ref_model = args
+            names = ("_input", "weight", "target", "preference_labels", "bias")
+            more = dict(zip((*names, "ref_input", "ref_weight", "ref_bias"), tensors, strict=True))
+            return LigerFusedLinearUnpairedPreferenceBase.forward(
+                cls=cls,
+                ctx=ctx,
+                **more,
+                use_ref_model=use_ref_model,
+                beta=0.3,
+                kl=torch.tensor([0.2]),
+            )
+
+        @staticmethod
+        def backward(ctx: Any, *grad_output: Any) -> Any:
+            found = LigerFusedLinearUnpairedPreferenceBase.backward(ctx, grad_output)
+            return *found[:5], *(None,) * 4
+
+    i = draw_sequences(torch.float32, reference=reference)(0)
+    rows = [i[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    desirable = torch.arange(len(i["target"])) % 2 == 0
+    refs = [i.get(f"ref_{name}") for name in ("hidden", "weight", "bias")]
+    own = LigerFusedLinearKTOLoss(beta=0.3, use_ref_model=reference)
+    expected, metrics = own(
+        rows[0], rows[1], i["target"], rows[2], desirable, *refs, kl=torch.tensor([0.2])
+    )
+    loss, found = Mine.apply(*rows[:2], i["target"], desirable, rows[2], *refs, reference)
+    assert len(found) == 5
+    assert all(map(torch.equal, found, metrics))
+    assert torch.equal(loss, expected)
+    grads = (torch.autograd.grad(each, rows) for each in (loss, expected))
+    assert all(map(torch.equal, *grads))
+    with pytest.raises(ValueError, match="one per sequence"):
+        Mine.apply(*rows[:2], i["target"], None, rows[2], *refs, reference)
+    with pytest.raises(NotImplementedError, match="preference_loss_fn"):
+        LigerFusedLinearUnpairedPreferenceBase.preference_loss_fn(loss, desirable, i["target"])
 
 
 def test_a_preference_loss_of_log_probabilities() -> None:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.declared import LossFunction, LossModule, takes
-from liger_kernel.chunked_loss.engine import (
-    check_sequences,
-    loss_of_logps,
-    reference_of,
-    reference_token_logps,
-    sequence_logit_sums,
-    sequence_logps,
-)
+from liger_kernel.chunked_loss.engine import reference_of
+from liger_kernel.chunked_loss.fused_linear_unpaired_preference import unpaired_loss
 from liger_kernel.chunked_loss.options import LossOptions
 from liger_kernel.chunked_loss.preference import LossAndMetrics
 
@@ -74,40 +68,22 @@ class LigerFusedLinearKTOLoss(LossModule):
 
         _input: (B, T, H). target: (B, T). preference_labels: (B,), True where desirable. kl: 0-d or (1,), the
         estimate of the KL divergence to the reference model that rewards are compared with."""
-        check_sequences(_input, target)
-        batch, length = target.shape
-        if preference_labels is None or preference_labels.shape != (batch,):
-            found = None if preference_labels is None else tuple(preference_labels.shape)
-            raise ValueError(
-                f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
-            )
-        labelled = target != options.ignore_index
-        desirable = preference_labels.bool()
         if kl is not None and kl.numel() != 1:
             raise ValueError(f"kl has shape {tuple(kl.shape)}; pass one number, () or (1,).")
         kl = None if kl is None else kl.detach().reshape(())
-        ref_logps: Tensor | None = None
-        reference = reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias)
-        if reference is not None:
-            ref_tokens = reference_token_logps(reference, target, options.ignore_index)
-            ref_logps = sequence_logps(ref_tokens, labelled, options.average_log_prob)
 
-        def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-            logps = sequence_logps(tokens, labelled, options.average_log_prob)
+        def of_sequences(
+            logps: Tensor, desirable: Tensor, ref_logps: Tensor | None, empty: Tensor
+        ) -> tuple[Tensor, list[Tensor]]:
             ratio = logps if ref_logps is None else logps - ref_logps
             losses, rewards = sequence_loss(options, ratio, desirable, kl)
-            loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
-            return loss, [logps, rewards]
+            return losses.masked_fill(empty, 0.0).sum() / max(len(losses), 1), [rewards]
 
-        loss, (logps, rewards) = loss_of_logps(
-            of_logps, _input, lin_weight, target, bias, options.ignore_index, group_size=length
-        )
-        logits = sequence_logit_sums(_input, lin_weight, bias)
-        return loss, tuple(
-            values.masked_fill(~side, 0.0).sum()
-            for values in (logps, logits, rewards)
-            for side in (desirable, ~desirable)
-        )
+        return unpaired_loss(
+            of_sequences, _input, lin_weight, target, bias, preference_labels,
+            reference=reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias),
+            ignore_index=options.ignore_index, average_log_prob=options.average_log_prob,
+        )  # fmt: skip
 
 
 class LigerFusedLinearKTOFunction(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
+import liger_kernel.ops as _ops
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
@@ -29,6 +30,7 @@ import liger_kernel.ops.softmax as _softmax
 import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.options import spells_out
 from liger_kernel.loss_head.label_count import LabelCount
 
@@ -286,3 +288,7 @@ def liger_modulated_rms_norm(
 ) -> Tensor:
     """`modulated_rms_norm`; `in_place` is accepted and changes nothing."""
     return _modulated_rms_norm.modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode)
+
+
+#: the autograd Functions of all ops are here, too
+__getattr__ = compat_names(__name__, (n for n in dir(_ops) if n.endswith("Function")))
