@@ -17,6 +17,10 @@ ALIASES = {
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
+    **{
+        f"liger_kernel.ops.fused_linear_{name}": f"liger_kernel.loss_head.fused_linear_{name}"
+        for name in ("jsd", "kl_div")
+    },
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
@@ -30,7 +34,14 @@ ALIASES = {
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
-        for module in ("jsd", "kl_div", "tvd")
+        for module in (
+            "fused_ce_tvd",
+            "fused_linear_jsd",
+            "fused_linear_kl_div",
+            "jsd",
+            "kl_div",
+            "tvd",
+        )
     },
     **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"

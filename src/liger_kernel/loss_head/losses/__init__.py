@@ -10,6 +10,8 @@ ROW_LOSSES = {
     "cosine_similarity": "liger_kernel.loss_head.losses.cosine_similarity:CosineSimilarityLoss",
     "cross_entropy": "liger_kernel.loss_head.losses.cross_entropy:CrossEntropyLoss",
     "jsd": "liger_kernel.loss_head.losses.jsd:JSDLoss",
+    "kl_div": "liger_kernel.loss_head.losses.kl_div:KLDivLoss",
+    "tvd": "liger_kernel.loss_head.losses.tvd:TVDLoss",
 }
 
 
