@@ -17,6 +17,7 @@ from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
+from liger_kernel.ops.grpo_loss import grpo_loss
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
@@ -42,6 +43,7 @@ __all__ = [
     "glu",
     "glu_packed",
     "group_norm",
+    "grpo_loss",
     "jsd",
     "kl_div",
     "layer_norm",

@@ -26,6 +26,7 @@ ALIASES = {
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
+    "liger_kernel.transformers.grpo_loss": "liger_kernel.compat.ops.grpo_loss",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
     "liger_kernel.transformers.model.llama": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",

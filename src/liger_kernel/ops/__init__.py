@@ -30,6 +30,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_forward",
     ),
     "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
+    "grpo_loss": ("GrpoLossFunction", "fused_selective_log_softmax"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
