@@ -149,7 +149,7 @@ def _forward(
     x_y = tl.load(x_row + tl.where(in_range, token, 0)).to(tl.float32)
     x_y = tl.where(in_range, x_y, float("nan"))
     top = float("-inf")
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = 0.0  # sum of exp((x - top) / temperature)
     for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
         x = tl.load(
             x_row + start + cols,
@@ -160,9 +160,9 @@ def _forward(
         new_top = tl.maximum(top, tl.max(x, 0))
         # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp((top - anchor) * cool) + tl.exp((x - anchor) * cool)
+        total = total * tl.exp((top - anchor) * cool) + tl.sum(tl.exp((x - anchor) * cool), 0)
         top = new_top
-    log_total = tl.log(tl.sum(total, 0))
+    log_total = tl.log(total)
     logp = (x_y - top) * cool - log_total
 
     loss = logp
