@@ -49,6 +49,22 @@ def arguments(name: str) -> Arguments:
         "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
         "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),
         "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),
+        "LigerFusedCETVDFunction": (leaf(5, 12), fixed.log(), labels, -100),
+        "LigerFusedLinearJSDFunction": (
+            *(leaf(5, 8), leaf(12, 8), make.randn(5, 6), make.randn(12, 6)),
+            *(labels, 0.3, -100, 2.0),
+        ),
+        "LigerFusedLinearKLDivFunction": (leaf(5, 8), leaf(12, 8), fixed, labels, "mean", -100),
+        "GrpoLossFunction": (
+            *(
+                leaf(2, 4, 12),
+                None,
+                -make.randn(2, 3).abs(),
+                make.integers(12, 2, 3),
+                make.randn(2),
+            ),
+            *(make.integers(2, 2, 3), 0.9, 0.1, 0.2, 0.3, False, "dapo"),
+        ),
         "LigerRMSNormFunction": (leaf(5, 12), leaf(12), 1e-6),
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),
