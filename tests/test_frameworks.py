@@ -24,7 +24,6 @@ FRAMEWORKS = {
 GAPS = {
     ("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction"),
     ("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax"),
-    ("liger_kernel.transformers.qwen2vl_mrope", "liger_multimodal_rotary_pos_emb"),
 }
 
 

@@ -21,13 +21,14 @@ from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
-from liger_kernel.ops.rope import rope
+from liger_kernel.ops.rope import complex_rope, rope
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
 from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
+    "complex_rope",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",

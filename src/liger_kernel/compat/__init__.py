@@ -18,7 +18,9 @@ ALIASES = {
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.llama4_rope": "liger_kernel.ops.rope",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
+    "liger_kernel.ops.qwen2vl_mrope": "liger_kernel.ops.rope",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
@@ -31,6 +33,10 @@ ALIASES = {
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
         for module in ("jsd", "kl_div", "tvd")
+    },
+    **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.rope"
+        for module in ("llama4_rope", "qwen2vl_mrope", "rope")
     },
     **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
@@ -47,7 +53,6 @@ ALIASES = {
             "poly_norm",
             "relu_squared",
             "rms_norm",
-            "rope",
             "softmax",
             "sparsemax",
             "swiglu",

@@ -109,6 +109,7 @@ def _rope(
     sign,
     n_tokens,
     seq,
+    cos_table,
     cos_batch,
     cos_token,
     q_batch,
@@ -133,19 +134,33 @@ def _rope(
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     COS_STEP: tl.constexpr,
+    TIME: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """(a, b) -> (a cos - b sin, b cos + a sin), sin times `sign`. One program owns all heads of TOKENS tokens."""
+    """(a, b) -> (a cos - b sin, b cos + a sin), sin times `sign`. One program owns all heads of TOKENS tokens.
+
+    TIME, HEIGHT, WIDTH: numbers of columns that read the first, second and third table; all 0 where there is one table.
+    """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     token_mask = tokens < n_tokens
     batch = (tokens // seq).to(tl.int64)
     position = (tokens % seq).to(tl.int64)
     half = tl.arange(0, BLOCK_HALF)[None, None, :]
     angle_at = (batch * cos_batch + position * cos_token)[:, None, None] + half * COS_STEP
+    if TIME + HEIGHT + WIDTH:
+        if IN_TURNS:
+            more = half < 3 * tl.where(half % 3 == 1, HEIGHT, WIDTH)
+            table = tl.where(more, half % 3, 0)
+        else:
+            table = (half >= TIME).to(tl.int32) + (half >= TIME + HEIGHT).to(tl.int32)
+        angle_at += table.to(tl.int64) * cos_table
     mask = token_mask[:, None, None] & (half < ROTARY // 2)
     cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32) * sign
@@ -214,6 +229,7 @@ def _rotated(
     """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
     unsqueeze_dim, rotary_dim = options.unsqueeze_dim, options.rotary_dim
     interleaved = options.interleaved
+    section = options.mrope_section or (0, 0, 0)
     given = [x for x in tensors if x is not None]
     outs = [torch.empty_like(x) for x in given]
     first, last = given[0], given[-1]
@@ -237,8 +253,9 @@ def _rotated(
             sign,
             n_tokens,
             seq,
-            0 if cos.shape[0] == 1 else cos.stride(0),
-            cos.stride(1),
+            cos.stride(0),
+            0 if cos.shape[-3] == 1 else cos.stride(-3),
+            cos.stride(-2),
             *strides,
             *(() if len(given) == 2 else (0,) * 8),
             Q_HEADS=heads[0],
@@ -246,7 +263,11 @@ def _rotated(
             D=head_dim,
             ROTARY=rotary_dim,
             INTERLEAVED=interleaved,
-            COS_STEP=2 if interleaved and cos.shape[2] >= rotary_dim else 1,
+            COS_STEP=cos.stride(-1) * (2 if interleaved and cos.shape[-1] >= rotary_dim else 1),
+            TIME=section[0],
+            HEIGHT=section[1],
+            WIDTH=section[2],
+            IN_TURNS=options.mrope_interleaved,
             TOKENS=config.tokens,
             Q_BLOCK=config.heads[0],
             K_BLOCK=config.heads[-1],
@@ -261,7 +282,6 @@ def _rotated(
 def forward(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, options: RopeOptions, needs: Needs
 ) -> tuple[Grads, Saved]:
-    """cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension."""
     outs = _rotated((q, k), cos, sin, 1.0, options)
     return tuple(outs), (cos, sin)
 
