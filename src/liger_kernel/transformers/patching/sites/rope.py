@@ -32,45 +32,76 @@ class Form:
     """How our `rope` computes a rotary function of a modeling file."""
 
     interleaved: bool = False
-    angles: str = "twice"  # what cos holds of the angles a: "twice" (a, a), "pairs" (a0, a0, a1, a1, ..) or "once" (a)
+    #: what cos holds of the angles a: "twice" (a, a), "pairs" (a0, a0, a1, a1, ..) or "once" (a); or "complex": both
+    angles: str = "twice"
     unpaired: bool = False  # neighbours are sorted into halves first, and stay there (DeepSeek)
     keys: bool = True  # f(q, k, cos, sin), or f(x, cos, sin)
-    #: (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R)
+    #: (S, H, D) with cos (S, R), as in vision towers, or (B, ., ., D) with cos (B, S, R); if complex, (B, S, H, D) with
+    #: (S, 1, R)
     flat: bool = False
+    heads: int = 1  # the dimension of the heads, unless a call says another
+    sections: bool = (
+        False  # cos (3, B, S, R), and one more argument selects: f(q, k, cos, sin, mrope_section)
+    )
     narrow: str = ""  # proven for cos narrower than the heads, too: the "first" or "last" columns
+
+    @property
+    def n_heads(self) -> int:
+        """How many of the arguments have heads."""
+        return 1 + self.keys
+
+    @property
+    def n_tensors(self) -> int:
+        return self.n_heads + (1 if self.angles == "complex" else 2)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this is a call of the proven form."""
-        if len(args) != 3 + self.keys or not all(isinstance(t, Tensor) for t in args):
+        tensors, more = args[: self.n_tensors], args[self.n_tensors :]
+        if len(args) != self.n_tensors + self.sections:
             return False
-        q, cos = args[0], args[-2]
-        known = kwargs.keys() <= (set() if self.flat else {"unsqueeze_dim"})
-        whole = cos.shape[-1] * (2 if self.angles == "once" else 1) == q.shape[-1]
-        dims = (3, 2) if self.flat else (4, 3)
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return False
+        q, cos, is_complex = args[0], args[self.n_heads], self.angles == "complex"
+        known = kwargs.keys() <= (set() if self.flat or is_complex else {"unsqueeze_dim"})
+        whole = cos.shape[-1] * (1 if self.angles in ("twice", "pairs") else 2) == q.shape[-1]
+        dims = (3, 2) if self.flat and not is_complex else (4, 3 + self.sections)
+        selects = all(isinstance(m, list) and 2 * sum(m) == cos.shape[-1] for m in more)
         return bool(
             known
             and (whole or self.narrow)
+            and selects
             and (q.ndim, cos.ndim) == dims
+            and cos.is_complex() == is_complex
+            and (cos.shape[1] == 1 or not (self.flat and is_complex))
             and not cos.requires_grad
         )
 
-    def compute(self, *args: Tensor, unsqueeze_dim: int = 1) -> Any:
-        q, cos, sin = args[0], *args[-2:]
-        k = args[1] if self.keys else None
+    def compute(self, *args: Any, unsqueeze_dim: int = 0) -> Any:
+        heads, angles, more = args[: self.n_heads], args[self.n_heads :], ()
+        if self.sections:
+            angles, more = angles[:2], angles[2:]
+        unsqueeze_dim = unsqueeze_dim or self.heads
+        if self.angles == "complex":
+            freqs = angles[0].squeeze(1) if self.flat else angles[0]
+            return rope_op.complex_rope(heads[0], heads[1], freqs, unsqueeze_dim)
+        cos, sin = angles
         rotary_dim = cos.shape[-1] * (2 if self.angles == "once" else 1)
-        if self.narrow == "last" and rotary_dim < q.shape[-1]:
-            parts = [x.split((x.shape[-1] - rotary_dim, rotary_dim), -1) for x in args[:-2]]
-            turned = self.compute(*(x for _, x in parts), cos, sin, unsqueeze_dim=unsqueeze_dim)
+        if self.narrow == "last" and rotary_dim < heads[0].shape[-1]:
+            parts = [x.split((x.shape[-1] - rotary_dim, rotary_dim), -1) for x in heads]
+            turned = self.compute(
+                *(x for _, x in parts), *args[self.n_heads :], unsqueeze_dim=unsqueeze_dim
+            )
             pairs = zip(parts, turned if self.keys else (turned,), strict=True)
             joined = tuple(torch.cat((still, x), -1) for (still, _), x in pairs)
             return joined if self.keys else joined[0]
         if self.interleaved and self.angles == "twice":  # the op reads one half of a wide table
             cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
         if self.unpaired:
-            q, k = _unpaired(q), None if k is None else _unpaired(k)
+            heads = tuple(map(_unpaired, heads))
         if self.flat:
-            q, k, unsqueeze_dim = q[None], None if k is None else k[None], 2
-        q, k = rope_op.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim, self.interleaved)
+            heads, unsqueeze_dim = tuple(x[None] for x in heads), 2
+        q, k = heads if self.keys else (*heads, None)
+        q, k = rope_op.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim, self.interleaved, *more)
         if self.flat:
             q, k = q[0], None if k is None else k[0]
         return (q, k) if self.keys else q
@@ -89,6 +120,10 @@ _FORMS = (
     Form(angles="once"),
     Form(keys=False),
     Form(interleaved=True, angles="once", keys=False),
+    Form(angles="complex"),
+    Form(angles="complex", heads=2),
+    Form(sections=True),
+    Form(interleaved=True, sections=True),
 )
 
 
@@ -118,23 +153,44 @@ def prove(original: Callable[..., Any]) -> tuple[Form, ...] | str:
 
 def _agrees(original: Callable[..., Any], form: Form, rotary_dim: int) -> bool:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, (5, 3, 16)),) if form.flat else ((1, (2, 3, 5, 16)), (2, (2, 5, 3, 16)))
+    shapes: tuple[tuple[int, tuple[int, ...]], ...] = ((1, (2, 3, 5, 16)), (2, (2, 5, 3, 16)))
+    if form.angles == "complex":  # nobody says where the heads are
+        shapes = ((form.heads, shapes[form.heads - 1][1]),)
+    elif form.flat:
+        shapes = ((2, (5, 3, 16)),)
     ok = True
     for unsqueeze_dim, shape in shapes:
-        heads = [torch.randn(shape, generator=generator) for _ in range(1 + form.keys)]
-        once = torch.randn(*(() if form.flat else (2,)), 5, rotary_dim // 2, generator=generator)
+        heads = [torch.randn(shape, generator=generator) for _ in range(form.n_heads)]
+        of_sequence: tuple[int, ...] = () if form.flat else (*(3,) * form.sections, 2)
+        once = torch.randn(*of_sequence, 5, rotary_dim // 2, generator=generator)
         twice, pairs = torch.cat((once, once), -1), once.repeat_interleave(2, -1)
-        table = {"once": once, "twice": twice, "pairs": pairs}[form.angles]
-        extra = {} if form.flat or unsqueeze_dim == 1 else {"unsqueeze_dim": 2}
-        tables = (table.cos(), table.sin())
-        theirs, ours = (_on_heads(f, tables, extra) for f in (original, form.compute))
+        table = {"twice": twice, "pairs": pairs}.get(form.angles, once)
+        tables: tuple[Tensor, ...] = (table.cos(), table.sin())
+        if form.angles == "complex":
+            tables = (torch.complex(*tables),)
+            tables = (tables[0][:, None] if form.flat else tables[0],)
+        said = form.heads != unsqueeze_dim and not form.flat
+        extra = {"unsqueeze_dim": unsqueeze_dim} if said else {}
+        sections = [rotary_dim // 4, rotary_dim // 8, rotary_dim // 8]
+        more = (sections,) if form.sections else ()
+        theirs, ours = (_on_heads(f, tables, more, extra) for f in (original, form.compute))
         ok = ok and proof.Theirs(theirs, nn.Module(), heads).agrees(ours)
     return ok
 
 
-def _on_heads(function: Callable[..., Any], tables: Any, extra: dict[str, int]) -> Any:
+def _on_heads(function: Callable[..., Any], tables: Any, more: Any, extra: dict[str, int]) -> Any:
     """As the code of a module (which there is not) that takes the heads."""
-    return lambda _, *heads: function(*heads, *(t.to(heads[0].dtype) for t in tables), **extra)
+
+    def call(_: nn.Module, *heads: Tensor) -> Any:
+        wide = (
+            t.to(torch.promote_types(heads[0].dtype, torch.complex64))
+            if t.is_complex()
+            else t.to(heads[0].dtype)
+            for t in tables
+        )
+        return function(*heads, *wide, *more, **extra)
+
+    return call
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -143,8 +199,14 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     if isinstance(forms, str):
         return None
 
+    required = [
+        p.name for p in inspect.signature(original).parameters.values() if p.default is p.empty
+    ]
+
     @functools.wraps(original)
     def liger_rope(*args: Any, **kwargs: Any) -> Any:
+        while len(args) < len(required) and required[len(args)] in kwargs:
+            args = (*args, kwargs.pop(required[len(args)]))
         for form in forms if ours_runs() else ():
             if form.takes(args, kwargs):
                 return form.compute(*args, **kwargs)
