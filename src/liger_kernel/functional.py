@@ -19,6 +19,7 @@ from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
+from liger_kernel.ops.qk_norm_rope import qk_norm_rope
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import complex_rope, rope
@@ -42,6 +43,7 @@ __all__ = [
     "layer_norm",
     "modulated_rms_norm",
     "poly_norm",
+    "qk_norm_rope",
     "relu_squared",
     "rms_norm",
     "rope",

@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "modulated_rms_norm_forward",
     ),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
+    "qk_norm_rope": (),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
     "rope": (

@@ -67,23 +67,8 @@ def rope(
         rounded once. Never in place.
     Raises: ValueError for shapes that do not fit; TypeError for integer tensors.
     """
-    check_choice("unsqueeze_dim", unsqueeze_dim, (1, 2))
-    check_floating(q=q, k=k, cos=cos, sin=sin)
-    check_same_device(q=q, k=k, cos=cos, sin=sin)
-    _check_heads(q, k, unsqueeze_dim)
-    cos, sin = _angles(q, cos, sin, unsqueeze_dim, mrope_section is not None)
-    width, head_dim = cos.shape[-1], q.shape[-1]
-    if rotary_dim is None:
-        rotary_dim = min(width, head_dim)
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise ValueError(
-            f"rotary_dim={rotary_dim} must be even and in 2..{head_dim}, the head dimension of q; "
-            f"cos has {width} columns."
-        )
-    if width < rotary_dim // 2:
-        raise ValueError(
-            f"cos has {width} columns, but rotary_dim={rotary_dim} needs {rotary_dim // 2} or {rotary_dim} of them."
-        )
+    sections = mrope_section is not None
+    cos, sin, rotary_dim = check_rotation(q, k, cos, sin, unsqueeze_dim, rotary_dim, sections)
     if mrope_section is not None:
         mrope_section = tuple(mrope_section)
         if len(mrope_section) != 3 or sum(mrope_section) != rotary_dim // 2:
@@ -113,6 +98,36 @@ def complex_rope(
     pairs = torch.view_as_real(freqs_cis.detach().resolve_conj().contiguous())
     cos, sin = pairs[..., 0], pairs[..., 1]
     return rope(q, k, cos, sin, unsqueeze_dim, 2 * cos.shape[-1], interleaved=True)
+
+
+def check_rotation(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int,
+    rotary_dim: int | None,
+    sections: bool = False,
+) -> tuple[Tensor, Tensor, int]:
+    """cos and sin as a kernel takes them, and the rotary dimension. Raises what `rope` raises."""
+    check_choice("unsqueeze_dim", unsqueeze_dim, (1, 2))
+    check_floating(q=q, k=k, cos=cos, sin=sin)
+    check_same_device(q=q, k=k, cos=cos, sin=sin)
+    _check_heads(q, k, unsqueeze_dim)
+    cos, sin = _angles(q, cos, sin, unsqueeze_dim, sections)
+    width, head_dim = cos.shape[-1], q.shape[-1]
+    if rotary_dim is None:
+        rotary_dim = min(width, head_dim)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"rotary_dim={rotary_dim} must be even and in 2..{head_dim}, the head dimension of q; "
+            f"cos has {width} columns."
+        )
+    if width < rotary_dim // 2:
+        raise ValueError(
+            f"cos has {width} columns, but rotary_dim={rotary_dim} needs {rotary_dim // 2} or {rotary_dim} of them."
+        )
+    return cos, sin, rotary_dim
 
 
 def _check_heads(q: Tensor, k: Tensor | None, unsqueeze_dim: int) -> None:
