@@ -15,7 +15,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
 
-def _is_hooked(attributes: dict[str, Any]) -> bool:
+def is_hooked(attributes: dict[str, Any]) -> bool:
+    """Whether the call of a module, given by its attributes, has hooks."""
     return any(map(attributes.get, _HOOKS)) or any(_GLOBAL_HOOKS)
 
 
@@ -26,7 +27,7 @@ def _is_plain(module: nn.Module, cls: Any) -> bool:
         type(module) is cls
         and cls.forward is _FORWARDS[cls]
         and "forward" not in attributes
-        and not _is_hooked(attributes)
+        and not is_hooked(attributes)
     )
 
 
@@ -64,7 +65,7 @@ def is_inert(child: nn.Module) -> bool:
 
 def is_watched(attributes: dict[str, Any]) -> bool:
     """Whether somebody has to see the call of an inert child; ZeRO-3 hooks every module, and has no use for these."""
-    if not _is_hooked(attributes):
+    if not is_hooked(attributes):
         return False
     hooks = (h for table in (*map(attributes.get, _HOOKS), *_GLOBAL_HOOKS) for h in table.values())
     return any(not str(getattr(h, "__module__", "")).startswith("deepspeed.") for h in hooks)

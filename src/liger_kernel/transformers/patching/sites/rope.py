@@ -18,13 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger_kernel.ops import qk_norm_rope as qk_norm_rope_op
 from liger_kernel.ops import rope as rope_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching import proof, unnormed
 from liger_kernel.transformers.patching.facts import kept
+from liger_kernel.transformers.patching.linears import maps_features
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.plans import MethodPlan, ours_runs
+from liger_kernel.transformers.patching.plans import Method, MethodPlan, call, marker, ours_runs
 from liger_kernel.transformers.patching.site import Site, modules
+from liger_kernel.transformers.patching.sites.norms import NormPlan, twin_of
 from liger_kernel.transformers.patching.state import State
+from liger_kernel.transformers.patching.unnormed import Unnormed, real, running
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class Form:
             and not cos.requires_grad
         )
 
-    def compute(self, *args: Any, unsqueeze_dim: int = 0) -> Any:
+    def compute(
+        self, *args: Any, unsqueeze_dim: int = 0, rotate: Callable[..., Any] | None = None
+    ) -> Any:
+        """By `rotate`, which is called as the op is."""
         heads, angles, more = args[: self.n_heads], args[self.n_heads :], ()
         if self.sections:
             angles, more = angles[:2], angles[2:]
@@ -101,10 +108,45 @@ class Form:
         if self.flat:
             heads, unsqueeze_dim = tuple(x[None] for x in heads), 2
         q, k = heads if self.keys else (*heads, None)
-        q, k = rope_op.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim, self.interleaved, *more)
+        rotate = rotate or rope_op.rope
+        q, k = rotate(q, k, cos, sin, unsqueeze_dim, rotary_dim, self.interleaved, *more)
         if self.flat:
             q, k = q[0], None if k is None else k[0]
         return (q, k) if self.keys else q
+
+    def norm_and_compute(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[..., Any]
+    ) -> Any:
+        """`compute` of heads that are not normed yet; None where one op does not compute both."""
+        heads, angles = args[: self.n_heads], args[self.n_heads :]
+        if not all(isinstance(x, Unnormed) for x in heads) or len({x.norm for x in heads}) > 1:
+            return None
+        raw = (*(x.raw for x in heads), *angles)
+        at = kwargs.get("unsqueeze_dim", self.heads)
+        if (
+            not self.takes(raw, kwargs)
+            or self.flat
+            or self.unpaired
+            or self.sections
+            or self.angles == "complex"
+            or self.narrow == "last"
+            or any(x.heads not in (None, at) for x in heads)
+        ):
+            return None
+        norm = heads[0].norm
+        options = (norm.eps, norm.offset, norm.casting_mode)
+
+        def rotate(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *how: Any) -> Any:
+            weights = (heads[0].weight, heads[1].weight if self.keys else None)
+            return qk_norm_rope_op.qk_norm_rope(q, k, *weights, cos, sin, *options, *how)
+
+        found = self.compute(*raw, **kwargs, rotate=rotate)
+        if running.fused is not None:
+            theirs, ours = original(*real(args), **kwargs), found if self.keys else (found,)
+            theirs = theirs if self.keys else (theirs,)
+            right = proof.within(ours, theirs)
+            running.fused += ((x.module, right) for x in heads)
+        return found
 
 
 def _unpaired(x: Tensor) -> Tensor:
@@ -207,6 +249,12 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     def liger_rope(*args: Any, **kwargs: Any) -> Any:
         while len(args) < len(required) and required[len(args)] in kwargs:
             args = (*args, kwargs.pop(required[len(args)]))
+        if any(isinstance(x, Unnormed) for x in args):
+            for form in forms:
+                found = form.norm_and_compute(args, kwargs, original)
+                if found is not None:
+                    return found
+            args = real(args)
         for form in forms if ours_runs() else ():
             if form.takes(args, kwargs):
                 return form.compute(*args, **kwargs)
@@ -256,18 +304,92 @@ def _rewrapped(
 
 @dataclass(frozen=True)
 class RopePlan(MethodPlan):
-    """The forward of an attention module over globals with our rotary function."""
+    """The forward of an attention module over globals with our rotary function.
+
+    `norms` are children that leave the norm of heads to the rotation.
+    """
 
     kind = "rope"
 
-    label = "LigerRope"
+    norms: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return "LigerRope"
 
     def __str__(self) -> str:
-        return "liger rope"
+        return f"liger rope with {', '.join(self.norms)}" if self.norms else "liger rope"
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward: Any = type(module).forward
-        return (_rebound(forward) or forward)(module, *args, **kwargs)
+        forward = _rebound(forward) or forward
+        children = module.__dict__["_modules"]
+        norms = tuple(children.get(name) for name in self.norms)
+        return unnormed.run(norms, forward, module, *args, **kwargs)
+
+
+class _Drawn(nn.Module):
+    """In the place of a Linear: as many columns, at random."""
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.randn(*x.shape[:-1], self.out_features, dtype=x.dtype)
+
+
+def _waiting_norms(module: nn.Module) -> tuple[str, ...]:
+    """The norms of an attention module whose heads its forward hands on to the rotary function, and to nobody else.
+
+    Its own code runs on a clone with random heads, in float64; what comes after the rotation may fail.
+    """
+    plans = {n: c.__dict__.get(marker("norm")) for n, c in module._modules.items() if c is not None}
+    norms = {n: p for n, p in plans.items() if isinstance(p, NormPlan) and p.can_wait}
+    if not norms:
+        return ()
+    children: dict[str, nn.Module] = {}
+    for name, child in module._modules.items():
+        if name in norms and child is not None:
+            twin = children[name] = twin_of(child, torch.float64, torch.float64)
+            twin.__dict__["forward"] = Method(call, twin, "norm")
+        elif maps_features(child):
+            children[name] = _Drawn(child.out_features)  # type: ignore[union-attr, arg-type]
+    clone = proof.clone(module, {}, children)
+    names = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
+    head_dim = getattr(module, "head_dim", 0)
+    with proof.sandbox(), proof.InFloat64():
+        for width in (head_dim, head_dim // 2, head_dim // 4):
+            fused = _fused_on(clone, names, width, tuple(norms))
+            if fused:
+                right = {m for m, agrees in fused if agrees} - {
+                    m for m, agrees in fused if not agrees
+                }
+                return tuple(n for n in norms if clone._modules[n] in right)
+    return ()
+
+
+def _fused_on(
+    clone: nn.Module, names: list[str], width: int, norms: tuple[str, ...]
+) -> list[tuple[nn.Module, bool]]:
+    """What was fused in a forward of two tokens with angles of that width."""
+    # the same for all columns: nobody has to know which of them form a pair
+    angles = torch.randn(1, 2, 1, dtype=torch.float64).repeat(1, 1, width)
+    known = {
+        "hidden_states": torch.randn(1, 2, 8, dtype=torch.float64),
+        "position_embeddings": (angles.cos(), angles.sin()),
+        "position_ids": torch.arange(2)[None],
+    }
+    skipped = ("args", "kwargs")
+    found: list[tuple[nn.Module, bool]] = []
+    running.fused = found
+    try:
+        RopePlan(norms).call(clone, **{n: known.get(n) for n in names if n not in skipped})
+    except Exception:  # foreign code, on a clone that is not whole, may raise anything
+        pass
+    finally:
+        running.fused = None
+    return found
 
 
 def _rotary_functions(forward: Any) -> dict[str, Any]:
@@ -281,7 +403,7 @@ def _rotary_functions(forward: Any) -> dict[str, Any]:
 def _prove(module: nn.Module, state: State) -> RopePlan | str:
     forward: Any = type(module).forward
     if _rebound(forward) is not None:
-        return RopePlan()
+        return RopePlan(_waiting_norms(module))
     reasons = {why for f in _rotary_functions(forward).values() if isinstance(why := prove(f), str)}
     return ", ".join(sorted(reasons)) or "a decorator hides its rotary function"
 
