@@ -28,9 +28,10 @@ from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.ops.lora_linear import lora_linear
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
+from liger_kernel.ops.qk_norm_rope import qk_norm_rope
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
-from liger_kernel.ops.rope import rope
+from liger_kernel.ops.rope import complex_rope, rope
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
 from liger_kernel.ops.tvd import tvd
@@ -38,6 +39,7 @@ from liger_kernel.ops.tvd import tvd
 __all__ = [
     "LabelCount",
     "LogProbs",
+    "complex_rope",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",
@@ -58,6 +60,7 @@ __all__ = [
     "lora_linear",
     "modulated_rms_norm",
     "poly_norm",
+    "qk_norm_rope",
     "relu_squared",
     "rms_norm",
     "rope",

@@ -79,6 +79,14 @@ def arguments(name: str) -> Arguments:
         "LigerSoftmaxFunction": (leaf(5, 12),),
         "LigerSparsemaxFunction": (leaf(5, 12), 0),
         "LigerReLUSquaredFunction": (leaf(5, 12),),
+        "LigerLlama4RopeFunction": (
+            *(leaf(2, 3, 4, 8), leaf(2, 3, 2, 8)),
+            torch.view_as_complex(make.randn(3, 4, 2)),
+        ),
+        "LigerQwen2VLMRopeFunction": (
+            *(leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), make.randn(3, 2, 3, 8), make.randn(3, 2, 3, 8)),
+            [1, 1, 2],
+        ),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 

@@ -43,7 +43,9 @@ ALIASES = {
         for name in ("jsd", "kl_div")
     },
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.llama4_rope": "liger_kernel.ops.rope",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
+    "liger_kernel.ops.qwen2vl_mrope": "liger_kernel.ops.rope",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.triton": "liger_kernel.compat.triton_cache",
@@ -66,6 +68,10 @@ ALIASES = {
         )
     },
     **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.rope"
+        for module in ("llama4_rope", "qwen2vl_mrope", "rope")
+    },
+    **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",
@@ -80,7 +86,6 @@ ALIASES = {
             "poly_norm",
             "relu_squared",
             "rms_norm",
-            "rope",
             "softmax",
             "sparsemax",
             "swiglu",

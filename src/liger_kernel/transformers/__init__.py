@@ -36,6 +36,8 @@ _EXPORTS = {
     "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",
     "LigerTVDLoss": "modules.divergences",
+    "liger_llama4_text_rotary_pos_emb": "modules.rope",
+    "liger_llama4_vision_rotary_pos_emb": "modules.rope",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`

@@ -5,6 +5,7 @@ Every op is looked up in its module at the call, so that replacing it there take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +199,18 @@ def liger_rope(
 ) -> tuple[Tensor, Tensor | None]:
     """`rope`; `position_ids` is unused, as in HF: cos and sin are already gathered."""
     return _rope.rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, rotary_dim=rotary_dim)
+
+
+def liger_qwen2vl_mrope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mrope_section: Sequence[int],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """`rope` with cos and sin (3, B, S, D), of which `mrope_section` selects."""
+    return _rope.rope(q, k, cos, sin, unsqueeze_dim, mrope_section=mrope_section)
 
 
 def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
