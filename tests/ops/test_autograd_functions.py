@@ -42,6 +42,10 @@ def arguments(name: str) -> Arguments:
             *(True, True, True),
         ),
         "LigerFusedLinearCrossEntropyFunction": (leaf(5, 8), leaf(12, 8), labels, leaf(12)),
+        "LigerVocabParallelCEFunction": (
+            *(leaf(5, 1, 12), labels[:, None], None, -100, 0.1),
+            *("megatron", "partition"),
+        ),
         "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
         "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),
         "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),

@@ -21,6 +21,7 @@ ALIASES = {
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
+    "liger_kernel.ops.vocab_parallel_cross_entropy": "liger_kernel.compat.ops.vocab_parallel_cross_entropy",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
     "liger_kernel.transformers.model.llama": "liger_kernel.compat.lm_head",
@@ -51,6 +52,7 @@ ALIASES = {
             "softmax",
             "sparsemax",
             "swiglu",
+            "vocab_parallel_cross_entropy",
         )
     },
 }

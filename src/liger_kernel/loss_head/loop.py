@@ -47,7 +47,7 @@ def run(
         scale = None if scale is None else scale[kept]
     n_rows = target.shape[0]
     other = None if teacher is None else teacher.weight
-    plan = ChunkPlan.of(n_rows, weight, dtype, options, needs[1], other)
+    plan = ChunkPlan.of(n_rows, loss.agreed(weight), dtype, options, needs[1], other)
     chunks = plan.chunks(sizes)
 
     out = loss.outputs(target, torch.promote_types(dtype, torch.float32))

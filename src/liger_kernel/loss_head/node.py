@@ -96,7 +96,7 @@ def _run(
     groups: RowGroups | None = None,
     helpers: Any = None,
 ) -> tuple[Any, ...]:
-    check_labels(target, student.weight.shape[0], loss.ignore_index)
+    check_labels(target, loss.whole_vocabulary(student.weight.shape[0]), loss.ignore_index)
     hidden, weight, bias, dtype = student
     if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
         hidden, weight = hidden.detach(), weight.detach()

@@ -48,14 +48,19 @@ OPS: dict[str, tuple[str, ...]] = {
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
-COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
-#: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
+COMPUTED_BY = {
+    "fused_linear_cross_entropy": "cross_entropy",
+    "gated_mlp": "glu",
+    "vocab_parallel_cross_entropy": "cross_entropy",
+}
+#: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head` and `distributed`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
     "fused_linear_cross_entropy": (
         "LigerFusedLinearCrossEntropyFunction",
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
+    "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
 }
 _NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
 __getattr__ = compat_names(__name__, _NAMES)

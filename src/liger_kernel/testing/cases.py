@@ -130,7 +130,7 @@ class OpSpec:
 
 
 def specs() -> dict[str, OpSpec]:
-    """The spec of every op, and of the linear loss, by its name."""
-    folders = [*(f"ops.{op}" for op in OPS), "loss_head.fused_linear_cross_entropy"]
+    """The spec of every op, and of the losses above the ops, by its name."""
+    folders = [*(f"ops.{op}" for op in OPS), "loss_head.fused_linear_cross_entropy", "distributed"]
     found = (import_module(f"liger_kernel.{folder}.cases").SPEC for folder in folders)
     return {spec.name: spec for spec in found}

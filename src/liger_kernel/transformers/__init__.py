@@ -33,6 +33,7 @@ _EXPORTS = {
     "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",
     "LigerTVDLoss": "modules.divergences",
+    "LigerVocabParallelCrossEntropy": "modules.vocab_parallel_cross_entropy",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`
