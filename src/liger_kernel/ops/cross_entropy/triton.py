@@ -153,7 +153,7 @@ def _gradient(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """slope exp(x - top) - share w - hit [v = label], where the row `is_here`; times the slope of the soft-cap."""
+    """slope exp(x - top) - share w - hit [v = label], times the slope of the soft-cap; `is_here`: None, or a mask."""
     cols = tl.arange(0, BLOCK)
     n_blocks = tl.cdiv(n_read, BLOCK)
     for i in tl.range(0, n_blocks, num_stages=STAGES):
@@ -341,7 +341,7 @@ def _cross_entropy(
             grad_row,
             weight_ptr,
             label,
-            label < n_cols,
+            None,
             x_y,
             top,
             slope,
