@@ -213,6 +213,21 @@ def _liger_divergence(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
+def _liger_linear_logprobs(o: Options) -> Function | None:
+    if not _plain(o, "ignore_index", "temperature", "entropy", *HOW):
+        return None
+    name = "LigerFusedLinearScaledCrossEntropyFunction"
+    apply = getattr(importlib.import_module("liger_kernel.ops"), name).apply
+    rest = (o.get("temperature", 1.0), o.get("ignore_index", -100), 1, o.get("entropy", False))
+
+    def function(x: Any, weight: Any, ids: Any, bias: Any, temperatures: Any) -> tuple[Any, ...]:
+        found = apply(x, weight, ids, *rest)
+        nll, entropy = found if rest[-1] else (found, None)
+        return (-nll, entropy, *(None,) * 6)
+
+    return function
+
+
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
@@ -231,6 +246,7 @@ LIGER: Table = {
     "kl_div": _liger_divergence("liger_kl_div"),
     "tvd": _liger_divergence("liger_tvd"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
+    "linear_logprobs": _liger_linear_logprobs,
 }
 
 # --- other peers

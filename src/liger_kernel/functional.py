@@ -8,6 +8,7 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.linear_logprobs import linear_logprobs
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -17,6 +18,8 @@ from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.logprobs import logprobs
+from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
@@ -28,6 +31,7 @@ from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
+    "LogProbs",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",
@@ -39,6 +43,8 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "linear_logprobs",
+    "logprobs",
     "modulated_rms_norm",
     "poly_norm",
     "relu_squared",

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel import backends
-from liger_kernel.distributed.cross_entropy import (
+from liger_kernel.distributed.shards import VocabShard
+from liger_kernel.distributed.vocab_parallel_cross_entropy import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from liger_kernel.distributed.shards import VocabShard
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.ops.cross_entropy.reference import terms
 from liger_kernel.testing import Make, assert_no_worse

@@ -22,8 +22,7 @@ from liger_kernel.compat import ops as compat_ops
 from liger_kernel.testing import Make
 
 Arguments = tuple[Any, ...]
-SERVED = {**ops.OPS, **ops.LINEAR_LOSSES}
-FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
+FUNCTIONS = [name for names in ops.SERVED.values() for name in names if name.endswith("Function")]
 
 
 def arguments(name: str) -> Arguments:
@@ -42,6 +41,10 @@ def arguments(name: str) -> Arguments:
             *(True, True, True),
         ),
         "LigerFusedLinearCrossEntropyFunction": (leaf(5, 8), leaf(12, 8), labels, leaf(12)),
+        "LigerFusedLinearScaledCrossEntropyFunction": (
+            *(leaf(5, 8), leaf(12, 8), labels, 0.7),
+            *(-100, 1, True, make.integers(12, 3)),
+        ),
         "LigerVocabParallelCEFunction": (
             *(leaf(5, 1, 12), labels[:, None], None, -100, 0.1),
             *("megatron", "partition"),

@@ -17,6 +17,7 @@ ALIASES = {
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
+    "liger_kernel.ops.fused_linear_scaled_cross_entropy": "liger_kernel.loss_head.linear_logprobs",
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",

@@ -32,8 +32,9 @@ def run(
 ) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
     """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
 
-    target: (N,). row_scale: (N,), or the groups that make it from the losses. The gradients are those of the student's
-    hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
+    target: (N,). row_scale: in the shape of the loss, or the groups that make it from the losses. The gradients are
+    those of the student's hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their
+    number is known.
     """
     hidden, weight, _, dtype = student
     target = target.to(torch.int64).contiguous()
@@ -71,7 +72,7 @@ def run(
         teacher_logits = None
         if teacher_head is not None and teacher_rows is not None:
             teacher_logits = teacher_head.logits(where, teacher_rows)
-        given = (logits, teacher_logits, target[at], prepared)
+        given = (logits, teacher_logits, target[at], loss.of_rows(prepared, where))
         padded, chunk_scale = head.is_padded, None if scale is None else scale[at]
         if groups is not None:
             loss.step(*given, out=out[at], padded=padded)

@@ -50,7 +50,7 @@ def linear_loss(
 
     Args:
         hidden: (N, H). weight: (V, H) in the same dtype. target: (N,) integer labels. bias: (V,).
-        class_weight: (V,), where the loss has class weights.
+        class_weight: (V,), where the loss has class weights; (N,) for one that `weighs_rows`.
         teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants.
         groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
         helpers: the functions that eager calls go through, where frameworks wrap them by name: see
@@ -62,7 +62,7 @@ def linear_loss(
     Under the transforms of torch.func, forward-mode AD and torch.jit.trace all logits are made, by PyTorch's own ops.
     Raises: ValueError and TypeError for tensors that do not fit.
     """
-    check_tensors(hidden, weight, target, bias, class_weight)
+    check_tensors(hidden, weight, target, bias, class_weight, weighs_rows=loss.weighs_rows)
     check_label_count(chunks.label_count, target.numel(), loss.ignore_index)
     student = HeadInputs(hidden, weight, bias, compute_dtype(hidden, weight))
     other = None
@@ -207,6 +207,7 @@ def check_tensors(
     bias: Tensor | None,
     class_weight: Tensor | None = None,
     name: str = "",
+    weighs_rows: bool = False,
 ) -> None:
     named = {
         f"{name}hidden": hidden,
@@ -231,6 +232,9 @@ def check_tensors(
             f"pass a weight of shape (V, {hidden.shape[1]})."
         )
     check_last_dim(f"{name}bias", bias, weight.shape[0], "the logits")
-    check_last_dim("class_weight", class_weight, weight.shape[0], "the logits")
+    if weighs_rows:
+        check_last_dim("class_weight", class_weight, target.shape[0], "the target")
+    else:
+        check_last_dim("class_weight", class_weight, weight.shape[0], "the logits")
     check_class_indices(target)
     check_same_device(target=target, **named)

@@ -33,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "logprobs": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -51,18 +52,24 @@ OPS: dict[str, tuple[str, ...]] = {
 COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
     "gated_mlp": "glu",
+    "linear_logprobs": "logprobs",
     "vocab_parallel_cross_entropy": "cross_entropy",
 }
-#: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head` and `distributed`
+#: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
     "fused_linear_cross_entropy": (
         "LigerFusedLinearCrossEntropyFunction",
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
+    "linear_logprobs": ("LigerFusedLinearScaledCrossEntropyFunction",),
+}
+#: likewise, for those over classes that are spread over ranks, in `liger_kernel.distributed`
+SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
     "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
 }
-_NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
+SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES}
+_NAMES = {name for names in SERVED.values() for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from liger_kernel.compat.function import autograd_function
 from liger_kernel.compat.ops_utils import MAX_FUSED_SIZE
-from liger_kernel.distributed.cross_entropy import (
+from liger_kernel.distributed.vocab_parallel_cross_entropy import (
     validate_formula_and_mode,
     vocab_parallel_cross_entropy,
 )

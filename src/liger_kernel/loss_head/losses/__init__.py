@@ -10,7 +10,8 @@ ROW_LOSSES = {
     "cosine_similarity": "liger_kernel.loss_head.losses.cosine_similarity:CosineSimilarityLoss",
     "cross_entropy": "liger_kernel.loss_head.losses.cross_entropy:CrossEntropyLoss",
     "jsd": "liger_kernel.loss_head.losses.jsd:JSDLoss",
-    "vocab_parallel_cross_entropy": "liger_kernel.distributed.cross_entropy:VocabParallelCrossEntropyLoss",
+    "logprobs": "liger_kernel.loss_head.losses.logprobs:LogProbsLoss",
+    "vocab_parallel_cross_entropy": "liger_kernel.distributed.vocab_parallel_cross_entropy:ShardedCrossEntropyLoss",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from liger_kernel._core.declared import LossModule, takes
-from liger_kernel.distributed.cross_entropy import validate_formula_and_mode
+from liger_kernel.distributed.vocab_parallel_cross_entropy import validate_formula_and_mode
 from liger_kernel.ops import LigerVocabParallelCEFunction
 
 

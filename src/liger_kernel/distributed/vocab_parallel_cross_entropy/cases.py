@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liger_kernel.distributed.cross_entropy import vocab_parallel_cross_entropy
+from liger_kernel.distributed.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from liger_kernel.ops.cross_entropy import reference
 from liger_kernel.ops.cross_entropy.cases import ALL, NONE, REPORTS
 from liger_kernel.ops.cross_entropy.cases import SPEC as WHOLE

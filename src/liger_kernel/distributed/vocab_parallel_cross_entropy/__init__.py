@@ -39,7 +39,7 @@ FORMULAS, MODES = ("pytorch", "megatron"), ("global", "partition")
 
 
 @dataclass(frozen=True)
-class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
+class ShardedCrossEntropyLoss(CrossEntropyLoss):
     """Options: those of cross entropy, `VocabShard`, and whether labels are smoothed over the classes of a rank."""
 
     name: ClassVar[str] = "vocab_parallel_cross_entropy"
@@ -244,9 +244,9 @@ def vocab_parallel_linear_cross_entropy(
 
 def _loss(
     n_here: int, group: Any, n_classes: int | None, smooths_here: bool, options: dict[str, Any]
-) -> VocabParallelCrossEntropyLoss:
+) -> ShardedCrossEntropyLoss:
     shard = VocabShard.of(n_here, group, n_classes)
-    loss = VocabParallelCrossEntropyLoss(
+    loss = ShardedCrossEntropyLoss(
         **options,
         **vars(shard),
         smooths_here=smooths_here,
