@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel import backends
-from liger_kernel.distributed.shards import VocabShard
 from liger_kernel.distributed.vocab_parallel_cross_entropy import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from liger_kernel.distributed.vocab_parallel_logprobs import (
+    vocab_parallel_linear_logprobs,
+    vocab_parallel_logprobs,
+)
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.ops.cross_entropy.reference import terms
+from liger_kernel.ops.logprobs import logprobs
 from liger_kernel.testing import Make, assert_no_worse
-from liger_kernel.transformers import LigerVocabParallelCrossEntropy
+from liger_kernel.transformers import LigerVocabParallelCrossEntropy, functional
 from tests.transformers import ranks
 
 WORLD, N, H = 4, 11, 6
@@ -42,15 +46,11 @@ def group_of(size: int) -> Any:
     return _groups[size]
 
 
-def own(shard: VocabShard, t: Tensor, dim: int) -> Tensor:
-    size = max(0, min(-(-shard.n_classes // shard.ranks), shard.n_classes - shard.first))
-    return t.narrow(dim, shard.first, size)
-
-
-def shard_of(size: int, classes: int) -> VocabShard:
-    largest, rank = -(-classes // size), dist.get_rank(group_of(size))
-    here = max(0, min(largest, classes - rank * largest))
-    return VocabShard.of(here, group_of(size), classes)
+def own(size: int, t: Tensor, dim: int) -> Tensor:
+    """The part of t that is this rank's."""
+    largest, rank = -(-t.shape[dim] // size), dist.get_rank(group_of(size))
+    first = min(rank * largest, t.shape[dim])
+    return t.narrow(dim, first, min(largest, t.shape[dim] - first))
 
 
 def drawn_labels(make: Make, classes: int, options: dict[str, Any]) -> Tensor:
@@ -75,15 +75,14 @@ NAMES = ("loss", "z_loss", "token_accuracy", "predicted_tokens")
 def of_logits(rank: int, size: int, classes: int, dtype: torch.dtype, **options: Any) -> None:
     make = Make(dtype)
     logits, labels = make.strided(N, classes, scale=3), drawn_labels(make, classes, options)
-    shard = shard_of(size, classes)
 
     def whole(dtype: torch.dtype) -> dict[str, Any]:
         leaf = logits.to(dtype).requires_grad_()
         found = terms(leaf, labels, **options)
         found[0].backward(upstream(found[0]))
-        return {**dict(zip(NAMES, found, strict=True)), "grad": own(shard, leaf.grad, 1)}
+        return {**dict(zip(NAMES, found, strict=True)), "grad": own(size, leaf.grad, 1)}
 
-    leaf = own(shard, logits, 1).detach().requires_grad_()
+    leaf = own(size, logits, 1).detach().requires_grad_()
     before = leaf.detach().clone()
     found = vocab_parallel_cross_entropy(leaf, labels, group_of(size), n_classes=classes, **options)
     for _ in range(2):  # a second backward changes nothing
@@ -97,18 +96,18 @@ def of_logits(rank: int, size: int, classes: int, dtype: torch.dtype, **options:
 def of_hidden(rank: int, size: int, classes: int, dtype: torch.dtype, **options: Any) -> None:
     make = Make(dtype)
     hidden, weight, bias = make.randn(N, H), make.randn(classes, H), make.randn(classes)
-    labels, shard = drawn_labels(make, classes, options), shard_of(size, classes)
+    labels = drawn_labels(make, classes, options)
     compiled = options.pop("compiled", False)
 
     def whole(dtype: torch.dtype) -> dict[str, Any]:
         x, w, b = (t.to(dtype).requires_grad_() for t in (hidden, weight, bias))
         found = terms(F.linear(x, w, b), labels, **options)
         found[0].backward(upstream(found[0]))
-        grads = {"dx": x.grad, "dw": own(shard, w.grad, 0), "db": own(shard, b.grad, 0)}
+        grads = {"dx": x.grad, "dw": own(size, w.grad, 0), "db": own(size, b.grad, 0)}
         return {**dict(zip(NAMES, found, strict=True)), **grads}
 
     x = hidden.detach().requires_grad_()
-    w, b = (own(shard, t, 0).detach().requires_grad_() for t in (weight, bias))
+    w, b = (own(size, t, 0).detach().requires_grad_() for t in (weight, bias))
     function: Any = vocab_parallel_linear_cross_entropy
     if compiled:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -119,11 +118,79 @@ def of_hidden(rank: int, size: int, classes: int, dtype: torch.dtype, **options:
     compare({**dict(zip(NAMES, found, strict=True)), **grads}, whole(torch.float64), whole(dtype))
 
 
+NUMBERS = ("log_prob", "entropy", "logsumexp", "sum_p2", "mean_logit")
+REQUESTS = dict.fromkeys((*NUMBERS[1:], "top1"), True)
+
+
+def of_tokens(
+    rank: int, size: int, classes: int, dtype: torch.dtype, linear: bool, **options: Any
+) -> None:
+    """Log-probabilities and the rest, with a temperature for each token, or one and a soft-cap."""
+    make = Make(dtype)
+    hidden, weight = make.randn(N, H), make.randn(classes, H)
+    logits, labels = make.randn(N, classes, scale=3), drawn_labels(make, classes, options)
+    inputs = (hidden, weight) if linear else (logits,)
+    warmth = make.randn(N).abs() + 0.5
+    temperature = options.pop("temperature", warmth)
+
+    def result(found: Any, grads: dict[str, Tensor]) -> dict[str, Any]:
+        numbers = {name: value for name, value in found._asdict().items() if value is not None}
+        return {**numbers, **grads}
+
+    def backward(found: Any) -> None:
+        sum((getattr(found, name) * upstream(found.log_prob)).sum() for name in NUMBERS).backward()
+
+    def whole(dtype: torch.dtype) -> dict[str, Any]:
+        x, *w = (t.to(dtype).requires_grad_() for t in inputs)
+        warm = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
+        with backends.use_implementation("reference"):
+            found = logprobs(
+                F.linear(x, *w) if w else x, labels, temperature=warm, **REQUESTS, **options
+            )
+            backward(found)
+        grads = {"dw": own(size, w[0].grad, 0), "dx": x.grad} if w else {"dx": own(size, x.grad, 1)}
+        return result(found, grads)
+
+    how = {"n_classes": classes, "temperature": temperature, **REQUESTS, **options}
+    if linear:
+        x = hidden.detach().requires_grad_()
+        w = own(size, weight, 0).detach().requires_grad_()
+        chunks = ChunkOptions(chunk_size=3)
+        found = vocab_parallel_linear_logprobs(x, w, labels, group_of(size), chunks=chunks, **how)
+        backward(found)
+        ours = result(found, {"dw": w.grad, "dx": x.grad})
+    else:
+        x = own(size, logits, 1).detach().requires_grad_()
+        found = vocab_parallel_logprobs(x, labels, group_of(size), **how)
+        backward(found)
+        ours = result(found, {"dx": x.grad})
+    compare(ours, whole(torch.float64), whole(dtype))
+
+
+def as_verl_calls_it(rank: int) -> None:
+    make, size = Make(torch.float32), WORLD
+    hidden, weight, labels = make.randn(N, H), make.randn(20, H), make.labels(N, 20, 0.3)
+
+    def whole(dtype: torch.dtype) -> dict[str, Any]:
+        x = hidden.to(dtype).requires_grad_()
+        found = logprobs(F.linear(x, weight.to(dtype)), labels, temperature=0.7, entropy=True)
+        (found.entropy.sum() - found.log_prob.sum()).backward()  # type: ignore[union-attr]
+        return {"nll": -found.log_prob, "entropy": found.entropy, "dx": x.grad}
+
+    x = hidden.clone().requires_grad_()
+    nll, entropy = functional.liger_fused_linear_scaled_cross_entropy_tp(
+        x, own(size, weight, 0), labels, group_of(size), 0.7, -100, 1, True
+    )
+    (nll.sum() + entropy.sum()).backward()
+    with backends.use_implementation("reference"):
+        high = whole(torch.float64)
+    compare({"nll": nll, "entropy": entropy, "dx": x.grad}, high, whole(torch.float32))
+
+
 def megatron(rank: int, size: int, formula: str, mode: str) -> None:
     """The module, by the formulas written down with one rank's logits and the global sums."""
     make, n, a = Make(torch.float32), 6 * size, 0.3
     logits, labels = make.randn(3, 2, n), make.labels(6, n, 0.3).view(3, 2)
-    shard = shard_of(size, n)
     loss = LigerVocabParallelCrossEntropy(
         label_smoothing=a, label_smoothing_formula=formula, label_smoothing_mode=mode
     )
@@ -131,16 +198,16 @@ def megatron(rank: int, size: int, formula: str, mode: str) -> None:
     def whole(dtype: torch.dtype) -> dict[str, Any]:
         leaf = logits.to(dtype).requires_grad_()
         logp = leaf.log_softmax(-1)
-        smoothed = own(shard, logp, 2) if mode == "partition" else logp
+        smoothed = own(size, logp, 2) if mode == "partition" else logp
         k = smoothed.shape[-1]
         alpha = a * k / (k - 1) if formula == "megatron" else a
         nll = -logp.gather(2, labels.clamp(min=0)[..., None])[..., 0]
         found = (1 - alpha) * nll - alpha * smoothed.mean(-1)
         found = found.masked_fill(labels == -100, 0)
         found.backward(upstream(found))
-        return {"loss": found.detach(), "grad": own(shard, leaf.grad, 2)}
+        return {"loss": found.detach(), "grad": own(size, leaf.grad, 2)}
 
-    leaf = own(shard, logits, 2).detach().requires_grad_()
+    leaf = own(size, logits, 2).detach().requires_grad_()
     found = loss(leaf, labels, group_of(size))
     found.backward(upstream(found))
     compare({"loss": found.detach(), "grad": leaf.grad}, whole(torch.float64), whole(torch.float32))
@@ -203,6 +270,12 @@ def checks() -> Iterator[tuple[str, ranks.Check]]:
                     how = {"size": size, "classes": classes, "dtype": dtype, **options}
                     run = partial(under, implementation, check, **how)
                     yield f"{check.__name__} {name} {size}x{classes} {implementation}", run
+        for linear in (False, True):
+            for size, classes, more in ((2, 37, {}), (4, 5, {"temperature": 0.7, "softcap": 4.0})):
+                how = {"size": size, "classes": classes, "dtype": single, "linear": linear, **more}
+                run = partial(under, implementation, of_tokens, **how)
+                yield f"of_tokens {'linear ' * linear}{size}x{classes} {implementation}", run
+    yield "as_verl_calls_it", as_verl_calls_it
     for reduction in ("mean", "none"):
         how = {"size": 2, "classes": 37, "dtype": single, "compiled": True, "reduction": reduction}
         yield f"compiled {reduction}", partial(of_hidden, **how)

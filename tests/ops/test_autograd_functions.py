@@ -25,6 +25,12 @@ Arguments = tuple[Any, ...]
 FUNCTIONS = [name for names in ops.SERVED.values() for name in names if name.endswith("Function")]
 
 
+class OneRank:
+    """A process group of this process alone."""
+
+    size = staticmethod(lambda: 1)
+
+
 def arguments(name: str) -> Arguments:
     """Leaves that require a gradient, and the other arguments of `apply`."""
     make = Make(torch.float32)
@@ -44,6 +50,10 @@ def arguments(name: str) -> Arguments:
         "LigerFusedLinearScaledCrossEntropyFunction": (
             *(leaf(5, 8), leaf(12, 8), labels, 0.7),
             *(-100, 1, True, make.integers(12, 3)),
+        ),
+        "LigerFusedLinearScaledCrossEntropyTPFunction": (
+            *(leaf(5, 8), leaf(12, 8), labels, OneRank, 0.7),
+            *(-100, 1, True),
         ),
         "LigerVocabParallelCEFunction": (
             *(leaf(5, 1, 12), labels[:, None], None, -100, 0.1),

@@ -54,6 +54,7 @@ COMPUTED_BY = {
     "gated_mlp": "glu",
     "linear_logprobs": "logprobs",
     "vocab_parallel_cross_entropy": "cross_entropy",
+    "vocab_parallel_logprobs": "logprobs",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
@@ -67,6 +68,10 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
 #: likewise, for those over classes that are spread over ranks, in `liger_kernel.distributed`
 SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
     "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
+    "vocab_parallel_logprobs": (
+        "LigerFusedLinearScaledCrossEntropyTPFunction",
+        "_apply_tp_fallback",
+    ),
 }
 SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES}
 _NAMES = {name for names in SERVED.values() for name in names}

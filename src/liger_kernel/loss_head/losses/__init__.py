@@ -12,6 +12,7 @@ ROW_LOSSES = {
     "jsd": "liger_kernel.loss_head.losses.jsd:JSDLoss",
     "logprobs": "liger_kernel.loss_head.losses.logprobs:LogProbsLoss",
     "vocab_parallel_cross_entropy": "liger_kernel.distributed.vocab_parallel_cross_entropy:ShardedCrossEntropyLoss",
+    "vocab_parallel_logprobs": "liger_kernel.distributed.vocab_parallel_logprobs:ShardedLogProbsLoss",
 }
 
 

@@ -127,7 +127,7 @@ def statistics(
     x, _ = _capped(logits, options.softcap)
     top, best = x.max(-1)
     total = (x - top.masked_fill(top == -torch.inf, 0)[:, None]).exp_().sum(-1)
-    label, is_here = _on_shard(target, first, logits.shape[1])
+    label, is_here = on_shard(target, first, logits.shape[1])
     x_y = x.gather(1, label[:, None])[:, 0].masked_fill(~is_here, 0)
     torch.stack((top, total, x_y, x.sum(-1), (best + first).to(x.dtype)), out=out)
 
@@ -145,7 +145,7 @@ def gradient(
     x, tanh = _capped(logits, options.softcap)
     top, slope, hit, share = factors[:, :, None]
     g = (x - top).exp_() * slope - share
-    label, is_here = _on_shard(target, first, logits.shape[1])
+    label, is_here = on_shard(target, first, logits.shape[1])
     g.scatter_add_(1, label[:, None], -hit * is_here[:, None])
     if tanh is not None:
         g *= 1 - tanh.square()
@@ -161,7 +161,7 @@ def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | Non
     return softcap * tanh, tanh
 
 
-def _on_shard(target: Tensor, first: int, n_classes: int) -> tuple[Tensor, Tensor]:
+def on_shard(target: Tensor, first: int, n_classes: int) -> tuple[Tensor, Tensor]:
     """The columns of the labels, and whether they are here."""
     label = target - first
     return label.clamp(0, n_classes - 1), (label >= 0) & (label < n_classes)

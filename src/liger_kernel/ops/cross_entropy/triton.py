@@ -491,7 +491,7 @@ def step(
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
-    config, pads = _tile(logits, options, padded)
+    config, pads = tile(logits, options.softcap, padded)
     launch(
         _cross_entropy,
         (n_rows,),
@@ -574,7 +574,7 @@ def _on_shard(
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
-    config, pads = _tile(logits, options, padded)
+    config, pads = tile(logits, options.softcap, padded)
     launch(
         kernel,
         (n_rows,),
@@ -596,14 +596,14 @@ def _on_shard(
     )
 
 
-def _tile(logits: Tensor, options: CrossEntropyOptions, padded: bool) -> tuple[Config, bool]:
+def tile(logits: Tensor, softcap: float | None, padded: bool) -> tuple[Config, bool]:
     """The configuration, and whether rows are read beyond their end."""
     n_cols = logits.shape[1]
     whole = n_cols % _VECTOR.value == 0
     config = Config.of(
         n_cols,
         logits.element_size(),
-        options.softcap is not None,
+        softcap is not None,
         padded or (whole and logits.stride(0) % _VECTOR.value == 0),
         facts_of(logits.device),
     )
