@@ -135,6 +135,7 @@ class _LinearLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         ctx.recomputes = groups is None and loss.recomputes
         now = (False,) * 3 if ctx.recomputes else needs
+        ctx.kept_logits = loop.Kept(needs[1]) if ctx.recomputes and any(needs) else None
         if helpers is not None:
             settings = (loss, chunks, dtype)
             *outputs, dx, dw, db = helpers[0](
@@ -144,7 +145,7 @@ class _LinearLoss(torch.autograd.Function):
         else:
             head = HeadInputs(hidden, weight, bias, dtype)
             out, outputs, grads = loop.run(
-                loss, head, target, class_weight, chunks, now, groups, teacher
+                loss, head, target, class_weight, chunks, now, groups, teacher, ctx.kept_logits
             )
         if groups is not None:
             value, reported = groups.loss_of(out.loss)
@@ -184,7 +185,9 @@ class _LinearLoss(torch.autograd.Function):
             )[-3:]
             return *found, None
         head = HeadInputs(hidden, weight, bias, dtype)
-        found = loop.run(loss, head, target, class_weight, chunks, needs, grads[0], teacher)[2]
+        found = loop.run(
+            loss, head, target, class_weight, chunks, needs, grads[0], teacher, ctx.kept_logits
+        )[2]
         return *found, None
 
 
