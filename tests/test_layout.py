@@ -42,6 +42,7 @@ LAYERS = (
     "chunked_loss",
     "distributed",
     "transformers",
+    "megatron",
     "cli",
     "compat",
 )

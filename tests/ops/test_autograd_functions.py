@@ -22,8 +22,13 @@ from liger_kernel.compat import ops as compat_ops
 from liger_kernel.testing import Make
 
 Arguments = tuple[Any, ...]
-SERVED = {**ops.OPS, **ops.LINEAR_LOSSES}
-FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
+FUNCTIONS = [name for names in ops.SERVED.values() for name in names if name.endswith("Function")]
+
+
+class OneRank:
+    """A process group of this process alone."""
+
+    size = staticmethod(lambda: 1)
 
 
 def arguments(name: str) -> Arguments:
@@ -45,6 +50,14 @@ def arguments(name: str) -> Arguments:
         "LigerFusedLinearScaledCrossEntropyFunction": (
             *(leaf(5, 8), leaf(12, 8), labels, 0.7),
             *(-100, 1, True, make.integers(12, 3)),
+        ),
+        "LigerFusedLinearScaledCrossEntropyTPFunction": (
+            *(leaf(5, 8), leaf(12, 8), labels, OneRank, 0.7),
+            *(-100, 1, True),
+        ),
+        "LigerVocabParallelCEFunction": (
+            *(leaf(5, 1, 12), labels[:, None], None, -100, 0.1),
+            *("megatron", "partition"),
         ),
         "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
         "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),

@@ -50,6 +50,7 @@ ALIASES = {
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.triton": "liger_kernel.compat.triton_cache",
     "liger_kernel.triton.monkey_patch": "liger_kernel.compat.triton_cache",
+    "liger_kernel.ops.vocab_parallel_cross_entropy": "liger_kernel.compat.ops.vocab_parallel_cross_entropy",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.grpo_loss": "liger_kernel.compat.ops.grpo_loss",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
@@ -89,6 +90,7 @@ ALIASES = {
             "softmax",
             "sparsemax",
             "swiglu",
+            "vocab_parallel_cross_entropy",
         )
     },
 }

@@ -68,6 +68,8 @@ COMPUTED_BY = {
     "linear_logprobs": "logprobs",
     "fused_linear_jsd": "fused_ce_tvd",
     "fused_linear_kl_div": "fused_ce_tvd",
+    "vocab_parallel_cross_entropy": "cross_entropy",
+    "vocab_parallel_logprobs": "logprobs",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
@@ -88,7 +90,16 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
         "fused_linear_kl_div_forward",
     ),
 }
-_NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
+#: likewise, for those over classes that are spread over ranks, in `liger_kernel.distributed`
+SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
+    "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
+    "vocab_parallel_logprobs": (
+        "LigerFusedLinearScaledCrossEntropyTPFunction",
+        "_apply_tp_fallback",
+    ),
+}
+SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES}
+_NAMES = {name for names in SERVED.values() for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 
 

@@ -38,6 +38,7 @@ _EXPORTS = {
     "LigerTVDLoss": "modules.divergences",
     "liger_llama4_text_rotary_pos_emb": "modules.rope",
     "liger_llama4_vision_rotary_pos_emb": "modules.rope",
+    "LigerVocabParallelCrossEntropy": "modules.vocab_parallel_cross_entropy",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`

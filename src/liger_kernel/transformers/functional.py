@@ -36,6 +36,7 @@ from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy
@@ -319,3 +320,24 @@ def liger_modulated_rms_norm(
 
 #: the autograd Functions of all ops are here, too
 __getattr__ = compat_names(__name__, (n for n in dir(_ops) if n.endswith("Function")))
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    tp_group: Any,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tiles_per_reduce: int = 1,
+    return_entropy: bool = False,
+) -> Any:
+    """The negative log-probability (N,) of each token, and with `return_entropy` the entropy, by a head whose classes
+    are spread over the ranks of `tp_group`: see `liger_kernel.distributed.vocab_parallel_logprobs`.
+
+    Args:
+        input: (N, H) and target: (N,), the same on every rank. weight: (classes of this rank, H).
+    """
+    return LigerFusedLinearScaledCrossEntropyTPFunction.apply(
+        input, weight, target, tp_group, temperature, ignore_index, tiles_per_reduce, return_entropy
+    )
