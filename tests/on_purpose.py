@@ -188,4 +188,32 @@ BEHAVIOURS = (
         "Trainers split batches, and a part may have none.",
         "chunked_loss/test_preference.py::test_sequences_without_labels",
     ),
+    Behaviour(
+        "`fused_neighborhood_attention_forward()`",
+        "returns the output, the weights (B, H, S, S), and the state of its softmax",
+        "returns the output, None and None",
+        "The memory of neighbourhood attention is that of the window; nothing of all pairs of tokens exists.",
+        "ops/test_fused_neighborhood_attention.py::test_the_helper_gives_no_weights_of_all_pairs",
+    ),
+    Behaviour(
+        "`LigerTiledMLPFunction`, `LigerTiledSwiGLUMLP`, `LigerTiledGEGLUMLP`",
+        "add to `.grad` of the parameters within backward, once per tile",
+        "hand gradients to autograd, once and whole; only a subclass of the Function still adds to `.grad`",
+        "DDP, FSDP and hooks see a gradient when it is complete, and `torch.autograd.grad` gets it.",
+        "ops/test_tiled_mlp.py::test_every_tensor_gets_its_gradient_once",
+    ),
+    Behaviour(
+        "tiled MLPs with `num_shards=None`",
+        "tiles of as many tokens as the block is wide",
+        "tiles whose intermediates take 256 MiB",
+        "What the user wants to bound is memory.",
+        "ops/test_tiled_mlp.py::test_the_default_number_of_tiles",
+    ),
+    Behaviour(
+        "`LigerMultiTokenAttention(sparse=True)`",
+        "RuntimeError, but for float32",
+        "any floating dtype",
+        "Our sparsemax computes in fp32 and rounds once.",
+        "ops/test_ops.py::test_as_exact_as_pytorch",
+    ),
 )

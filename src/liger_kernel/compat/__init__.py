@@ -79,11 +79,13 @@ ALIASES = {
             "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
+            "fused_neighborhood_attention",
             "geglu",
             "group_norm",
             "layer_norm",
             "mlp",
             "modulated_rms_norm",
+            "multi_token_attention",
             "poly_norm",
             "relu_squared",
             "rms_norm",
@@ -91,6 +93,7 @@ ALIASES = {
             "sparsemax",
             "swiglu",
             "vocab_parallel_cross_entropy",
+            "tiled_mlp",
         )
     },
 }

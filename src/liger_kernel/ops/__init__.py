@@ -31,6 +31,10 @@ OPS: dict[str, tuple[str, ...]] = {
     ),
     "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
     "grpo_loss": ("GrpoLossFunction", "fused_selective_log_softmax"),
+    "fused_neighborhood_attention": (
+        "LigerFusedNeighborhoodAttentionFunction",
+        "fused_neighborhood_attention_forward",
+    ),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
@@ -42,6 +46,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "modulated_rms_norm_backward",
         "modulated_rms_norm_forward",
     ),
+    "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "qk_norm_rope": (),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
@@ -59,6 +64,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "scale_gradients": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
+    "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
@@ -70,6 +76,9 @@ COMPUTED_BY = {
     "fused_linear_kl_div": "fused_ce_tvd",
     "vocab_parallel_cross_entropy": "cross_entropy",
     "vocab_parallel_logprobs": "logprobs",
+    "fused_neighborhood_attention": "softmax",
+    "multi_token_attention": "softmax",
+    "tiled_mlp": "glu",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {

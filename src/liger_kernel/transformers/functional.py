@@ -19,12 +19,14 @@ import liger_kernel.ops as _ops
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
+import liger_kernel.ops.fused_neighborhood_attention as _fused_neighborhood_attention
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.modulated_rms_norm as _modulated_rms_norm
+import liger_kernel.ops.multi_token_attention as _multi_token_attention
 import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
@@ -271,6 +273,36 @@ def liger_tvd(
 def liger_softmax(x: Tensor) -> Tensor:
     """`softmax` over the last dimension."""
     return _softmax.softmax(x)
+
+
+def liger_fused_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """`fused_neighborhood_attention` of (B, H, S, D)."""
+    return _fused_neighborhood_attention.fused_neighborhood_attention(
+        query, key, value, kernel_size, dilation, scale
+    )
+
+
+def liger_multi_token_attention(
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    sparse: bool = False,
+) -> Tensor:
+    """`multi_token_attention` of scores (B, C, L, L)."""
+    return _multi_token_attention.multi_token_attention(
+        scores, weight, bias, stride, padding, dilation, groups, sparse
+    )
 
 
 def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
