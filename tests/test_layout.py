@@ -42,6 +42,7 @@ LAYERS = (
     "chunked_loss",
     "distributed",
     "transformers",
+    "megatron",
     "cli",
     "compat",
 )
@@ -51,7 +52,13 @@ TEST_ONLY = "testing"
 RUN_CASES = ("cli/bench.py", "cli/selftest.py")
 #: ops without kernels of their own: they are built from a sibling's
 OPS_WITHOUT_KERNELS = frozenset(
-    {"fused_neighborhood_attention", "gated_mlp", "multi_token_attention", "tiled_mlp"}
+    {
+        "fused_neighborhood_attention",
+        "gated_mlp",
+        "lora_linear",
+        "multi_token_attention",
+        "tiled_mlp",
+    }
 )
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
 KERNEL_SIDE = ("contract.py", "triton.py")

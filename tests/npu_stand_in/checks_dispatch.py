@@ -113,6 +113,12 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
         "rotary_dim",
         lambda: rope(randn(*Q), None, randn(*ANGLES), randn(*ANGLES), rotary_dim=8),
     ),
+    "angles of three positions": (
+        "section",
+        lambda: rope(
+            randn(*Q), None, randn(3, *ANGLES), randn(3, *ANGLES), mrope_section=(2, 3, 3)
+        ),
+    ),
     "float64 angles": (
         "float64",
         lambda: rope(randn(*Q), None, *(randn(*ANGLES, dtype=torch.float64) for _ in "cs")),

@@ -29,6 +29,8 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
+    "grpo_loss": ("GrpoLossFunction", "fused_selective_log_softmax"),
     "fused_neighborhood_attention": (
         "LigerFusedNeighborhoodAttentionFunction",
         "fused_neighborhood_attention_forward",
@@ -38,6 +40,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
     "mm_int8int2": (),
+    "lora_linear": (),
+    "logprobs": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -45,9 +49,19 @@ OPS: dict[str, tuple[str, ...]] = {
     ),
     "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
+    "qk_norm_rope": (),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
-    "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
+    "rope": (
+        "LigerLlama4RopeFunction",
+        "LigerQwen2VLMRopeFunction",
+        "LigerRopeFunction",
+        "llama4_rope_forward",
+        "qwen2vl_mrope_backward",
+        "qwen2vl_mrope_forward",
+        "rope_backward",
+        "rope_forward",
+    ),
     "scale_gradients": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
@@ -57,8 +71,13 @@ OPS: dict[str, tuple[str, ...]] = {
 #: what has no kernels of its own -> the op whose kernels compute it
 COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
-    "fused_neighborhood_attention": "softmax",
     "gated_mlp": "glu",
+    "linear_logprobs": "logprobs",
+    "fused_linear_jsd": "fused_ce_tvd",
+    "fused_linear_kl_div": "fused_ce_tvd",
+    "vocab_parallel_cross_entropy": "cross_entropy",
+    "vocab_parallel_logprobs": "logprobs",
+    "fused_neighborhood_attention": "softmax",
     "multi_token_attention": "softmax",
     "tiled_mlp": "glu",
 }
@@ -69,12 +88,30 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
     ),
+    "linear_logprobs": ("LigerFusedLinearScaledCrossEntropyFunction",),
+    "fused_linear_jsd": (
+        "LigerFusedLinearJSDFunction",
+        "fused_linear_jsd_backward",
+        "fused_linear_jsd_forward",
+    ),
+    "fused_linear_kl_div": (
+        "LigerFusedLinearKLDivFunction",
+        "fused_linear_kl_div_backward",
+        "fused_linear_kl_div_forward",
+    ),
+}
+#: likewise, for those over classes that are spread over ranks, in `liger_kernel.distributed`
+SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
+    "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
+    "vocab_parallel_logprobs": (
+        "LigerFusedLinearScaledCrossEntropyTPFunction",
+        "_apply_tp_fallback",
+    ),
 }
 #: likewise, for what PyTorch computes
 BY_PYTORCH: dict[str, tuple[str, ...]] = {"embedding": ("LigerEmbeddingFunction",)}
-_NAMES = {
-    name for table in (OPS, LINEAR_LOSSES, BY_PYTORCH) for names in table.values() for name in names
-}
+SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES, **BY_PYTORCH}
+_NAMES = {name for names in SERVED.values() for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 
 

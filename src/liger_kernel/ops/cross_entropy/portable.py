@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,20 @@ def step(
     row_scale: Tensor | None,
     padded: bool,
 ) -> None:
+    for at in row_blocks(logits):
+        of_rows = (None if t is None else t[at] for t in (grad, row_scale))
+        _step(logits[at], target[at], weight, totals, options, out[at], *of_rows)
+
+
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """The rows of (N, V) logits, as many at a time as a step should go through."""
     n_rows, block = logits.shape[0], logits.shape[0]
     if can_look(
         logits
     ):  # no queue hides what a call costs, but several passes over rows in the cache are cheap
         size = torch.promote_types(logits.dtype, torch.float32).itemsize * logits.shape[1]
         block = max(1, BLOCK_BYTES * torch.get_num_threads() // max(1, size))
-    for start in range(0, n_rows, max(1, block)):
-        at = slice(start, start + block)
-        of_rows = (None if t is None else t[at] for t in (grad, row_scale))
-        _step(logits[at], target[at], weight, totals, options, out[at], *of_rows)
+    return (slice(at, at + block) for at in range(0, n_rows, max(1, block)))
 
 
 def _step(
@@ -47,13 +53,9 @@ def _step(
     row_scale: Tensor | None,
 ) -> None:
     o, n_classes = options, logits.shape[1]
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x, tanh = _capped(logits, o.softcap)
     ignored = target == o.ignore_index
     label = target.clamp(0, n_classes - 1)
-    tanh = None
-    if o.softcap is not None:
-        tanh = torch.tanh(x / o.softcap)
-        x = o.softcap * tanh
     log_p = x.log_softmax(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
     log_p_y = log_p.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
@@ -111,3 +113,55 @@ def _step(
         grad.copy_(g)
     if not can_look(ignored) or ignored.any():  # else a pass is saved
         grad.masked_fill_(ignored[:, None], 0)
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    out: Tensor,
+    padded: bool,
+) -> None:
+    x, _ = _capped(logits, options.softcap)
+    top, best = x.max(-1)
+    total = (x - top.masked_fill(top == -torch.inf, 0)[:, None]).exp_().sum(-1)
+    label, is_here = on_shard(target, first, logits.shape[1])
+    x_y = x.gather(1, label[:, None])[:, 0].masked_fill(~is_here, 0)
+    torch.stack((top, total, x_y, x.sum(-1), (best + first).to(x.dtype)), out=out)
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    factors: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    grad: Tensor,
+    padded: bool,
+) -> None:
+    x, tanh = _capped(logits, options.softcap)
+    top, slope, hit, share = factors[:, :, None]
+    g = (x - top).exp_() * slope - share
+    label, is_here = on_shard(target, first, logits.shape[1])
+    g.scatter_add_(1, label[:, None], -hit * is_here[:, None])
+    if tanh is not None:
+        g *= 1 - tanh.square()
+    grad.copy_(g.masked_fill_((target == options.ignore_index)[:, None], 0))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits, at least fp32, and their tanh where there is a soft-cap."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is None:
+        return x, None
+    tanh = torch.tanh(x / softcap)
+    return softcap * tanh, tanh
+
+
+def on_shard(target: Tensor, first: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """The columns of the labels, and whether they are here."""
+    label = target - first
+    return label.clamp(0, n_classes - 1), (label >= 0) & (label < n_classes)

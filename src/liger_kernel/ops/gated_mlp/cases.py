@@ -43,6 +43,8 @@ CASES = (
     block("multiplier", "Falcon-H1", (5, 16), 24, gate_multiplier=0.7),
     block("packed", "gate and up from one weight", (9, 16), 24, packed=True),
     block("packed-gelu", "likewise", (7, 16), 25, packed=True, activation="gelu_tanh"),
+    block("limit", "DeepSeek-V4", (5, 16), 24, limit=0.5),
+    block("oai", "MiniMax-M3", (5, 16), 24, packed=True, activation="silu_oai", limit=1, alpha=1.7),
     block("one-row", "one row", (1, 16), 24),
     block("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24),
     block("3d", "a batch of sequences", (2, 3, 16), 24),
