@@ -229,8 +229,11 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "grpo_loss",
         "logprobs",
         "lora_linear",
+        "qk_norm_rope",
         "scale_gradients",
         "tiled_mlp",
+        "vocab_parallel_cross_entropy",
+        "vocab_parallel_logprobs",
     }
     assert set(SPECS) - set(providers.LIGER) == apart
 
