@@ -230,8 +230,11 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "logprobs",
         "lora_linear",
         "mm_int8int2",
+        "qk_norm_rope",
         "scale_gradients",
         "tiled_mlp",
+        "vocab_parallel_cross_entropy",
+        "vocab_parallel_logprobs",
     }
     assert set(SPECS) - set(providers.LIGER) == apart
 
