@@ -229,6 +229,7 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "grpo_loss",
         "logprobs",
         "lora_linear",
+        "mm_int8int2",
         "qk_norm_rope",
         "scale_gradients",
         "tiled_mlp",

@@ -27,6 +27,7 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.logprobs import logprobs
 from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.ops.lora_linear import lora_linear
+from liger_kernel.ops.mm_int8int2 import mm_int8int2
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.multi_token_attention import multi_token_attention
 from liger_kernel.ops.poly_norm import poly_norm
@@ -63,6 +64,7 @@ __all__ = [
     "linear_logprobs",
     "logprobs",
     "lora_linear",
+    "mm_int8int2",
     "modulated_rms_norm",
     "multi_token_attention",
     "poly_norm",

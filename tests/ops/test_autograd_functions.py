@@ -108,6 +108,7 @@ def arguments(name: str) -> Arguments:
         "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
         "LigerMultiTokenAttentionFunction": (leaf(1, 2, 5, 5), leaf(2, 2, 3, 3), leaf(2), 1, 1),
         "LigerFusedNeighborhoodAttentionFunction": (*(leaf(1, 2, 5, 4) for _ in "qkv"), 3, 1),
+        "LigerEmbeddingFunction": (leaf(6, 8), torch.tensor([[1, 5, 1], [0, 1, 3]])),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 

@@ -17,6 +17,8 @@ ALIASES = {
     "liger_kernel.backends.registry": "liger_kernel.compat.dispatch",
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
+    "liger_kernel.ops.experimental.embedding": "liger_kernel.compat.ops.embedding",
+    "liger_kernel.ops.experimental.mm_int8int2": "liger_kernel.compat.mm_int8int2",
     "liger_kernel.ops.backends._triton": "liger_kernel.compat.triton_ops",
     **{
         f"liger_kernel.ops.backends._triton.{op}": "liger_kernel.compat.triton_ops"

@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mm_int8int2": (),
     "lora_linear": (),
     "logprobs": (),
     "modulated_rms_norm": (
@@ -107,7 +108,9 @@ SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
         "_apply_tp_fallback",
     ),
 }
-SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES}
+#: likewise, for what PyTorch computes
+BY_PYTORCH: dict[str, tuple[str, ...]] = {"embedding": ("LigerEmbeddingFunction",)}
+SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES, **BY_PYTORCH}
 _NAMES = {name for names in SERVED.values() for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 

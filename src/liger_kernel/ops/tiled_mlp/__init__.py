@@ -60,7 +60,7 @@ def tiled_mlp(
 
     def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
         gate, up, down = (of_tile.get(name) for name in names)
-        return gated_mlp(tile, gate, up, down, activation, 1.0, gated_product)  # type: ignore[arg-type]
+        return gated_mlp(tile, gate, up, down, activation, 1.0, product=gated_product)  # type: ignore[arg-type]
 
     names = ("gate", "up", "down")
     named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
