@@ -24,6 +24,7 @@ from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers.patching import OPTIONS
 from tests.transformers.here import ENTRIES
 from tests.transformers.steps import assert_same_step, step
+from tests.transformers.test_copies import replicated
 from tests.transformers.tiny import batch, build
 from tests.transformers.zoo import check, inputs
 
@@ -174,6 +175,20 @@ def test_compiled() -> None:
     outputs = torch.compile(model, backend="eager", fullgraph=True)(**batch())
     assert outputs.loss == eager.loss
     assert outputs.logits is None
+
+
+@pytest.mark.usefixtures("on_the_class")
+@pytest.mark.parametrize("fused", [True, False])
+def test_replicas_compute_with_their_own_weights(fused: bool) -> None:
+    model = build("llama").train()
+    expected = LlamaForCausalLM._liger_own_forward(model, **batch()).loss
+    if fused:
+        model(**batch())
+    replica = replicated(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert replica(**batch()).loss == expected
 
 
 def test_called_by_a_subclass(lce_forward: Any) -> None:
