@@ -162,11 +162,11 @@ def test_calls_of_ours(op: str) -> None:
 
 
 def test_forms_of_the_functional_api() -> None:
-    plain = functional.glu(X, X, gate_multiplier=0.5, down_multiplier=2.0)
-    assert torch.equal(functional.swiglu(X, X, 0.5, 2.0), plain)
-    assert torch.equal(functional.geglu(X, X, backend="torch"), functional.glu(X, X, "gelu_tanh"))
+    plain = functional.glu(X, LOGS, "silu", 0.5, 2.0)
+    assert torch.equal(functional.swiglu(X, LOGS, 0.5, 2.0), plain)
+    assert torch.equal(functional.geglu(X, LOGS), functional.glu(X, LOGS, "gelu_tanh"))
     with pytest.raises(ValueError, match="mode='fast'"):
-        functional.swiglu(X, X, mode="fast")
+        functional.dispatch("swiglu", X, X, mode="fast")
 
 
 def test_an_implementation_of_the_user_is_called() -> None:
@@ -187,8 +187,13 @@ def test_an_implementation_of_the_user_is_called() -> None:
     assert torch.equal(functional.layer_norm(X, W), plain[0]), "as before, without one of that name"
     assert torch.equal(functional.glu(X, X, "gelu_tanh"), plain[1])
     assert functional.glu_packed(X).shape == (5, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.rms_norm, backend="eager", fullgraph=True)
+    assert computes_seven(compiled(X, W))
     with backends.use_implementation("reference"):
         assert not computes_seven(functional.rms_norm(X, W))
+    liger_kernel.set_impl(None)
+    assert not computes_seven(compiled(X, W))
     liger_kernel.set_impl("torch")
     assert not computes_seven(functional.rms_norm(X, W))
 

@@ -4,8 +4,8 @@ Each file here that defines `BACKEND` is a family of devices. An implementation 
 `liger_kernel.ops.<op>.<implementation>`, that satisfy the op's `contract.py`; an op without such a file, and a device
 without a backend, run the op's `reference`.
 
-Order of decision: `use_implementation(...)` (a context manager), the environment variable `LIGER_KERNEL_IMPL` (read at
-import), the device of the tensor. An explicit request that cannot be served raises.
+Order of decision: `use_implementation(...)` (a context manager) or `set_implementation(...)`, the environment variable
+`LIGER_KERNEL_IMPL` (read at import), the device of the tensor. An explicit request that cannot be served raises.
 """
 
 from __future__ import annotations

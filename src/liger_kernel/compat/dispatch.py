@@ -138,24 +138,15 @@ _chosen: str | None = None  # by name, among those that users registered
 
 
 @functools.cache
-def call_of(
-    op: str, implementation: str | None = None, *, chooses: bool = False
-) -> Callable[..., Any]:
-    """Our op by the arguments in `CALLS`, on the tensor's device or by `implementation`; `mode` is None.
-
-    With `chooses`, `impl` and `backend` name an implementation.
-    """
+def call_of(op: str, implementation: str | None = None) -> Callable[..., Any]:
+    """Our op by the arguments in `CALLS`, on the tensor's device or by `implementation`; `mode` is None."""
     function_name, arguments = CALLS[op]
     function = getattr(_functions, function_name)
     plain = inspect.signature(eval(f"lambda {arguments}: None"))
-    names = ("impl", "mode", "backend") if chooses else ("mode",)
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    mode = inspect.Parameter("mode", inspect.Parameter.KEYWORD_ONLY, default=None)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        named = {name: kwargs.pop(name, None) for name in names}
-        check_implementation(mode=named.pop("mode"))
-        if chooses:
-            return dispatch(op, *args, **named, **kwargs)
+    def call(*args: Any, mode: str | None = None, **kwargs: Any) -> Any:
+        check_implementation(mode=mode)
         bound = plain.bind(*args, **kwargs)
         bound.apply_defaults()
         if implementation is None:
@@ -164,7 +155,7 @@ def call_of(
             return function.apply(*bound.args)
 
     call.__name__ = call.__qualname__ = op
-    call.__signature__ = plain.replace(parameters=[*plain.parameters.values(), *more])  # type: ignore[attr-defined]
+    call.__signature__ = plain.replace(parameters=[*plain.parameters.values(), mode])  # type: ignore[attr-defined]
     return call
 
 
@@ -356,6 +347,7 @@ def resolve_impl(op_name: str, requested: str | None = None, device: Any = None)
     return found
 
 
+@torch.compiler.disable
 def dispatch(
     op_name: str, *args: Any, impl: str | None = None, backend: str | None = None, **kwargs: Any
 ) -> Any:
@@ -379,10 +371,3 @@ all_backends, available_backends, get_backend, set_backend = (
     get_impl,
     set_impl,
 )
-
-
-def __getattr__(name: str) -> Any:
-    """The forms in `liger_kernel.functional`."""
-    if name in CALLS:
-        return call_of(name, chooses=True)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
