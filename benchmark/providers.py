@@ -213,6 +213,26 @@ def _liger_divergence(name: str) -> Callable[[Options], Function]:
     return adapter
 
 
+def _liger_linear_logprobs(o: Options) -> Function | None:
+    if not _plain(o, "ignore_index", "temperature", "entropy", *HOW):
+        return None
+    name = "LigerFusedLinearScaledCrossEntropyFunction"
+    apply = getattr(importlib.import_module("liger_kernel.ops"), name).apply
+    rest = (o.get("temperature", 1.0), o.get("ignore_index", -100), 1, o.get("entropy", False))
+
+    def function(x: Any, weight: Any, ids: Any, bias: Any, temperatures: Any) -> tuple[Any, ...]:
+        found = apply(x, weight, ids, *rest)
+        nll, entropy = found if rest[-1] else (found, None)
+        return (-nll, entropy, *(None,) * 6)
+
+    return function
+
+
+def _liger_ce_tvd(o: Options) -> Function:
+    function = importlib.import_module("liger_kernel.ops.fused_ce_tvd").LigerFusedCETVDFunction
+    return lambda *tensors: function.apply(*tensors, o["ignore_index"])
+
+
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
@@ -230,7 +250,11 @@ LIGER: Table = {
     "jsd": _liger_divergence("liger_jsd"),
     "kl_div": _liger_divergence("liger_kl_div"),
     "tvd": _liger_divergence("liger_tvd"),
+    "fused_ce_tvd": _liger_ce_tvd,
+    "fused_linear_jsd": _liger_divergence("liger_fused_linear_jsd"),
+    "fused_linear_kl_div": _liger_divergence("liger_fused_linear_kl_div"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
+    "linear_logprobs": _liger_linear_logprobs,
 }
 
 # --- other peers

@@ -151,10 +151,18 @@ ON_CPU: dict[str, tuple[str, Inputs]] = {
         ),
     ),
     "cross_entropy": ("256x32000", lambda m: (m.randn(256, 32000), m.labels(256, 32000))),
+    "logprobs": ("256x32000", lambda m: (m.randn(256, 32000), m.labels(256, 32000), None)),
     "kl_div": ("128x32000", lambda m: (_pair(True)(m)[0], _pair(False)(m)[0])),
     "jsd": ("128x32000", _pair(True)),
     "tvd": ("128x32000", _pair(False)),
     "fused_linear_cross_entropy": (
+        "512x256x16000",
+        lambda m: (
+            *(m.randn(512, 256), m.randn(16000, 256, scale=1 / 16), m.labels(512, 16000)),
+            *(None, None),
+        ),
+    ),
+    "linear_logprobs": (
         "512x256x16000",
         lambda m: (
             *(m.randn(512, 256), m.randn(16000, 256, scale=1 / 16), m.labels(512, 16000)),

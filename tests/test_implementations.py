@@ -187,6 +187,7 @@ def test_an_implementation_of_the_user_is_called() -> None:
     assert torch.equal(functional.layer_norm(X, W), plain[0]), "as before, without one of that name"
     assert torch.equal(functional.glu(X, X, "gelu_tanh"), plain[1])
     assert functional.glu_packed(X).shape == (5, 6)
+    assert not computes_seven(functional.glu(X, X, limit=1.0)), "it has no place for this option"
     torch._dynamo.reset()
     compiled = torch.compile(functional.rms_norm, backend="eager", fullgraph=True)
     assert computes_seven(compiled(X, W))
@@ -200,6 +201,14 @@ def test_an_implementation_of_the_user_is_called() -> None:
 
 class _Config:
     hidden_size, intermediate_size, hidden_act, mlp_bias = 12, 8, "silu", False
+
+
+def test_options_that_an_implementation_has_no_place_for() -> None:
+    registry.register_impl("geglu", impl_name="mine")(seven)
+    liger_kernel.set_impl("mine")
+    assert computes_seven(functional.geglu(X, X))
+    for options in ({"gate_multiplier": 0.5}, {"activation": "silu"}, {"limit": 1.0}):
+        assert not computes_seven(functional.glu(X, X, **{"activation": "gelu_tanh", **options}))
 
 
 def test_the_arguments_of_an_implementation() -> None:

@@ -10,16 +10,24 @@ from torch import Tensor
 
 from liger_kernel._core.lazy import compat_names
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
+from liger_kernel.loss_head.fused_linear_kl_div import fused_linear_kl_div
 from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.linear_logprobs import linear_logprobs
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
+from liger_kernel.ops.grpo_loss import grpo_loss
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.logprobs import logprobs
+from liger_kernel.ops.logprobs.contract import LogProbs
+from liger_kernel.ops.lora_linear import lora_linear
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
@@ -31,18 +39,26 @@ from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
+    "LogProbs",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",
+    "fused_ce_tvd",
     "fused_linear_cross_entropy",
+    "fused_linear_jsd",
+    "fused_linear_kl_div",
     "gated_mlp",
     "geglu",
     "glu",
     "glu_packed",
     "group_norm",
+    "grpo_loss",
     "jsd",
     "kl_div",
     "layer_norm",
+    "linear_logprobs",
+    "logprobs",
+    "lora_linear",
     "modulated_rms_norm",
     "poly_norm",
     "relu_squared",

@@ -12,6 +12,7 @@ from torch import Tensor
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
+from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
 from liger_kernel.loss_head.node import linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.row_loss import MOST_OUTPUTS, FormulaLoss, RowLoss
@@ -55,6 +56,18 @@ def inputs(dtype: torch.dtype, ignored: float = 0.3, seed: int = 0) -> dict[str,
     return drawn
 
 
+def made(cls: Any, reduction: str = "mean", **options: Any) -> Any:
+    """With that reduction where it has one, and with every number that it can give."""
+    if cls.name != "logprobs":
+        return cls(reduction=reduction, **options)
+    numbers = dict.fromkeys(("entropy", "logsumexp", "sum_p2", "mean_logit"), True)
+    return cls(**numbers, **options)
+
+
+def cotangent(output: Tensor) -> Tensor:
+    return torch.linspace(0.5, 2, output.numel()).to(output.dtype).view_as(output)
+
+
 def run(
     loss: RowLoss,
     i: dict[str, Tensor],
@@ -70,8 +83,7 @@ def run(
     if not wanted:
         assert not found[0].requires_grad
         return list(found), {}
-    weights = torch.linspace(0.5, 2, N)[: found[0].numel()].to(found[0].dtype)
-    (found[0].reshape(-1) * weights).sum().backward()
+    (found[0] * cotangent(found[0])).sum().backward()
     return list(found), {name: i[name].grad for name in wanted}
 
 
@@ -88,19 +100,20 @@ def eager(loss: RowLoss, i: dict[str, Tensor]) -> tuple[list[Any], dict[str, Ten
     kept = i["target"] != loss.ignore_index
     if isinstance(loss, FormulaLoss):
         columns = loss.formula(wide[kept], teacher[kept], i["target"][kept])
+    elif isinstance(loss, LogProbsLoss):
+        columns = loss.of_logits(wide[kept], None, i["target"][kept], None)[:1]
     else:
         columns = (
             torch.nn.functional.cross_entropy(wide[kept], i["target"][kept], reduction="none"),
         )
     if loss.reduction == "none":
-        found = [torch.zeros(N, dtype=wide.dtype).masked_scatter(kept, c) for c in columns]
+        found = [c.new_zeros(N, *c.shape[1:]).index_put((kept,), c) for c in columns]
     else:
         found = [
             c.sum() if loss.reduction == "sum" else c.sum() / kept.sum().clamp(min=1)
             for c in columns
         ]
-    weights = torch.linspace(0.5, 2, N)[: found[0].numel()].to(found[0].dtype)
-    (found[0].reshape(-1) * weights).sum().backward()
+    (found[0] * cotangent(found[0])).sum().backward()
     return found, {name: i[name].grad for name in ("hidden", "weight", "bias")}  # type: ignore[misc]
 
 
@@ -108,7 +121,7 @@ def eager(loss: RowLoss, i: dict[str, Tensor]) -> tuple[list[Any], dict[str, Ten
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @loss_classes
 def test_chunks_are_as_exact_as_all_logits(cls: Any, reduction: str, dtype: torch.dtype) -> None:
-    loss, i = cls(reduction=reduction), inputs(dtype)
+    loss, i = made(cls, reduction), inputs(dtype)
     ours, our_grads = run(loss, i)
     high, high_grads = eager(loss, in_double(i))
     low, low_grads = eager(loss, i)
@@ -122,8 +135,8 @@ def test_chunks_are_as_exact_as_all_logits(cls: Any, reduction: str, dtype: torc
 @loss_classes
 def test_only_what_requires_a_gradient_gets_one(cls: Any, wanted: tuple[str, ...]) -> None:
     i = inputs(torch.float32)
-    _, everything = run(cls(), i)
-    _, some = run(cls(), i, wanted)
+    _, everything = run(made(cls), i)
+    _, some = run(made(cls), i, wanted)
     assert some.keys() == set(wanted)
     for name in wanted:
         assert torch.equal(some[name], everything[name])
@@ -132,8 +145,8 @@ def test_only_what_requires_a_gradient_gets_one(cls: Any, wanted: tuple[str, ...
 @loss_classes
 def test_the_number_of_rows_of_a_chunk_changes_no_row(cls: Any) -> None:
     i = inputs(torch.float64)
-    whole, grads = run(cls(reduction="none"), i, chunks=ChunkOptions(chunk_size=N))
-    parts, part_grads = run(cls(reduction="none"), i, chunks=ChunkOptions(chunk_size=4))
+    whole, grads = run(made(cls, "none"), i, chunks=ChunkOptions(chunk_size=N))
+    parts, part_grads = run(made(cls, "none"), i, chunks=ChunkOptions(chunk_size=4))
     for a, b in zip(whole, parts, strict=True):
         assert a is b is None or torch.allclose(a, b)
     assert all(torch.allclose(grads[name], part_grads[name]) for name in grads)
@@ -146,20 +159,20 @@ def test_no_token_counts(cls: Any) -> None:
         i["target"][:n_ignored] = -100
         if not n_ignored:
             i = {n: t[:0] if n in ("hidden", "target", "t_hidden") else t for n, t in i.items()}
-        found, grads = run(cls(), i)
-        assert found[0] == 0
+        found, grads = run(made(cls), i)
+        assert not found[0].any()
         assert not any(g.any() for g in grads.values())
 
 
 @loss_classes
 def test_compiles_to_one_graph(cls: Any) -> None:
     """By name through the library op; without a name outside of the graph, which one graph cannot be."""
-    i, loss = inputs(torch.float32), cls()
+    i = inputs(torch.float32)
     torch._dynamo.reset()
     named = cls.name in ROW_LOSSES
     compiled = torch.compile(linear_loss, fullgraph=named, backend="aot_eager")
     for reduction in ("mean", "none"):
-        loss = cls(reduction=reduction)
+        loss = made(cls, reduction)
         ours, our_grads = run(loss, i, function=compiled)
         plain, plain_grads = run(loss, i)
         for a, b in zip(ours, plain, strict=True):
@@ -189,7 +202,7 @@ def test_options_survive_the_library_op() -> None:
 @loss_classes
 def test_what_a_loss_says_of_its_outputs_is_true(cls: Any) -> None:
     for reduction in ("mean", "none"):
-        loss = cls(reduction=reduction)
+        loss = made(cls, reduction)
         found, _ = run(loss, inputs(torch.float32))
         likes = loss.output_likes(inputs(torch.float32)["target"], torch.float32)
         assert len(found) == len(likes) <= MOST_OUTPUTS
@@ -262,7 +275,7 @@ def by_public_name(
 )
 def test_backward_after_autocast(cls: Any, function: Any, reduction: str) -> None:
     """A 16-bit body and a head in fp32, as autocast makes them: each gets its gradient in its own dtype."""
-    loss = cls(reduction=reduction)
+    loss = made(cls, reduction)
 
     def draw(seed: int) -> Any:
         i = inputs(torch.float32, seed=seed)

@@ -21,7 +21,8 @@ class RowOutputs:
 
     @property
     def loss(self) -> Tensor:
-        """(N,) fp32 or wider, already divided if the reduction is "mean"."""
+        """What carries a gradient: (N,), or (N, K) with K numbers a row; fp32 or wider, already divided by the divisor
+        if the reduction is "mean"."""
         loss = self.columns[0]
         assert loss is not None
         return loss
@@ -34,7 +35,9 @@ class RowOutputs:
         ignored = (*self.ignored, *(0,) * len(self.columns))
         return type(self)(
             *(
-                None if c is None else c.new_full((n_rows,), value).index_copy_(0, at, c)
+                None
+                if c is None
+                else c.new_full((n_rows, *c.shape[1:]), value).index_copy_(0, at, c)
                 for c, value in zip(self.columns, ignored, strict=False)
             )
         )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from liger_kernel._core.declared import LossFunction, LossModule, takes
 from liger_kernel.chunked_loss.engine import reference_of
-from liger_kernel.chunked_loss.fused_linear_unpaired_preference import unpaired_loss
 from liger_kernel.chunked_loss.options import LossOptions
-from liger_kernel.chunked_loss.preference import LossAndMetrics
+from liger_kernel.chunked_loss.preference import LossAndMetrics, by_label, unpaired_loss
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,20 @@ class LigerFusedLinearKTOLoss(LossModule):
             raise ValueError(f"kl has shape {tuple(kl.shape)}; pass one number, () or (1,).")
         kl = None if kl is None else kl.detach().reshape(())
 
-        def of_sequences(
-            logps: Tensor, desirable: Tensor, ref_logps: Tensor | None, empty: Tensor
-        ) -> tuple[Tensor, list[Tensor]]:
+        def of_sequences(logps: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert preference_labels is not None
             ratio = logps if ref_logps is None else logps - ref_logps
-            losses, rewards = sequence_loss(options, ratio, desirable, kl)
-            return losses.masked_fill(empty, 0.0).sum() / max(len(losses), 1), [rewards]
+            return sequence_loss(options, ratio, preference_labels.bool(), kl)
 
-        return unpaired_loss(
-            of_sequences, _input, lin_weight, target, bias, preference_labels,
+        loss, sums, (rewards,) = unpaired_loss(
+            of_sequences,
+            *(_input, lin_weight, target, preference_labels, bias),
             reference=reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias),
-            ignore_index=options.ignore_index, average_log_prob=options.average_log_prob,
-        )  # fmt: skip
+            ignore_index=options.ignore_index,
+            average_log_prob=options.average_log_prob,
+        )
+        assert preference_labels is not None
+        return loss, (*sums, *by_label(rewards, preference_labels))
 
 
 class LigerFusedLinearKTOFunction(
@@ -91,4 +92,19 @@ class LigerFusedLinearKTOFunction(
     loss=LigerFusedLinearKTOLoss,
     first="_input lin_weight target preference_labels",
     use_ref_model=True,
-): ...
+):
+    @staticmethod
+    def preference_loss_fn(
+        log_prob_chunk: Tensor,
+        preference_labels_chunk: Tensor,
+        full_target: Tensor,
+        ref_log_prob_chunk: Tensor | None = None,
+        beta: float = 0.1,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss per sequence of `full_target` (B, T), and the sums of the chosen and of the rejected rewards, of
+        log-probabilities of sequences."""
+        ratio = log_prob_chunk if ref_log_prob_chunk is None else log_prob_chunk - ref_log_prob_chunk  # fmt: skip
+        desirable = preference_labels_chunk.bool()
+        losses, rewards = sequence_loss(KTOOptions(beta=beta), ratio, desirable, kl)
+        return losses.sum() / full_target.shape[0], *by_label(rewards, desirable)

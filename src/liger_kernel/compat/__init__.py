@@ -37,6 +37,11 @@ ALIASES = {
     },
     "liger_kernel.ops.configure": "liger_kernel.compat.configure",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
+    "liger_kernel.ops.fused_linear_scaled_cross_entropy": "liger_kernel.loss_head.linear_logprobs",
+    **{
+        f"liger_kernel.ops.fused_linear_{name}": f"liger_kernel.loss_head.fused_linear_{name}"
+        for name in ("jsd", "kl_div")
+    },
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
@@ -44,13 +49,21 @@ ALIASES = {
     "liger_kernel.triton": "liger_kernel.compat.triton_cache",
     "liger_kernel.triton.monkey_patch": "liger_kernel.compat.triton_cache",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
+    "liger_kernel.transformers.grpo_loss": "liger_kernel.compat.ops.grpo_loss",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
-        for module in ("jsd", "kl_div", "tvd")
+        for module in (
+            "fused_ce_tvd",
+            "fused_linear_jsd",
+            "fused_linear_kl_div",
+            "jsd",
+            "kl_div",
+            "tvd",
+        )
     },
     **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"

@@ -68,10 +68,9 @@ CALLS = {
 }
 #: op here -> the op of ours whose files compute it, where the names differ
 _FOLDERS = {"swiglu": "glu", "geglu": "glu", "fused_linear_jsd": "jsd", **COMPUTED_BY}
-CALLS = {op: row for op, row in CALLS.items() if hasattr(_functions, row[0])}
-#: op of ours whose arguments are the tensors, then the options -> its name here
-_FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax")
-_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu"}
+#: op -> our activation; and the ops of ours that call what was registered: the tensors, then the options
+_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_tanh"}
+_FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax", *_ACTIVATIONS)
 _OTHER_NAMES = {
     "torch": REFERENCE,
     "pytorch": REFERENCE,
@@ -303,23 +302,32 @@ def get_impl() -> str | None:
 def _follow() -> None:
     """Our ops call what was chosen."""
     _dispatch.CHOSEN.clear()
-    found = {op: impls[_chosen] for op, impls in _registered.items() if _chosen in impls}
-    for op in _FOLLOWS:
-        if op in found:
-            _dispatch.CHOSEN[op] = lambda options, *tensors, impl=found[op]: impl.call(
-                *tensors, *options.named().values()
-            )
-    gated = {act: found[op] for act, op in _ACTIVATIONS.items() if op in found}
+    chosen = {op: impls[_chosen] for op, impls in _registered.items() if _chosen in impls}
+    calls = {op: _follower(impl) for op, impl in chosen.items() if op in _FOLLOWS}
+    gated = {act: calls.pop(op) for op, act in _ACTIVATIONS.items() if op in calls}
+    _dispatch.CHOSEN.update(calls)
 
     def glu(options: Any, gate: Tensor, up: Tensor | None) -> Any:
-        impl = gated.get(options.activation)
-        if impl is None or up is None:
-            return NotImplemented
-        multipliers = (options.gate_multiplier, options.down_multiplier)
-        return impl.call(gate, up, *(multipliers if impl.op_name == "swiglu" else ()))
+        call = gated.get(options.activation) if up is not None else None
+        return call(options, gate, up) if call else NotImplemented
 
     if gated:
         _dispatch.CHOSEN["glu"] = glu
+
+
+def _follower(impl: OpImpl) -> Callable[..., Any]:
+    """What our dispatch calls: NotImplemented where an option is set that has no place in the call of `impl`."""
+    names = inspect.signature(call_of(impl.op_name)).parameters
+
+    def call(options: Any, *tensors: Tensor | None) -> Any:
+        kind = type(options)
+        given = {name: getattr(options, name) for name in kind.__match_args__ if name in names}
+        fixed = {"activation": options.activation} if hasattr(options, "activation") else {}
+        if kind(**fixed, **given) != options:
+            return NotImplemented
+        return impl.call(*tensors, *given.values())
+
+    return call
 
 
 def resolve_impl(op_name: str, requested: str | None = None, device: Any = None) -> OpImpl:

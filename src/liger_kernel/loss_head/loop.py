@@ -12,7 +12,7 @@ from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
-from liger_kernel.loss_head.products import HeadGradients, HeadInputs, HeadProducts
+from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs, HeadProducts
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.scale_gradients import scale_gradients
 
@@ -28,12 +28,13 @@ def run(
     options: ChunkOptions,
     needs: Sequence[bool],
     row_scale: Tensor | RowGroups | None = None,
-    teacher: HeadInputs | None = None,
+    teacher: HeadInputs | GivenRows | None = None,
 ) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
     """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
 
-    target: (N,). row_scale: (N,), or the groups that make it from the losses. The gradients are those of the student's
-    hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their number is known.
+    target: (N,). row_scale: in the shape of the loss, or the groups that make it from the losses. The gradients are
+    those of the student's hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their
+    number is known.
     """
     hidden, weight, _, dtype = student
     target = target.to(torch.int64).contiguous()
@@ -61,7 +62,7 @@ def run(
     most = max((at.stop - at.start for at in chunks), default=0)
     head = HeadProducts(student)
     slab = head.slab(most)
-    teacher_head = None if teacher is None else HeadProducts(teacher)
+    teacher_head = None if teacher is None else teacher.products()
     teacher_slab = None if teacher_head is None else teacher_head.slab(most)
 
     def chunk(at: slice, rows: Tensor, teacher_rows: Tensor | None) -> None:
@@ -71,7 +72,7 @@ def run(
         teacher_logits = None
         if teacher_head is not None and teacher_rows is not None:
             teacher_logits = teacher_head.logits(where, teacher_rows)
-        given = (logits, teacher_logits, target[at], prepared)
+        given = (logits, teacher_logits, target[at], loss.of_rows(prepared, where))
         padded, chunk_scale = head.is_padded, None if scale is None else scale[at]
         if groups is not None:
             loss.step(*given, out=out[at], padded=padded)

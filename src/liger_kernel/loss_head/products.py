@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from liger_kernel._core.checks import check_floating
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends import facts_of
 
@@ -22,6 +23,37 @@ class HeadInputs(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     dtype: torch.dtype  # of the logits and the matrix products
+
+    def products(self) -> HeadProducts:
+        return HeadProducts(self)
+
+
+class GivenRows(NamedTuple):
+    """What a second model says of each row: logits or probabilities. It has the fields of `HeadInputs`."""
+
+    hidden: Tensor  # (N, Vt)
+    weight: None = None
+    bias: None = None
+    dtype: None = None
+
+    @staticmethod
+    def of(rows: Tensor, bias: Tensor | None, target: Tensor) -> GivenRows:
+        check_floating(teacher=rows)
+        if rows.ndim != 2 or rows.shape[0] != target.shape[0] or bias is not None:
+            raise ValueError(
+                f"A teacher without a weight has shape {tuple(rows.shape)}, but there are {target.shape[0]} labels; "
+                f"pass ({target.shape[0]}, V), and no bias."
+            )
+        return GivenRows(rows.detach())
+
+    def products(self) -> GivenRows:
+        return self
+
+    def slab(self, n_rows: int) -> Tensor:
+        return self.hidden[:0]
+
+    def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
+        return self.hidden[where]
 
 
 def slab_width(weight: Tensor) -> int:

@@ -21,10 +21,15 @@ class RowLoss(OpOptions, ABC):
     """A frozen dataclass of options (bool, int, float, str, or None) with these methods.
 
     name: its row in `losses.ROW_LOSSES`. reads_teacher: a second slab, of a teacher's logits, comes with each chunk.
+    weighs_rows: `class_weight` holds a number for each row, (N,), instead of one for each class.
+
+    A row may have one loss or K differentiable numbers: the first output is (N,) or, with reduction "none", (N, K), and
+    so is what autograd sends back for it, the row_scale of `step`.
     """
 
     name: ClassVar[str] = ""
     reads_teacher: ClassVar[bool] = False
+    weighs_rows: ClassVar[bool] = False
 
     ignore_index: int
     reduction: str
@@ -37,6 +42,10 @@ class RowLoss(OpOptions, ABC):
     @abstractmethod
     def prepare(self, target: Tensor, class_weight: Tensor | None) -> Any:
         """What the formula needs to know of *all* labels (N,), without waiting for the device."""
+
+    def of_rows(self, prepared: Any, rows: slice | Tensor) -> Any:
+        """What `step` is given of `prepared` for these rows."""
+        return prepared
 
     @abstractmethod
     def divisor(self, prepared: Any) -> Tensor | None:
@@ -62,13 +71,14 @@ class RowLoss(OpOptions, ABC):
         """Write what is said of some rows to `out`, and the gradient of sum(loss * row_scale) to `grad`.
 
         logits: (C, V) in the dtype of the products; `grad` is the same memory, or None. teacher: (C, Vt) or None.
-        target: (C,). row_scale: (C,) fp32, or None for ones. A row that is ignored has loss and gradient 0.
+        target: (C,). row_scale: fp32 in the shape of the loss, or None for ones. A row that is ignored has loss and
+        gradient 0.
         padded: rows start at whole vectors; what lies between them is 0, and has to be 0 afterwards.
         """
 
     @abstractmethod
     def reduced(self, out: RowOutputs, prepared: Any) -> tuple[Tensor | None, ...]:
-        """What the caller gets: the loss first, at most `MOST_OUTPUTS`. Only the loss carries a gradient."""
+        """What the caller gets: the loss first, at most `MOST_OUTPUTS`. Only the first carries gradients."""
 
     def of_logits(
         self, logits: Tensor, teacher: Tensor | None, target: Tensor, class_weight: Tensor | None

@@ -29,10 +29,14 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
+    "grpo_loss": ("GrpoLossFunction", "fused_selective_log_softmax"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "lora_linear": (),
+    "logprobs": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
@@ -48,13 +52,30 @@ OPS: dict[str, tuple[str, ...]] = {
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
-COMPUTED_BY = {"fused_linear_cross_entropy": "cross_entropy", "gated_mlp": "glu"}
+COMPUTED_BY = {
+    "fused_linear_cross_entropy": "cross_entropy",
+    "gated_mlp": "glu",
+    "linear_logprobs": "logprobs",
+    "fused_linear_jsd": "fused_ce_tvd",
+    "fused_linear_kl_div": "fused_ce_tvd",
+}
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
     "fused_linear_cross_entropy": (
         "LigerFusedLinearCrossEntropyFunction",
         "fused_linear_cross_entropy_backward",
         "fused_linear_cross_entropy_forward",
+    ),
+    "linear_logprobs": ("LigerFusedLinearScaledCrossEntropyFunction",),
+    "fused_linear_jsd": (
+        "LigerFusedLinearJSDFunction",
+        "fused_linear_jsd_backward",
+        "fused_linear_jsd_forward",
+    ),
+    "fused_linear_kl_div": (
+        "LigerFusedLinearKLDivFunction",
+        "fused_linear_kl_div_backward",
+        "fused_linear_kl_div_forward",
     ),
 }
 _NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}

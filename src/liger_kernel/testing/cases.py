@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.ops import OPS
+from liger_kernel.ops import LINEAR_LOSSES, OPS
 
 
 @dataclass
@@ -130,7 +130,7 @@ class OpSpec:
 
 
 def specs() -> dict[str, OpSpec]:
-    """The spec of every op, and of the linear loss, by its name."""
-    folders = [*(f"ops.{op}" for op in OPS), "loss_head.fused_linear_cross_entropy"]
+    """The spec of every op and of every linear loss, by its name."""
+    folders = [*(f"ops.{op}" for op in OPS), *(f"loss_head.{loss}" for loss in LINEAR_LOSSES)]
     found = (import_module(f"liger_kernel.{folder}.cases").SPEC for folder in folders)
     return {spec.name: spec for spec in found}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
+import liger_kernel.loss_head.fused_linear_jsd as _fused_linear_jsd
+import liger_kernel.loss_head.fused_linear_kl_div as _fused_linear_kl_div
 import liger_kernel.ops as _ops
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
@@ -31,7 +33,7 @@ import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
-from liger_kernel._core.options import spells_out
+from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head.label_count import LabelCount
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
@@ -141,6 +143,18 @@ def liger_fused_linear_cross_entropy(
     return _loss_or_output(
         op.fused_linear_cross_entropy(input, weight, target, bias, ce_weight, **options)
     )
+
+
+@spells_out(parameters_of(_fused_linear_jsd.fused_linear_jsd)[:9])
+def liger_fused_linear_jsd(**options: Any) -> Tensor:
+    """`fused_linear_jsd`: of the softmaxes of two heads, without the logits."""
+    return _fused_linear_jsd.fused_linear_jsd(**options)
+
+
+@spells_out(parameters_of(_fused_linear_kl_div.fused_linear_kl_div)[:9])
+def liger_fused_linear_kl_div(**options: Any) -> Tensor:
+    """`fused_linear_kl_div`: from given probabilities to the softmax of a head, without the logits."""
+    return _fused_linear_kl_div.fused_linear_kl_div(**options)
 
 
 def liger_rms_norm(

@@ -10,6 +10,9 @@ ROW_LOSSES = {
     "cosine_similarity": "liger_kernel.loss_head.losses.cosine_similarity:CosineSimilarityLoss",
     "cross_entropy": "liger_kernel.loss_head.losses.cross_entropy:CrossEntropyLoss",
     "jsd": "liger_kernel.loss_head.losses.jsd:JSDLoss",
+    "logprobs": "liger_kernel.loss_head.losses.logprobs:LogProbsLoss",
+    "kl_div": "liger_kernel.loss_head.losses.kl_div:KLDivLoss",
+    "tvd": "liger_kernel.loss_head.losses.tvd:TVDLoss",
 }
 
 

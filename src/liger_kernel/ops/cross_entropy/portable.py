@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,20 @@ def step(
     row_scale: Tensor | None,
     padded: bool,
 ) -> None:
+    for at in row_blocks(logits):
+        of_rows = (None if t is None else t[at] for t in (grad, row_scale))
+        _step(logits[at], target[at], weight, totals, options, out[at], *of_rows)
+
+
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """The rows of (N, V) logits, as many at a time as a step should go through."""
     n_rows, block = logits.shape[0], logits.shape[0]
     if can_look(
         logits
     ):  # no queue hides what a call costs, but several passes over rows in the cache are cheap
         size = torch.promote_types(logits.dtype, torch.float32).itemsize * logits.shape[1]
         block = max(1, BLOCK_BYTES * torch.get_num_threads() // max(1, size))
-    for start in range(0, n_rows, max(1, block)):
-        at = slice(start, start + block)
-        of_rows = (None if t is None else t[at] for t in (grad, row_scale))
-        _step(logits[at], target[at], weight, totals, options, out[at], *of_rows)
+    return (slice(at, at + block) for at in range(0, n_rows, max(1, block)))
 
 
 def _step(

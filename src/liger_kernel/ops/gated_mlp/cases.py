@@ -43,6 +43,8 @@ CASES = (
     _case("multiplier", "Falcon-H1", (5, 16), 24, gate_multiplier=0.7),
     _case("packed", "gate and up from one weight", (9, 16), 24, packed=True),
     _case("packed-gelu", "likewise", (7, 16), 25, packed=True, activation="gelu_tanh"),
+    _case("limit", "DeepSeek-V4", (5, 16), 24, limit=0.5),
+    _case("oai", "MiniMax-M3", (5, 16), 24, packed=True, activation="silu_oai", limit=1, alpha=1.7),
     _case("one-row", "one row", (1, 16), 24),
     _case("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24),
     _case("3d", "a batch of sequences", (2, 3, 16), 24),

@@ -1,0 +1,98 @@
+"""The step of log-probabilities in plain PyTorch, for devices without kernels of their own. See `contract.Kernels`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from liger_kernel.ops.cross_entropy.portable import row_blocks
+from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
+
+
+def step(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    *,
+    options: LogProbsOptions,
+    out: LogProbRows,
+    lse: Tensor | None,
+    grad: Tensor | None,
+    row_scale: Tensor | None,
+    padded: bool,
+) -> None:
+    for at in row_blocks(logits):
+        of_rows = (None if t is None else t[at] for t in (temperature, lse, grad, row_scale))
+        _step(logits[at], ids[at], options, out[at], *of_rows)
+
+
+def _step(
+    logits: Tensor,
+    ids: Tensor,
+    o: LogProbsOptions,
+    out: LogProbRows,
+    temperature: Tensor | None,
+    lse: Tensor | None,
+    grad: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
+    n_classes = logits.shape[1]
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ignored = ids == o.ignore_index
+    out_of_range = (ids < 0) | (ids >= n_classes)  # NaN, in the log-probability and in the gradient
+    label = ids.clamp(0, n_classes - 1)[:, None]
+    tau = o.temperature if temperature is None else temperature.to(z.dtype)[:, None]
+    tanh = None
+    if o.scale != 1:
+        z = o.scale * z
+    if o.softcap is not None:
+        tanh = torch.tanh(z / o.softcap)
+        z = o.softcap * tanh
+    if temperature is not None or o.temperature != 1:
+        z = z / tau
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    found = {"log_prob": log_p.gather(1, label)[:, 0].masked_fill(out_of_range, torch.nan)}
+    if o.logsumexp or lse is not None:
+        found["logsumexp"] = z.logsumexp(-1)
+    if o.entropy:
+        log_p.masked_fill_(log_p == -torch.inf, 0)  # times p it is 0
+        most = math.log(n_classes) * (1 - torch.finfo(z.dtype).eps)
+        found["entropy"] = -torch.linalg.vecdot(p, log_p).clamp(min=-most)
+    if o.sum_p2:
+        found["sum_p2"] = torch.linalg.vecdot(p, p)
+    if o.mean_logit:
+        found["mean_logit"] = z.mean(-1)
+    numbers, is_top1 = out.loss, out.columns[1]
+    for i, name in enumerate(o.numbers):
+        numbers[:, i] = found[name].masked_fill(ignored, 0)
+    if is_top1 is not None:
+        is_top1.copy_((z.argmax(-1) == ids) & ~ignored)
+    if lse is not None:
+        lse.copy_(found["logsumexp"])
+    if grad is None:
+        return
+    scales = torch.ones_like(numbers) if row_scale is None else row_scale.to(z.dtype)
+    scales = scales / tau * o.scale
+    g = dict(zip(o.numbers, scales.masked_fill(ignored[:, None], 0).unbind(1), strict=True))
+    slope = -g["log_prob"].masked_fill(out_of_range & ~ignored, torch.nan)
+    if o.logsumexp:
+        slope = slope + g["logsumexp"]
+    if o.entropy:
+        slope = slope - g["entropy"] * found["entropy"]
+    if o.sum_p2:
+        slope = slope - 2 * g["sum_p2"] * found["sum_p2"]
+    by = slope[:, None]
+    if o.entropy:
+        by = log_p.mul_(-g["entropy"][:, None]).add_(by)
+    if o.sum_p2:
+        by = by + (2 * g["sum_p2"])[:, None] * p
+    d = p.mul_(by)
+    if o.mean_logit:
+        d += (g["mean_logit"] / n_classes)[:, None]
+    d.scatter_add_(1, label, g["log_prob"][:, None])
+    if tanh is not None:
+        d *= 1 - tanh.square()
+    grad.copy_(d.masked_fill_(ignored[:, None], 0))

@@ -1,0 +1,300 @@
+"""Log-probability kernels. The numbers of a row take one pass over its logits; a gradient reads them a second time, by
+and large from the L2 cache, and is written once."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor, ones_like
+
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.kernels import launch
+from liger_kernel.ops.cross_entropy.triton import _FAR, _VECTOR, Config, _tanh
+from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
+
+
+@triton.jit
+def _scaled(x, inner, outer, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """z = outer tanh(inner x), and the tanh; without a soft-cap z = outer x."""
+    t = x
+    if HAS_SOFTCAP:
+        t = _tanh(x * inner, EXACT)
+    return outer * t, t
+
+
+@triton.jit
+def _statistics(
+    x_row,
+    n_cols,
+    n_read,
+    inner,
+    outer,
+    PADDED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SUM: tl.constexpr,
+    BEST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of a row: the largest z, the sums of e = exp(z - largest), of e (z - largest), e^2 and z, and the first largest.
+
+    What is not asked for stays 0.
+    """
+    cols = tl.arange(0, BLOCK)
+    top = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    squares = 0.0
+    summed = 0.0
+    best = 0
+    for start in tl.range(0, n_read, BLOCK, num_stages=STAGES):
+        inside = start + cols < n_read
+        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(
+            tl.float32
+        )
+        mask = start + cols < n_cols if PADDED else inside
+        z, _ = _scaled(x, inner, outer, HAS_SOFTCAP, EXACT)
+        if SUM:
+            summed += tl.sum(tl.where(mask, z, 0.0), 0)
+        z = tl.where(mask, z, float("-inf"))
+        block_top = tl.max(z, 0)
+        if BEST:
+            first = tl.min(tl.where(z == block_top, start + cols, n_cols), 0)
+            best = tl.where(block_top > top, first, best)
+        new_top = tl.maximum(top, block_top)
+        # as long as every logit is -inf (classes that are masked out), exp(z - top) would be NaN
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        e = tl.exp(z - anchor)
+        shrink = tl.exp(top - anchor)
+        if WEIGHTED:
+            below = tl.where(z == float("-inf"), 0.0, z - anchor)
+            moved = tl.where(top == float("-inf"), 0.0, top - anchor)
+            weighted = (weighted + moved * total) * shrink + tl.sum(e * below, 0)
+        if SQUARES:
+            squares = squares * shrink * shrink + tl.sum(e * e, 0)
+        total = total * shrink + tl.sum(e, 0)
+        top = new_top
+    return top, total, weighted, squares, summed, best
+
+
+@triton.jit
+def _slope(
+    below, a, b, c, mean, t, z_slope, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """The gradient of logits, e (a + b (z - largest) + c e) + mean, times dz/dx; `below` is z - largest."""
+    e = tl.exp(below)
+    by = a
+    if ENTROPY:
+        by += b * tl.where(below == float("-inf"), 0.0, below)
+    if SUM_P2:
+        by += c * e
+    g = (e * by + mean) * z_slope
+    if HAS_SOFTCAP:
+        g *= 1.0 - t * t
+    return g
+
+
+@triton.jit
+def _logprobs(
+    x_ptr,
+    grad_ptr,
+    ids_ptr,
+    temperature_ptr,
+    numbers_ptr,
+    top1_ptr,
+    lse_ptr,
+    row_scale_ptr,
+    x_stride,
+    grad_stride,
+    n_cols,
+    ignore_index,
+    inner,
+    outer,
+    slope,
+    most_entropy,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LOGSUMEXP: tl.constexpr,
+    SUM_P2: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    WRITE_TOP1: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Numbers and gradient of one row (formulas: `contract.py`); grad_ptr may be x_ptr. One program owns one row.
+
+    ENTROPY and the like are the columns of these numbers among COLUMNS, and 0 where they are not asked for; column 0 is
+    the log-probability. z = outer tanh(inner x), or outer x; dz/dx = slope (1 - tanh^2). For PADDED see the kernel of
+    cross entropy.
+    """
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(ids_ptr + row)
+    x_row = x_ptr + row * x_stride
+    numbers = numbers_ptr + row * COLUMNS
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    grad_row = grad_ptr
+    if WRITE_GRAD:
+        grad_row = grad_ptr + row * grad_stride
+    cols = tl.arange(0, BLOCK)
+
+    if y == ignore_index:
+        for i in tl.static_range(COLUMNS):
+            tl.store(numbers + i, 0.0)
+        if WRITE_TOP1:
+            tl.store(top1_ptr + row, False)
+        if WRITE_LSE:
+            tl.store(lse_ptr + row, 0.0)
+        if WRITE_GRAD:
+            zeros = tl.zeros((BLOCK,), tl.float32).to(grad_ptr.dtype.element_ty)
+            for start in range(0, n_cols, BLOCK):
+                tl.store(grad_row + start + cols, zeros, mask=start + cols < n_cols)
+        return
+
+    if HAS_TEMPERATURE:
+        tau = tl.load(temperature_ptr + row).to(tl.float32)
+        outer = outer / tau
+        slope = slope / tau
+    # A label out of range reads class 0 and makes log-probability and gradient NaN.
+    in_range = (y >= 0) & (y < n_cols)
+    label = tl.where(in_range, y, 0)
+    z_y, t_y = _scaled(tl.load(x_row + label).to(tl.float32), inner, outer, HAS_SOFTCAP, EXACT)
+    top, total, weighted, squares, summed, best = _statistics(
+        x_row, n_cols, n_read, inner, outer, PADDED, ENTROPY > 0, SUM_P2 > 0, MEAN_LOGIT > 0, WRITE_TOP1,
+        HAS_SOFTCAP, EXACT, BLOCK, STAGES,
+    )  # fmt: skip
+    log_total = tl.log(total)
+    lse = top + log_total
+    # beside a top as far from 0 as that of classes that are all masked, lse would lose the logarithm of the sum
+    log_prob = tl.where(tl.abs(top) < _FAR, z_y - lse, (z_y - top) - log_total)
+    log_prob = tl.where(log_prob > 0.0, 0.0, log_prob)
+    tl.store(numbers, tl.where(in_range, log_prob, float("nan")))
+    if ENTROPY:
+        entropy = log_total - weighted / total
+        tl.store(numbers + ENTROPY, tl.where(entropy > most_entropy, most_entropy, entropy))
+    if LOGSUMEXP:
+        tl.store(numbers + LOGSUMEXP, lse)
+    if SUM_P2:
+        tl.store(numbers + SUM_P2, squares / total / total)
+    if MEAN_LOGIT:
+        tl.store(numbers + MEAN_LOGIT, summed / n_cols)
+    if WRITE_TOP1:
+        tl.store(top1_ptr + row, best == y)
+    if WRITE_LSE:
+        tl.store(lse_ptr + row, lse)
+
+    if WRITE_GRAD:
+        scales = row_scale_ptr + row * COLUMNS
+        g_label = tl.load(scales).to(tl.float32)
+        a = -g_label
+        b = 0.0
+        c = 0.0
+        mean = 0.0
+        if LOGSUMEXP:
+            a += tl.load(scales + LOGSUMEXP).to(tl.float32)
+        if ENTROPY:
+            # log p + H = (z - top) - its mean under p
+            g_entropy = tl.load(scales + ENTROPY).to(tl.float32)
+            a += g_entropy * (weighted / total)
+            b = -g_entropy / total
+        if SUM_P2:
+            g_squares = 2.0 * tl.load(scales + SUM_P2).to(tl.float32)
+            a -= g_squares * (squares / total / total)
+            c = g_squares / total / total
+        if MEAN_LOGIT:
+            mean = tl.load(scales + MEAN_LOGIT).to(tl.float32) / n_cols
+        # exp(z - top) / total keeps digits that exp(z - lse) loses where lse is large
+        a = tl.where(in_range, a / total, float("nan"))
+        n_blocks = tl.cdiv(n_read, BLOCK)
+        for i in tl.range(0, n_blocks, num_stages=STAGES):
+            # last block first: it is the one most likely still in the cache
+            start = (n_blocks - 1 - i) * BLOCK
+            inside = start + cols < n_read
+            x = tl.load(
+                x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+            z, t = _scaled(x, inner, outer, HAS_SOFTCAP, EXACT)
+            g = _slope(z - top, a, b, c, mean, t, slope, ENTROPY > 0, SUM_P2 > 0, HAS_SOFTCAP)
+            g = g.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
+        # the label's class again, with what only it has; a select for each class of the row would cost more
+        g = _slope(z_y - top, a, b, c, mean, t_y, slope, ENTROPY > 0, SUM_P2 > 0, HAS_SOFTCAP)
+        own = g_label * slope
+        if HAS_SOFTCAP:
+            own *= 1.0 - t_y * t_y
+        tl.debug_barrier()
+        tl.store(grad_row + label, (g + own).to(grad_ptr.dtype.element_ty))
+        if PADDED:
+            beyond = n_cols + tl.arange(0, _VECTOR)
+            none = tl.zeros((_VECTOR,), tl.float32).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_row + beyond, none, mask=beyond < n_read)
+
+
+def step(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    *,
+    options: LogProbsOptions,
+    out: LogProbRows,
+    lse: Tensor | None,
+    grad: Tensor | None,
+    row_scale: Tensor | None,
+    padded: bool,
+) -> None:
+    o, numbers, is_top1 = options, out.loss, out.columns[1]
+    n_rows, n_cols = logits.shape
+    if not n_rows:
+        return
+    if grad is not None and row_scale is None:
+        row_scale = ones_like(numbers)
+    whole = n_cols % _VECTOR.value == 0
+    vectors = padded or (whole and logits.stride(0) % _VECTOR.value == 0)
+    capped, facts = o.softcap is not None, facts_of(logits.device)
+    config = Config.of(n_cols, logits.element_size(), capped, vectors, facts)
+    column = {name: i for i, name in enumerate(o.numbers)}
+    cap = o.softcap or 1.0
+    launch(
+        _logprobs,
+        (n_rows,),
+        logits,
+        grad,
+        ids,
+        temperature,
+        numbers,
+        is_top1,
+        lse,
+        row_scale,
+        logits.stride(0),
+        0 if grad is None else grad.stride(0),
+        n_cols,
+        o.ignore_index,
+        o.scale / cap,
+        (cap if capped else o.scale) / o.temperature,
+        o.scale / o.temperature,
+        math.log(n_cols) * (1 - 2**-23),  # a sum rounds to more than there can be
+        PADDED=padded and not whole,
+        COLUMNS=len(column),
+        ENTROPY=column.get("entropy", 0),
+        LOGSUMEXP=column.get("logsumexp", 0),
+        SUM_P2=column.get("sum_p2", 0),
+        MEAN_LOGIT=column.get("mean_logit", 0),
+        HAS_SOFTCAP=capped,
+        HAS_TEMPERATURE=temperature is not None,
+        WRITE_TOP1=is_top1 is not None,
+        WRITE_LSE=lse is not None,
+        WRITE_GRAD=grad is not None,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
