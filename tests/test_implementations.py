@@ -285,6 +285,13 @@ def test_declared_locations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert registry.get_discovery_failures()["my_absent_kernels"][0] is ModuleNotFoundError
 
 
+def test_names_of_the_package() -> None:
+    for name in ("OpImpl", "register_impl", "register_op", "set_impl", "resolve_backend"):
+        assert getattr(backends, name) is getattr(registry, name) is getattr(dispatch, name)
+    assert backends.Capability is Capability
+    assert not hasattr(backends, "nothing")
+
+
 def test_warning() -> None:
     with pytest.warns(
         dispatch.LigerBackendFallbackWarning, match="softmax is computed by a, not by b: c"

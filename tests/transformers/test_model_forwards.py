@@ -191,6 +191,26 @@ def test_replicas_compute_with_their_own_weights(fused: bool) -> None:
     assert replica(**batch()).loss == expected
 
 
+@pytest.mark.usefixtures("on_the_class")
+@pytest.mark.parametrize("head", ["", "trained", "adapted"])
+def test_adapters(head: str) -> None:
+    """An adapter of the head is part of the loss, which then has logits."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "lm_head"] if head == "adapted" else ["q_proj"]
+    saved = ["lm_head"] if head == "trained" else None
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+    wide = peft.get_peft_model(build("llama", torch.float64), config).train()
+    model = copy.deepcopy(wide).float()
+    inner = wide.get_base_model()
+    low = LlamaForCausalLM._liger_own_forward(copy.deepcopy(inner).float(), **batch())
+    high = LlamaForCausalLM._liger_own_forward(inner, **batch())
+    found = model(**batch())
+    assert_no_worse("loss", found.loss, high.loss, low.loss)
+    assert (found.logits is None) == (head != "adapted")
+    found.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_called_by_a_subclass(lce_forward: Any) -> None:
     class Mine(LlamaForCausalLM):
         runs = 0
