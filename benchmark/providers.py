@@ -246,6 +246,8 @@ LIGER: Table = {
     "dyt": lambda o: _liger("liger_dyt"),
     "group_norm": _liger_group_norm,
     "poly_norm": _liger_with_eps("liger_poly_norm"),
+    "fused_neighborhood_attention": _liger_divergence("liger_fused_neighborhood_attention"),
+    "multi_token_attention": _liger_divergence("liger_multi_token_attention"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
     "jsd": _liger_divergence("liger_jsd"),
     "kl_div": _liger_divergence("liger_kl_div"),

@@ -22,8 +22,8 @@ PARAMETERS = {
 ABSENT = {
     r"liger_kernel\.ops\.backends\._triton\.\w+\.\w+_loss_and_grad_triton": "A step of its loops over chunks. "
     "Here that is a row loss of the loss head, which `CONTRIBUTING.md` explains.",
-    r"liger_kernel\.ops\.cross_entropy\.liger_cross_entropy_kernel": "A raw kernel, whose parameters are those of its "
-    "own launcher. `cross_entropy_forward` takes tensors.",
+    r"liger_kernel\.ops\.(vocab_parallel_)?cross_entropy\.liger_\w+_kernel": "A raw kernel, whose parameters are those "
+    "of its own launcher. The autograd Function beside it takes tensors.",
     r"liger_kernel\.ops\.mlp\.(gemm_swiglu|swiglu_backward_\w+)": "Steps of `LigerMLPFunction` over a buffer of its "
     "own. `liger_kernel.functional.gated_mlp` keeps less.",
 }
@@ -187,5 +187,33 @@ BEHAVIOURS = (
         "loss and gradient 0",
         "Trainers split batches, and a part may have none.",
         "chunked_loss/test_preference.py::test_sequences_without_labels",
+    ),
+    Behaviour(
+        "`fused_neighborhood_attention_forward()`",
+        "returns the output, the weights (B, H, S, S), and the state of its softmax",
+        "returns the output, None and None",
+        "The memory of neighbourhood attention is that of the window; nothing of all pairs of tokens exists.",
+        "ops/test_fused_neighborhood_attention.py::test_the_helper_gives_no_weights_of_all_pairs",
+    ),
+    Behaviour(
+        "`LigerTiledMLPFunction`, `LigerTiledSwiGLUMLP`, `LigerTiledGEGLUMLP`",
+        "add to `.grad` of the parameters within backward, once per tile",
+        "hand gradients to autograd, once and whole; only a subclass of the Function still adds to `.grad`",
+        "DDP, FSDP and hooks see a gradient when it is complete, and `torch.autograd.grad` gets it.",
+        "ops/test_tiled_mlp.py::test_every_tensor_gets_its_gradient_once",
+    ),
+    Behaviour(
+        "tiled MLPs with `num_shards=None`",
+        "tiles of as many tokens as the block is wide",
+        "tiles whose intermediates take 256 MiB",
+        "What the user wants to bound is memory.",
+        "ops/test_tiled_mlp.py::test_the_default_number_of_tiles",
+    ),
+    Behaviour(
+        "`LigerMultiTokenAttention(sparse=True)`",
+        "RuntimeError, but for float32",
+        "any floating dtype",
+        "Our sparsemax computes in fp32 and rounds once.",
+        "ops/test_ops.py::test_as_exact_as_pytorch",
     ),
 )

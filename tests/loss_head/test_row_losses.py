@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from liger_kernel.loss_head import products
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
 from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
@@ -58,7 +59,7 @@ def inputs(dtype: torch.dtype, ignored: float = 0.3, seed: int = 0) -> dict[str,
 
 def made(cls: Any, reduction: str = "mean", **options: Any) -> Any:
     """With that reduction where it has one, and with every number that it can give."""
-    if cls.name != "logprobs":
+    if not issubclass(cls, LogProbsLoss):
         return cls(reduction=reduction, **options)
     numbers = dict.fromkeys(("entropy", "logsumexp", "sum_p2", "mean_logit"), True)
     return cls(**numbers, **options)
@@ -150,6 +151,39 @@ def test_the_number_of_rows_of_a_chunk_changes_no_row(cls: Any) -> None:
     for a, b in zip(whole, parts, strict=True):
         assert a is b is None or torch.allclose(a, b)
     assert all(torch.allclose(grads[name], part_grads[name]) for name in grads)
+
+
+@loss_classes
+def test_backward_makes_the_logits_of_the_last_chunk_no_second_time(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second backward makes all of them, and gives the same; nothing is kept where there is no backward."""
+    rows: list[int] = []
+    project = products.HeadProducts.project
+
+    def recorded(head: products.HeadProducts, x: Tensor, out: Tensor) -> None:
+        if x.shape[1] == H:  # not those of the teacher
+            rows.append(x.shape[0])
+        project(head, x, out)
+
+    monkeypatch.setattr(products.HeadProducts, "project", recorded)
+    i = inputs(torch.float32, ignored=0.0)
+    i = {name: t.detach().requires_grad_(name in ("hidden", "weight")) for name, t in i.items()}
+    teacher = (i["t_hidden"], i["t_weight"], None) if cls.reads_teacher else None
+    chunks = ChunkOptions(chunk_size=9)
+    out = linear_loss(
+        made(cls, "none"), i["hidden"], i["weight"], i["target"], teacher=teacher, chunks=chunks
+    )[0]
+    assert rows == [9, 9, 5]
+    rows.clear()
+    grads = []
+    for expected in ([9, 9], [5, 9, 9]):
+        leaves = [i["hidden"], i["weight"]]
+        grads += torch.autograd.grad((out * cotangent(out)).sum(), leaves, retain_graph=True)
+        assert rows == expected
+        rows.clear()
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[3])
 
 
 @loss_classes

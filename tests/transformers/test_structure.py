@@ -461,6 +461,69 @@ def test_the_last_columns_are_rotated() -> None:
     assert torch.equal(y[..., :16], heads[..., :16])
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "angles", "heads"),
+    [
+        ("llama4", "apply_rotary_emb", (2, 5, 4), 2),
+        ("llama4", "vision_apply_rotary_emb", (5, 1, 4), 2),
+        ("deepseek_v2", "apply_rotary_emb", (2, 5, 4), 1),
+    ],
+)
+def test_complex_angles(
+    family: str, name: str, angles: tuple[int, ...], heads: int, calls: dict[str, int]
+) -> None:
+    """By position and by name; where a cast made them real, HF's own code multiplies."""
+    path = f"transformers.models.{family}.modeling_{family}"
+    original = getattr(pytest.importorskip(path), name)
+    ours = rope.replacement(original)
+    assert ours is not None
+    calls.clear()
+    make = Make(torch.bfloat16)
+    q, k = (make.randn(2, 5, n, 8) for n in (3, 1))
+    q, k = (q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2))
+    freqs = torch.view_as_complex(make.randn(*angles, 2).float())
+    last = list(inspect.signature(original).parameters)[-1]
+    for found in (ours(q, k, freqs), ours(q, k, **{last: freqs})):
+        high = original(q.double(), k.double(), freqs)
+        for part, y, h, low in zip("qk", found, high, original(q, k, freqs), strict=True):
+            assert_no_worse(part, y, h, low)
+    assert calls["rope"] == 2
+    assert torch.equal(ours(q, k, freqs.real)[0], original(q, k, freqs.real)[0])
+    assert calls["rope"] == 2
+
+
+def test_three_positions(calls: dict[str, int]) -> None:
+    """As Qwen2-VL's attention selected them until transformers 5; sections of another size are its own."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+
+    def original(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, section: list[int], unsqueeze_dim: int = 1
+    ) -> Any:
+        rows = [row for row, n in enumerate(section) for _ in range(n)] * 2
+        tables = (torch.stack([t[r, ..., i] for i, r in enumerate(rows)], -1) for t in (cos, sin))
+        return llama(q, k, *tables, unsqueeze_dim=unsqueeze_dim)
+
+    ours = rope.replacement(original)
+    assert ours is not None
+    calls.clear()
+    make = Make(torch.float32)
+    q, k, angles = (
+        make.randn(2, 5, 3, 8),
+        make.randn(2, 5, 1, 8),
+        make.randn(3, 2, 5, 4).repeat(1, 1, 1, 2),
+    )
+    cos, sin = angles.cos(), angles.sin()
+    for y, theirs in zip(
+        ours(q, k, cos, sin, [2, 1, 1], unsqueeze_dim=2),
+        original(q, k, cos, sin, [2, 1, 1], 2),
+        strict=True,
+    ):
+        assert_no_worse("y", y, theirs.double(), theirs)
+    assert calls["rope"] == 1
+    with pytest.raises(RuntimeError):
+        ours(q, k, cos, sin, [1, 1, 1], unsqueeze_dim=2)
+
+
 def test_an_inner_patch_is_reported_by_the_outer_one() -> None:
     for build_one in (mixtral, lambda: build("llama")):
         model = build_one()

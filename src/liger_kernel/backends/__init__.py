@@ -35,7 +35,7 @@ from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
-_SHARED = ("capability", "disabled", "dispatch", "kernels", "records", "triton")
+_SHARED = ("capability", "disabled", "dispatch", "kernels", "products", "records", "triton")
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
 

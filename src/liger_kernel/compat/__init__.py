@@ -43,11 +43,14 @@ ALIASES = {
         for name in ("jsd", "kl_div")
     },
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.llama4_rope": "liger_kernel.ops.rope",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
+    "liger_kernel.ops.qwen2vl_mrope": "liger_kernel.ops.rope",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
     "liger_kernel.triton": "liger_kernel.compat.triton_cache",
     "liger_kernel.triton.monkey_patch": "liger_kernel.compat.triton_cache",
+    "liger_kernel.ops.vocab_parallel_cross_entropy": "liger_kernel.compat.ops.vocab_parallel_cross_entropy",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
     "liger_kernel.transformers.grpo_loss": "liger_kernel.compat.ops.grpo_loss",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
@@ -66,24 +69,31 @@ ALIASES = {
         )
     },
     **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.rope"
+        for module in ("llama4_rope", "qwen2vl_mrope", "rope")
+    },
+    **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
         for module in (
             "cross_entropy",
             "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
+            "fused_neighborhood_attention",
             "geglu",
             "group_norm",
             "layer_norm",
             "mlp",
             "modulated_rms_norm",
+            "multi_token_attention",
             "poly_norm",
             "relu_squared",
             "rms_norm",
-            "rope",
             "softmax",
             "sparsemax",
             "swiglu",
+            "vocab_parallel_cross_entropy",
+            "tiled_mlp",
         )
     },
 }

@@ -125,7 +125,7 @@ def _op(
     With reduction "none" the gradients exist only once the gradient of the loss, `row_scale`, is known.
     """
     loss, dtype, teacher_dtype, chunks = _options(options)
-    check_labels(target, weight.shape[0], loss.ignore_index)
+    check_labels(target, loss.whole_vocabulary(weight.shape[0]), loss.ignore_index)
     teacher: HeadInputs | GivenRows | None = None
     if teacher_hidden is not None:
         teacher = GivenRows(teacher_hidden)

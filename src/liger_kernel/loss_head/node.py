@@ -100,7 +100,7 @@ def _run(
     groups: RowGroups | None = None,
     helpers: Any = None,
 ) -> tuple[Any, ...]:
-    check_labels(target, student.weight.shape[0], loss.ignore_index)
+    check_labels(target, loss.whole_vocabulary(student.weight.shape[0]), loss.ignore_index)
     hidden, weight, bias, dtype = student
     if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
         hidden, weight = hidden.detach(), weight.detach()
@@ -141,6 +141,7 @@ class _LinearLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         ctx.recomputes = groups is None and loss.recomputes
         now = (False,) * 3 if ctx.recomputes else needs
+        ctx.kept_logits = loop.Kept(needs[1]) if ctx.recomputes and any(needs) else None
         if helpers is not None:
             settings = (loss, chunks, dtype)
             *outputs, dx, dw, db = helpers[0](
@@ -150,7 +151,7 @@ class _LinearLoss(torch.autograd.Function):
         else:
             head = HeadInputs(hidden, weight, bias, dtype)
             out, outputs, grads = loop.run(
-                loss, head, target, class_weight, chunks, now, groups, teacher
+                loss, head, target, class_weight, chunks, now, groups, teacher, ctx.kept_logits
             )
         if groups is not None:
             value, reported = groups.loss_of(out.loss)
@@ -190,7 +191,9 @@ class _LinearLoss(torch.autograd.Function):
             )[-3:]
             return *found, None
         head = HeadInputs(hidden, weight, bias, dtype)
-        found = loop.run(loss, head, target, class_weight, chunks, needs, grads[0], teacher)[2]
+        found = loop.run(
+            loss, head, target, class_weight, chunks, needs, grads[0], teacher, ctx.kept_logits
+        )[2]
         return *found, None
 
 

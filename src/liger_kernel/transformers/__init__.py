@@ -27,6 +27,7 @@ _EXPORTS = {
     "LigerLayerNorm": "modules.layer_norm",
     "LigerMLP": "modules.mlp",
     "LigerModulatedRMSNorm": "modules.modulated_rms_norm",
+    "LigerMultiTokenAttention": "modules.multi_token_attention",
     "LigerPhi3SwiGLUMLP": "modules.swiglu",
     "LigerPolyNorm": "modules.poly_norm",
     "LigerQwen3MoeSwiGLUMLP": "modules.swiglu",
@@ -36,6 +37,11 @@ _EXPORTS = {
     "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",
     "LigerTVDLoss": "modules.divergences",
+    "liger_llama4_text_rotary_pos_emb": "modules.rope",
+    "liger_llama4_vision_rotary_pos_emb": "modules.rope",
+    "LigerVocabParallelCrossEntropy": "modules.vocab_parallel_cross_entropy",
+    "LigerTiledGEGLUMLP": "modules.tiled_mlp",
+    "LigerTiledSwiGLUMLP": "modules.tiled_mlp",
     "liger_rotary_pos_emb": "modules.rope",
 }
 #: names that need HuggingFace transformers; so do all that start with `_APPLY`

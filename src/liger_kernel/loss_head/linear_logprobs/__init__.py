@@ -16,7 +16,7 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
 from liger_kernel.loss_head.node import linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
-from liger_kernel.ops import LINEAR_LOSSES
+from liger_kernel.ops import LINEAR_LOSSES, SHARDED_LOSSES
 from liger_kernel.ops.logprobs import checked, named, split_temperature
 from liger_kernel.ops.logprobs.contract import LogProbs
 
@@ -76,4 +76,5 @@ def linear_logprobs(
     return named(found, loss, ids.shape)
 
 
-__getattr__ = compat_names(__name__, LINEAR_LOSSES["linear_logprobs"])
+_NAMES = (*LINEAR_LOSSES["linear_logprobs"], *SHARDED_LOSSES["vocab_parallel_logprobs"])
+__getattr__ = compat_names(__name__, _NAMES)

@@ -13,6 +13,8 @@ ROW_LOSSES = {
     "logprobs": "liger_kernel.loss_head.losses.logprobs:LogProbsLoss",
     "kl_div": "liger_kernel.loss_head.losses.kl_div:KLDivLoss",
     "tvd": "liger_kernel.loss_head.losses.tvd:TVDLoss",
+    "vocab_parallel_cross_entropy": "liger_kernel.distributed.vocab_parallel_cross_entropy:ShardedCrossEntropyLoss",
+    "vocab_parallel_logprobs": "liger_kernel.distributed.vocab_parallel_logprobs:ShardedLogProbsLoss",
 }
 
 

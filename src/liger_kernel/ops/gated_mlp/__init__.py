@@ -66,7 +66,7 @@ def gated_mlp(
     }
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
-    _check_tensors(x, *weights, autocast)
+    check_tensors(x, *weights, autocast)
     transformed = is_transformed()
     if not transformed and glu == GLUOptions(activation):
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
@@ -207,9 +207,10 @@ def _saved_tensors_are_ours() -> bool:
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
-def _check_tensors(
+def check_tensors(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
+    """Of `gated_mlp`."""
     named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
     weights = [w for w in named.values() if w is not None]
     features = down_weight.shape[-1] if down_weight.ndim == 2 else -1

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,10 +175,9 @@ class _LogProbs(Op):
             return (None,) * 5
         impl, options = ctx.of_forward
         rows, ids, temperature = ctx.saved_tensors
-        options = replace(options, top1=False, top_k=0)
         grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        out = LogProbRows.empty(ids, grads[0].dtype, options)
         scale = grads[0].contiguous()
+        out = LogProbRows(torch.empty_like(scale), None, None, None)
         step(impl, rows, ids, temperature, options=options, out=out, grad=grad, row_scale=scale)
         return None, None, grad, None, None
 
