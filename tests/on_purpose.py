@@ -22,8 +22,8 @@ PARAMETERS = {
 ABSENT = {
     r"liger_kernel\.ops\.backends\._triton\.\w+\.\w+_loss_and_grad_triton": "A step of its loops over chunks. "
     "Here that is a row loss of the loss head, which `CONTRIBUTING.md` explains.",
-    r"liger_kernel\.ops\.cross_entropy\.liger_cross_entropy_kernel": "A raw kernel, whose parameters are those of its "
-    "own launcher. `cross_entropy_forward` takes tensors.",
+    r"liger_kernel\.ops\.(vocab_parallel_)?cross_entropy\.liger_\w+_kernel": "A raw kernel, whose parameters are those "
+    "of its own launcher. The autograd Function beside it takes tensors.",
     r"liger_kernel\.ops\.experimental\.\w+\.(\w+_kernel|get_autotune_config)": "Raw kernels and the configurations of "
     "one. `LigerEmbeddingFunction` and `matmul` take tensors.",
     r"liger_kernel\.ops\.mlp\.(gemm_swiglu|swiglu_backward_\w+)": "Steps of `LigerMLPFunction` over a buffer of its "

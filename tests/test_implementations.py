@@ -162,11 +162,11 @@ def test_calls_of_ours(op: str) -> None:
 
 
 def test_forms_of_the_functional_api() -> None:
-    plain = functional.glu(X, X, gate_multiplier=0.5, down_multiplier=2.0)
-    assert torch.equal(functional.swiglu(X, X, 0.5, 2.0), plain)
-    assert torch.equal(functional.geglu(X, X, backend="torch"), functional.glu(X, X, "gelu_tanh"))
+    plain = functional.glu(X, LOGS, "silu", 0.5, 2.0)
+    assert torch.equal(functional.swiglu(X, LOGS, 0.5, 2.0), plain)
+    assert torch.equal(functional.geglu(X, LOGS), functional.glu(X, LOGS, "gelu_tanh"))
     with pytest.raises(ValueError, match="mode='fast'"):
-        functional.swiglu(X, X, mode="fast")
+        functional.dispatch("swiglu", X, X, mode="fast")
 
 
 def test_an_implementation_of_the_user_is_called() -> None:
@@ -187,14 +187,28 @@ def test_an_implementation_of_the_user_is_called() -> None:
     assert torch.equal(functional.layer_norm(X, W), plain[0]), "as before, without one of that name"
     assert torch.equal(functional.glu(X, X, "gelu_tanh"), plain[1])
     assert functional.glu_packed(X).shape == (5, 6)
+    assert not computes_seven(functional.glu(X, X, limit=1.0)), "it has no place for this option"
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.rms_norm, backend="eager", fullgraph=True)
+    assert computes_seven(compiled(X, W))
     with backends.use_implementation("reference"):
         assert not computes_seven(functional.rms_norm(X, W))
+    liger_kernel.set_impl(None)
+    assert not computes_seven(compiled(X, W))
     liger_kernel.set_impl("torch")
     assert not computes_seven(functional.rms_norm(X, W))
 
 
 class _Config:
     hidden_size, intermediate_size, hidden_act, mlp_bias = 12, 8, "silu", False
+
+
+def test_options_that_an_implementation_has_no_place_for() -> None:
+    registry.register_impl("geglu", impl_name="mine")(seven)
+    liger_kernel.set_impl("mine")
+    assert computes_seven(functional.geglu(X, X))
+    for options in ({"gate_multiplier": 0.5}, {"activation": "silu"}, {"limit": 1.0}):
+        assert not computes_seven(functional.glu(X, X, **{"activation": "gelu_tanh", **options}))
 
 
 def test_the_arguments_of_an_implementation() -> None:
@@ -269,6 +283,13 @@ def test_declared_locations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "mine" in registry.all_registered_ops()
     assert torch.equal(functional.dispatch("mine", X), X + 1)
     assert registry.get_discovery_failures()["my_absent_kernels"][0] is ModuleNotFoundError
+
+
+def test_names_of_the_package() -> None:
+    for name in ("OpImpl", "register_impl", "register_op", "set_impl", "resolve_backend"):
+        assert getattr(backends, name) is getattr(registry, name) is getattr(dispatch, name)
+    assert backends.Capability is Capability
+    assert not hasattr(backends, "nothing")
 
 
 def test_warning() -> None:

@@ -6,6 +6,8 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 `liger_kernel.transformers.functional` has the same ops under the names and argument orders of the incumbent.
 """
 
+from torch import Tensor
+
 from liger_kernel._core.lazy import compat_names
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
@@ -54,6 +56,7 @@ __all__ = [
     "fused_linear_kl_div",
     "fused_neighborhood_attention",
     "gated_mlp",
+    "geglu",
     "glu",
     "glu_packed",
     "group_norm",
@@ -74,12 +77,24 @@ __all__ = [
     "rope",
     "softmax",
     "sparsemax",
+    "swiglu",
     "tiled_mlp",
     "tvd",
 ]
 
+
+def swiglu(
+    a: Tensor, b: Tensor, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
+) -> Tensor:
+    """`silu(a * gate_multiplier) * b * down_multiplier`: `glu` by the name of this activation."""
+    return glu(a, b, "silu", gate_multiplier, down_multiplier)
+
+
+def geglu(a: Tensor, b: Tensor) -> Tensor:
+    """`gelu(a) * b` with the tanh form of GELU: `glu` by the name of this activation."""
+    return glu(a, b, "gelu_tanh")
+
+
 __getattr__ = compat_names(
-    __name__,
-    ("declare_op_locations", "dispatch", "fused_linear_jsd", "geglu", "swiglu"),
-    "liger_kernel.compat.dispatch",
+    __name__, ("declare_op_locations", "dispatch"), "liger_kernel.compat.dispatch"
 )

@@ -24,6 +24,7 @@ from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers.patching import OPTIONS
 from tests.transformers.here import ENTRIES
 from tests.transformers.steps import assert_same_step, step
+from tests.transformers.test_copies import replicated
 from tests.transformers.tiny import batch, build
 from tests.transformers.zoo import check, inputs
 
@@ -174,6 +175,40 @@ def test_compiled() -> None:
     outputs = torch.compile(model, backend="eager", fullgraph=True)(**batch())
     assert outputs.loss == eager.loss
     assert outputs.logits is None
+
+
+@pytest.mark.usefixtures("on_the_class")
+@pytest.mark.parametrize("fused", [True, False])
+def test_replicas_compute_with_their_own_weights(fused: bool) -> None:
+    model = build("llama").train()
+    expected = LlamaForCausalLM._liger_own_forward(model, **batch()).loss
+    if fused:
+        model(**batch())
+    replica = replicated(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert replica(**batch()).loss == expected
+
+
+@pytest.mark.usefixtures("on_the_class")
+@pytest.mark.parametrize("head", ["", "trained", "adapted"])
+def test_adapters(head: str) -> None:
+    """An adapter of the head is part of the loss, which then has logits."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "lm_head"] if head == "adapted" else ["q_proj"]
+    saved = ["lm_head"] if head == "trained" else None
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+    wide = peft.get_peft_model(build("llama", torch.float64), config).train()
+    model = copy.deepcopy(wide).float()
+    inner = wide.get_base_model()
+    low = LlamaForCausalLM._liger_own_forward(copy.deepcopy(inner).float(), **batch())
+    high = LlamaForCausalLM._liger_own_forward(inner, **batch())
+    found = model(**batch())
+    assert_no_worse("loss", found.loss, high.loss, low.loss)
+    assert (found.logits is None) == (head != "adapted")
+    found.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_called_by_a_subclass(lce_forward: Any) -> None:

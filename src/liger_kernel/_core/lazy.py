@@ -9,6 +9,7 @@ from typing import Any
 #: small things that modules of the incumbent's ops have; here every op has all of them
 _HELPERS = (
     "LOG2_E",
+    "MAX_FUSED_SIZE",
     "REDUCTION_LITERAL",
     "TensorDescriptor",
     "get_bucket_m",

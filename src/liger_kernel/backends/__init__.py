@@ -4,8 +4,8 @@ Each file here that defines `BACKEND` is a family of devices. An implementation 
 `liger_kernel.ops.<op>.<implementation>`, that satisfy the op's `contract.py`; an op without such a file, and a device
 without a backend, run the op's `reference`.
 
-Order of decision: `use_implementation(...)` (a context manager), the environment variable `LIGER_KERNEL_IMPL` (read at
-import), the device of the tensor. An explicit request that cannot be served raises.
+Order of decision: `use_implementation(...)` (a context manager) or `set_implementation(...)`, the environment variable
+`LIGER_KERNEL_IMPL` (read at import), the device of the tensor. An explicit request that cannot be served raises.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from liger_kernel._core.autograd import Recompute, has_numbers
 from liger_kernel._core.contract import check_contract
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends import disabled
+from liger_kernel.backends.capability import NAMES
+from liger_kernel.backends.capability import Capability as Capability
 from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
 REFERENCE, PORTABLE = "reference", "portable"
@@ -303,3 +306,4 @@ for _file in pkgutil.iter_modules(__path__):
     if _file.name not in _SHARED:
         register(importlib.import_module(f"{__name__}.{_file.name}").BACKEND)
 _requested: str | None = _from_environment()
+__getattr__ = compat_names(__name__, NAMES, "liger_kernel.compat.dispatch")

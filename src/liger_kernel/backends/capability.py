@@ -9,6 +9,14 @@ from typing import Any
 
 import torch
 
+#: of the incumbent, in this package and in `dispatch`; `liger_kernel.compat.dispatch` defines them
+NAMES = (
+    "BackendNotAvailableError", "ImplNotAvailableError", "LigerBackendFallbackWarning", "LigerImplFallbackWarning",
+    "NoBackendAvailableError", "NoImplAvailableError", "OpImpl", "all_backends", "all_impls", "available_backends",
+    "available_impls", "clear_available_cache", "emit_fallback_warning", "get_backend", "get_impl", "register_impl",
+    "register_op", "resolve_backend", "resolve_impl", "set_backend", "set_impl",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Capability:

@@ -33,6 +33,7 @@ from liger_kernel.backends import (
     reference_of,
     requested,
 )
+from liger_kernel.backends.capability import NAMES
 
 #: op -> what the user chose: `call(options, *tensors)`, or NotImplemented
 CHOSEN: dict[str, Callable[..., Any]] = {}
@@ -112,11 +113,4 @@ def no_shards(name: str, way_out: str) -> Callable[..., Any]:
     return refuse
 
 
-#: of the incumbent
-_NAMES = (
-    "BackendNotAvailableError", "ImplNotAvailableError", "LigerBackendFallbackWarning", "LigerImplFallbackWarning",
-    "NoBackendAvailableError", "NoImplAvailableError", "all_backends", "all_impls", "available_backends",
-    "available_impls", "clear_available_cache", "dispatch", "emit_fallback_warning", "get_backend", "get_impl",
-    "resolve_backend", "resolve_impl", "set_backend", "set_impl",
-)  # fmt: skip
-__getattr__ = compat_names(__name__, _NAMES, "liger_kernel.compat.dispatch")
+__getattr__ = compat_names(__name__, (*NAMES, "dispatch"), "liger_kernel.compat.dispatch")

@@ -68,10 +68,9 @@ CALLS = {
 }
 #: op here -> the op of ours whose files compute it, where the names differ
 _FOLDERS = {"swiglu": "glu", "geglu": "glu", "fused_linear_jsd": "jsd", **COMPUTED_BY}
-CALLS = {op: row for op, row in CALLS.items() if hasattr(_functions, row[0])}
-#: op of ours whose arguments are the tensors, then the options -> its name here
-_FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax")
-_ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu"}
+#: op -> our activation; and the ops of ours that call what was registered: the tensors, then the options
+_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_tanh"}
+_FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax", *_ACTIVATIONS)
 _OTHER_NAMES = {
     "torch": REFERENCE,
     "pytorch": REFERENCE,
@@ -138,24 +137,15 @@ _chosen: str | None = None  # by name, among those that users registered
 
 
 @functools.cache
-def call_of(
-    op: str, implementation: str | None = None, *, chooses: bool = False
-) -> Callable[..., Any]:
-    """Our op by the arguments in `CALLS`, on the tensor's device or by `implementation`; `mode` is None.
-
-    With `chooses`, `impl` and `backend` name an implementation.
-    """
+def call_of(op: str, implementation: str | None = None) -> Callable[..., Any]:
+    """Our op by the arguments in `CALLS`, on the tensor's device or by `implementation`; `mode` is None."""
     function_name, arguments = CALLS[op]
     function = getattr(_functions, function_name)
     plain = inspect.signature(eval(f"lambda {arguments}: None"))
-    names = ("impl", "mode", "backend") if chooses else ("mode",)
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    mode = inspect.Parameter("mode", inspect.Parameter.KEYWORD_ONLY, default=None)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        named = {name: kwargs.pop(name, None) for name in names}
-        check_implementation(mode=named.pop("mode"))
-        if chooses:
-            return dispatch(op, *args, **named, **kwargs)
+    def call(*args: Any, mode: str | None = None, **kwargs: Any) -> Any:
+        check_implementation(mode=mode)
         bound = plain.bind(*args, **kwargs)
         bound.apply_defaults()
         if implementation is None:
@@ -164,7 +154,7 @@ def call_of(
             return function.apply(*bound.args)
 
     call.__name__ = call.__qualname__ = op
-    call.__signature__ = plain.replace(parameters=[*plain.parameters.values(), *more])  # type: ignore[attr-defined]
+    call.__signature__ = plain.replace(parameters=[*plain.parameters.values(), mode])  # type: ignore[attr-defined]
     return call
 
 
@@ -312,23 +302,32 @@ def get_impl() -> str | None:
 def _follow() -> None:
     """Our ops call what was chosen."""
     _dispatch.CHOSEN.clear()
-    found = {op: impls[_chosen] for op, impls in _registered.items() if _chosen in impls}
-    for op in _FOLLOWS:
-        if op in found:
-            _dispatch.CHOSEN[op] = lambda options, *tensors, impl=found[op]: impl.call(
-                *tensors, *options.named().values()
-            )
-    gated = {act: found[op] for act, op in _ACTIVATIONS.items() if op in found}
+    chosen = {op: impls[_chosen] for op, impls in _registered.items() if _chosen in impls}
+    calls = {op: _follower(impl) for op, impl in chosen.items() if op in _FOLLOWS}
+    gated = {act: calls.pop(op) for op, act in _ACTIVATIONS.items() if op in calls}
+    _dispatch.CHOSEN.update(calls)
 
     def glu(options: Any, gate: Tensor, up: Tensor | None) -> Any:
-        impl = gated.get(options.activation)
-        if impl is None or up is None:
-            return NotImplemented
-        multipliers = (options.gate_multiplier, options.down_multiplier)
-        return impl.call(gate, up, *(multipliers if impl.op_name == "swiglu" else ()))
+        call = gated.get(options.activation) if up is not None else None
+        return call(options, gate, up) if call else NotImplemented
 
     if gated:
         _dispatch.CHOSEN["glu"] = glu
+
+
+def _follower(impl: OpImpl) -> Callable[..., Any]:
+    """What our dispatch calls: NotImplemented where an option is set that has no place in the call of `impl`."""
+    names = inspect.signature(call_of(impl.op_name)).parameters
+
+    def call(options: Any, *tensors: Tensor | None) -> Any:
+        kind = type(options)
+        given = {name: getattr(options, name) for name in kind.__match_args__ if name in names}
+        fixed = {"activation": options.activation} if hasattr(options, "activation") else {}
+        if kind(**fixed, **given) != options:
+            return NotImplemented
+        return impl.call(*tensors, *given.values())
+
+    return call
 
 
 def resolve_impl(op_name: str, requested: str | None = None, device: Any = None) -> OpImpl:
@@ -356,6 +355,7 @@ def resolve_impl(op_name: str, requested: str | None = None, device: Any = None)
     return found
 
 
+@torch.compiler.disable
 def dispatch(
     op_name: str, *args: Any, impl: str | None = None, backend: str | None = None, **kwargs: Any
 ) -> Any:
@@ -379,10 +379,3 @@ all_backends, available_backends, get_backend, set_backend = (
     get_impl,
     set_impl,
 )
-
-
-def __getattr__(name: str) -> Any:
-    """The forms in `liger_kernel.functional`."""
-    if name in CALLS:
-        return call_of(name, chooses=True)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

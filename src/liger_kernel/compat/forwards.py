@@ -179,6 +179,8 @@ def _forward(module: str, name: str, arguments: str) -> Callable[..., Any]:
             )
         given = {key: value for key, value in {**given, **kwargs}.items() if value is not None}
         own, site = _own_forward(self), self.__dict__.get(KEY)
+        if "_is_replica" in self.__dict__:  # of nn.DataParallel: its weights are no parameters
+            return own(**given)
         if site is None or site.state is None:
             _fuse(self)
             site = self.__dict__.get(KEY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 REDUCTION_LITERAL = Literal["none", "sum", "mean", "batchmean"]
+MAX_FUSED_SIZE = 32768
 
 
 def get_num_warps(BLOCK_SIZE: int) -> int:

@@ -397,7 +397,7 @@ def _replica(model: Any) -> Any:
     """A replica of `nn.DataParallel` shares the attributes of its model; its forward is HF's, on its own weights."""
     replica = type(model)._replicate_for_data_parallel(model)
     for name in (KEY, "_replicate_for_data_parallel", "__getstate__", "forward"):
-        if name != "forward" or is_ours(model.forward):
+        if name != "forward" or is_ours(replica.__dict__.get("forward")):
             del replica.__dict__[name]
     return replica
 
