@@ -189,7 +189,30 @@ def _liger_glu(o: Options) -> Function | None:
 
 
 def _liger_rope(o: Options) -> Function | None:
-    return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
+    if o["unsqueeze_dim"] != 1 or not _plain(o, "unsqueeze_dim", "mrope_section"):
+        return None
+    if not o["mrope_section"]:
+        return _liger("liger_rope")
+    function, section = _liger("liger_qwen2vl_mrope"), list(o["mrope_section"])
+    return lambda *tensors: function(*tensors, section)
+
+
+def _liger_qk_norm_rope(o: Options) -> Function | None:
+    """It has no such op: both norms, then the rotation."""
+    if o["unsqueeze_dim"] != 1 or o["interleaved"] or o["rotary_dim"]:
+        return None
+    norm, rope = _liger("liger_rms_norm"), _liger("liger_rope")
+
+    def normed(x: Any, weight: Any) -> Any:
+        heads = x.transpose(1, 2)  # (B, S, H, D)
+        rows = heads if weight is None or weight.numel() == x.shape[3] else heads.flatten(2)
+        return norm(rows, weight, o["eps"], o["offset"], o["casting_mode"]).view(heads.shape)
+
+    def function(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any) -> Any:
+        both = normed(q, q_weight), normed(k, k_weight)
+        return rope(*(x.transpose(1, 2) for x in both), cos, sin)
+
+    return function
 
 
 def _liger_sparsemax(o: Options) -> Function:
@@ -241,6 +264,7 @@ LIGER: Table = {
     "glu": _liger_glu,
     "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
+    "qk_norm_rope": _liger_qk_norm_rope,
     "softmax": lambda o: _liger("liger_softmax"),
     "sparsemax": _liger_sparsemax,
     "dyt": lambda o: _liger("liger_dyt"),

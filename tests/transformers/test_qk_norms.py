@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.transformers.patching.state import state_of
 from liger_kernel.transformers.patching.unnormed import Norm, Unnormed
 from tests.transformers.here import hf_class
 from tests.transformers.steps import assert_same_step
@@ -22,6 +23,7 @@ from tests.transformers.tiny import batch, build
 
 Calls = collections.Counter[str]
 Rows = set[tuple[str, str]]
+WITH_NORMS = "liger rope with q_norm, k_norm"
 
 
 def rows(report: Any) -> Rows:
@@ -32,7 +34,7 @@ def rows(report: Any) -> Rows:
 def test_report_step_and_unpatch(model_type: str, calls: Calls) -> None:
     """Of all heads together, and of each."""
     model = build(model_type)
-    assert rows(liger_kernel.patch(model)) == {("self_attn", "liger rope with q_norm, k_norm")}
+    assert rows(liger_kernel.patch(model)) == {("self_attn", WITH_NORMS)}
     model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     calls.clear()
     model(**batch())
@@ -54,6 +56,25 @@ def test_either_option_keeps_them_apart(options: dict[str, bool], calls: Calls) 
     calls.clear()
     model(**batch())
     assert calls["qk_norm_rope"] == 0
+
+
+def test_through_an_entry_point(calls: Calls) -> None:
+    """Whose rotary function is on the modeling file: only attention modules with such norms change."""
+    from liger_kernel.transformers import monkey_patch as doors
+
+    for model_type, expected in (("qwen3", {("self_attn", WITH_NORMS)}), ("llama", set())):
+        model = build(model_type)
+        getattr(doors, f"apply_liger_kernel_to_{model_type}")(model=model)
+        state = state_of(model)
+        assert state is not None
+        assert rows(state.report) == expected
+        calls.clear()
+        model(**batch())
+        assert (calls["qk_norm_rope"], calls["rope"]) == ((2, 0) if expected else (0, 2))
+        liger_kernel.unpatch(model)
+        calls.clear()
+        model(**batch())
+        assert not calls
 
 
 def test_compiles_to_one_graph() -> None:

@@ -69,7 +69,7 @@ def register(backend: Backend) -> None:
 
 def forget() -> None:
     """Look again at backends, devices and the list of disabled ops."""
-    for cache in (backend_of, facts_of, _disabled, _kernels):
+    for cache in (backend_of, facts_of, _disabled, _served_alike, _kernels):
         cache.cache_clear()
 
 
@@ -259,6 +259,16 @@ def serving(op: str, device_type: str, requested: str | None = None) -> tuple[st
                 f"{disabled.path()} says. Unset the variable, or: {disabled.RESET}"
             )
     return (PORTABLE if is_there(f"liger_kernel.ops.{op}.{PORTABLE}") else REFERENCE), why
+
+
+def served_alike(ops: tuple[str, ...], device_type: str) -> bool:
+    """Whether one implementation computes all of these ops, or the reference does."""
+    return _served_alike(ops, device_type, _requested)
+
+
+@functools.cache
+def _served_alike(ops: tuple[str, ...], device_type: str, requested: str | None) -> bool:
+    return len({serving(op, device_type, requested)[0] for op in ops}) == 1
 
 
 @functools.cache

@@ -58,11 +58,9 @@ def _at_heads(angles: Tensor, unsqueeze_dim: int) -> Tensor:
 def _selected(angles: Tensor, section: tuple[int, ...], interleaved: bool) -> Tensor:
     """(3, B, S, R/2) -> (B, S, R/2): the table of time, height or width for each column."""
     time, height, width = section
-    column = torch.arange(angles.shape[-1], device=angles.device)
+    table = torch.zeros(angles.shape[-1], dtype=torch.int64, device=angles.device)
     if interleaved:  # t h w t h w ..., then t where height or width have no more
-        axis = column % 3
-        more = column < 3 * torch.where(axis == 1, height, width)
-        table = torch.where(more, axis, 0)
+        table[1 : 3 * height : 3], table[2 : 3 * width : 3] = 1, 2
     else:
-        table = (column >= time).long() + (column >= time + height).long()
+        table[time : time + height], table[time + height :] = 1, 2
     return angles.gather(0, table.expand(1, *angles.shape[1:]))[0]

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liger_kernel.backends import served_alike
 from liger_kernel.transformers.patching.linears import is_hooked
 
 
@@ -127,12 +128,16 @@ Unnormed.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def may_wait(module: nn.Module, x: Any, weight: Any) -> bool:
-    """Whether the norm that runs is that of heads which a rotary function is waiting for, and nobody has to see it."""
+    """Whether the norm that runs is that of heads which a rotary function is waiting for, and nobody has to see it.
+
+    NPUs have kernels of norm and rotation alone.
+    """
     return (
         any(module is norm for norm in running.norms)
         and type(x) is Tensor
         and type(weight) in (nn.Parameter, Tensor, type(None))
         and not is_hooked(module.__dict__)
+        and served_alike(("qk_norm_rope", "rms_norm", "rope"), x.device.type)
     )
 
 

@@ -17,6 +17,7 @@ _FILES = (
     "experts",
     "rope",
     "lora",
+    "qk_norms",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

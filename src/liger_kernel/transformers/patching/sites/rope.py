@@ -27,7 +27,6 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import Method, MethodPlan, call, marker, ours_runs
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites.norms import NormPlan, twin_of
-from liger_kernel.transformers.patching.state import State
 from liger_kernel.transformers.patching.unnormed import Unnormed, real, running
 
 
@@ -184,7 +183,8 @@ def prove(original: Callable[..., Any]) -> tuple[Form, ...] | str:
 
     with proof.sandbox():
         for flat in (False, True):
-            form = next((f for f in (replace(f, flat=flat) for f in _FORMS) if agrees(f, 16)), None)
+            forms = (replace(f, flat=flat) for f in _FORMS if not (flat and f.sections))
+            form = next((f for f in forms if agrees(f, 16)), None)
             if form is not None:
                 narrow = (replace(form, narrow=where) for where in ("first", "last"))
                 found.append(next((f for f in narrow if agrees(f, 8)), form))
@@ -270,7 +270,7 @@ def _rebound(forward: Any) -> types.FunctionType | None:
     if isinstance(inner, types.FunctionType):
         rebound = _rebound(inner)
         return None if rebound is None else _rewrapped(forward, inner, rebound)
-    ours = {name: replacement(f) for name, f in _rotary_functions(forward).items()}
+    ours = {name: replacement(f) for name, f in rotary_functions(forward).items()}
     overlay = {name: function for name, function in ours.items() if function is not None}
     if not overlay:
         return None
@@ -392,7 +392,7 @@ def _fused_on(
     return found
 
 
-def _rotary_functions(forward: Any) -> dict[str, Any]:
+def rotary_functions(forward: Any) -> dict[str, Any]:
     """What the function within all decorators calls by a global name with `rot` in it."""
     forward = inspect.unwrap(forward)
     code, known = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
@@ -400,17 +400,17 @@ def _rotary_functions(forward: Any) -> dict[str, Any]:
     return {n: f for n, f in named.items() if callable(f) and not isinstance(f, type)}
 
 
-def _prove(module: nn.Module, state: State) -> RopePlan | str:
+def find_plan(module: nn.Module) -> RopePlan | str:
     forward: Any = type(module).forward
     if _rebound(forward) is not None:
         return RopePlan(_waiting_norms(module))
-    reasons = {why for f in _rotary_functions(forward).values() if isinstance(why := prove(f), str)}
+    reasons = {why for f in rotary_functions(forward).values() if isinstance(why := prove(f), str)}
     return ", ".join(sorted(reasons)) or "a decorator hides its rotary function"
 
 
 SITE = Site(
     options=(Option("rope", True, "rotary functions of attention modules."),),
     kind="rope",
-    candidates=modules(lambda module: _rotary_functions(type(module).forward)),
-    prove=_prove,
+    candidates=modules(lambda module: rotary_functions(type(module).forward)),
+    prove=lambda module, state: find_plan(module),
 )
