@@ -154,7 +154,11 @@ def trained(model: nn.Module, seed: int) -> dict[str, Tensor]:
 def check(rank: int, sharded: Build, dtype: torch.dtype, together: bool = False) -> None:
     """`together`: all ranks take one batch, as with tensor parallelism."""
     seed = 0 if together else rank
-    ours = trained(sharded(dtype, True), seed)
+    model = sharded(dtype, True)
+    ours = trained(model, seed)
+    (row,) = (row for row in liger_kernel.patch(model).rows if row.kind == "loss")
+    shards = f" over the classes of {ranks.WORLD} ranks" if together else ""
+    assert row.by == f"fused linear cross entropy{shards}", row.reason
     low = trained(sharded(dtype, False), seed)
     high = trained(sharded(torch.float64, False), seed)
     assert ours.keys() == low.keys() == high.keys()

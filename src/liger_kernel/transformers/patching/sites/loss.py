@@ -82,10 +82,9 @@ class _FusedLoss(Site):
                 site.install()
                 state.handles.append(site)
             for path in site.paths:
+                by = functools.partial(FusedForward.computed_by, site, path)
                 check = functools.partial(FusedForward.verdict, site, path)
-                state.report.add(
-                    self.kind, prefix + path, by="fused linear cross entropy", check=check
-                )
+                state.report.add(self.kind, prefix + path, by=by, check=check)
         state.report.forecast = saved_bytes
 
 
