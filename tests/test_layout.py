@@ -51,7 +51,15 @@ TEST_ONLY = "testing"
 #: commands that run the ops' cases; nothing imports them until they are asked for
 RUN_CASES = ("cli/bench.py", "cli/selftest.py")
 #: ops without kernels of their own: they are built from a sibling's
-OPS_WITHOUT_KERNELS = frozenset({"gated_mlp"})
+OPS_WITHOUT_KERNELS = frozenset(
+    {
+        "fused_neighborhood_attention",
+        "gated_mlp",
+        "lora_linear",
+        "multi_token_attention",
+        "tiled_mlp",
+    }
+)
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
 KERNEL_SIDE = ("contract.py", "triton.py")
 #: rooms in `ops/` that ops share
