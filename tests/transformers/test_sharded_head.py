@@ -27,8 +27,8 @@ VOCAB = 132  # divisible by the ranks, which transformers' tensor parallelism ne
 Build = Callable[[torch.dtype, bool], nn.Module]
 
 
-def llama(patched: bool) -> nn.Module:
-    model = build("llama", vocab_size=VOCAB)
+def llama(patched: bool, vocab: int = VOCAB) -> nn.Module:
+    model = build("llama", vocab_size=vocab)
     if patched:
         liger_kernel.patch(model)
     return model
@@ -83,14 +83,17 @@ def fsdp2_of_saved_head(dtype: torch.dtype, patched: bool) -> nn.Module:
     return fully_shard(model, mp_policy=policy)
 
 
-def tensor_parallel_head(dtype: torch.dtype, patched: bool, first: bool = True) -> nn.Module:
+def tensor_parallel_head(
+    dtype: torch.dtype, patched: bool, first: bool = True, vocab: int = VOCAB, **layouts: Any
+) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = llama(patched and first).to(ranks.device(), dtype)
+    model = llama(patched and first, vocab).to(ranks.device(), dtype)
     mesh = init_device_mesh(ranks.device(), (ranks.WORLD,))
-    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    style = ColwiseParallel(**{"output_layouts": Replicate(), **layouts})
+    parallelize_module(model, mesh, {"lm_head": style})
     if patched and not first:
         liger_kernel.patch(model)
     return model
@@ -154,12 +157,52 @@ def trained(model: nn.Module, seed: int) -> dict[str, Tensor]:
 def check(rank: int, sharded: Build, dtype: torch.dtype, together: bool = False) -> None:
     """`together`: all ranks take one batch, as with tensor parallelism."""
     seed = 0 if together else rank
-    ours = trained(sharded(dtype, True), seed)
+    model = sharded(dtype, True)
+    ours = trained(model, seed)
+    (row,) = (row for row in liger_kernel.patch(model).rows if row.kind == "loss")
+    shards = f" over the classes of {ranks.WORLD} ranks" if together else ""
+    assert row.by == f"fused linear cross entropy{shards}", row.reason
     low = trained(sharded(dtype, False), seed)
     high = trained(sharded(torch.float64, False), seed)
     assert ours.keys() == low.keys() == high.keys()
     for name, value in ours.items():
         assert_no_worse(name, value, high[name], low[name])
+
+
+def not_known(rank: int) -> None:
+    """Other layouts, and a hook of somebody beside those of the style: the report says who needs the logits."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def reason(model: nn.Module) -> str:
+        rows = liger_kernel.patch(model).rows
+        return next(row.reason for row in rows if row.kind == "loss")
+
+    for layouts in (
+        {"output_layouts": Shard(-1)},
+        {"input_layouts": Shard(1)},
+        {"use_local_output": False},
+    ):
+        sharded = tensor_parallel_head(torch.float32, True, **layouts)
+        assert "torch.distributed.tensor" in reason(sharded), layouts
+    model: Any = tensor_parallel_head(torch.float32, True, output_layouts=Replicate())
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: None)
+    assert "hook" in reason(model)
+    handle.remove()
+    assert not reason(model)
+    # a slice of the classes is one of real logits
+    inputs = {name: t.to(ranks.device()) for name, t in batch().items()}
+
+    def loss(model: Any) -> Tensor:
+        model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1)[:, :120], labels.flatten().clamp(max=119)
+        )
+        found: Tensor = model.train()(**inputs).loss.detach()
+        return found
+
+    low, high = (tensor_parallel_head(d, False) for d in (torch.float32, torch.float64))
+    with unrounded(high):
+        exact = loss(high)
+    assert_no_worse("loss", loss(model), exact, loss(low))
 
 
 def checks(folder: str) -> dict[str, ranks.Check]:
@@ -183,6 +226,9 @@ def checks(folder: str) -> dict[str, ranks.Check]:
         add("fsdp1 with CPU offload", offloaded, False, torch.float32)
     if ranks.device() == "cuda" or ranks.HAS_FSDP2_ON_CPU:
         add("fsdp2 of PEFT's head", fsdp2_of_saved_head)
+    uneven = partial(tensor_parallel_head, vocab=131)
+    add("ColwiseParallel, V not divisible", uneven, True, torch.float32)
+    found["other layouts"] = not_known
     for first in (True, False):
         when = "before" if first else "after"
         add(f"ColwiseParallel, patched {when}", partial(tensor_parallel_head, first=first), True)

@@ -309,6 +309,7 @@ class DeferredLogits:
         """`torch.nn.functional.cross_entropy(self, target, ...)`."""
         fused, origin = self._fused, self._origin
         plain = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        of_classes = fused is not None and (fused.classes, fused.bias, weight) != (None,) * 3
         if (
             self._real is not None
             or fused is None
@@ -322,6 +323,7 @@ class DeferredLogits:
             or origin.look_around()
             or (origin.called and heads.runs_once(origin.around))
             or not heads.is_armed(origin.around)
+            or (of_classes and heads.sharded_by(origin.around) is not None)
         ):
             return F.cross_entropy(self.materialize(), target, *plain)
         arguments = {

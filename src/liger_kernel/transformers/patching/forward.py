@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
+from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import is_capturing
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.transformers import functional
@@ -29,6 +30,7 @@ from liger_kernel.transformers.patching.lazy import lazy
 from liger_kernel.transformers.patching.options import LOSS_OPTIONS
 from liger_kernel.transformers.patching.origin import Modes, Origin
 from liger_kernel.transformers.patching.state import Ours, State, is_replaced
+from liger_kernel.transformers.patching.tensor_parallel import sharded_cross_entropy
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
@@ -85,7 +87,7 @@ class ForwardCall:
     def fused_loss(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
     ) -> Tensor:
-        """Called from inside the head's forward, where its weight is whole."""
+        """Called from inside the head's forward, where its weight is whole; or that of this rank, a DTensor."""
         self.fused, fused = True, request.fused
         if fused.bias is not None:
             bias = fused.bias if bias is None else bias + fused.bias
@@ -94,7 +96,10 @@ class ForwardCall:
         if fused.scale != 1.0:
             hidden = hidden * fused.scale
             bias = None if bias is None else bias * fused.scale
-        result = functional.liger_fused_linear_cross_entropy(
+        loss: Any = functional.liger_fused_linear_cross_entropy
+        if is_dtensor(weight):
+            loss = sharded_cross_entropy
+        result = loss(
             hidden,
             weight,
             request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
@@ -255,6 +260,12 @@ class FusedForward:
     def is_in_place(self) -> bool:
         attributes = self.model.__dict__
         return leads_here(attributes.get("_old_forward", self.model.forward))
+
+    def computed_by(self, path: str) -> str:
+        """What computes the loss of this head where it is fused."""
+        around, name = self.at(path), "fused linear cross entropy"
+        group = None if around is None else heads.sharded_by(around)
+        return name if group is None else f"{name} over the classes of {group.size()} ranks"
 
     def verdict(self, path: str) -> str | None:
         """Why the loss of this head is not fused as things are now; None if it is."""

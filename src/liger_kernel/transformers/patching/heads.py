@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from liger_kernel.transformers.patching import tensor_parallel
 from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
@@ -93,8 +94,21 @@ def logits_of(around: Any, hidden: Tensor) -> Tensor:
 
 
 def loss_of(around: Any, hidden: Tensor, request: Any) -> Tensor:
-    """The one call of this head in a step; a head that was compiled on its own has nothing to compile here."""
+    """The one call of this head in a step; a head that was compiled on its own has nothing to compile here.
+
+    What spreads classes over ranks would make whole logits, and does not run.
+    """
+    if sharded_by(around) is not None:
+        found: Tensor = request.run(hidden, around.weight, around.bias, request)
+        return found
     return around._modules.get("_orig_mod", around)._call_impl(hidden, request)
+
+
+def sharded_by(around: nn.Module) -> Any:
+    """The process group over whose ranks the classes of a head are spread; None for any other head."""
+    if not isinstance(around, nn.Linear) or not computes_linear(around) or around._modules:
+        return None
+    return tensor_parallel.group_of(around)
 
 
 # -- what lies around --------------------------------------------------------------------------------------------------
@@ -191,7 +205,9 @@ def _facts(t: Any) -> Any:
 def is_whole(around: nn.Module) -> bool:
     """Whether a call finds the weight: at its place, or by hooks of this head's own that gather it."""
     modules = parts(around)
-    if runs_once(around) or any(m.__dict__[kind] for m in modules for kind in _HOOKS):
+    if sharded_by(around) is not None or runs_once(around):
+        return True
+    if any(m.__dict__[kind] for m in modules for kind in _HOOKS):
         return True
     if any("_hf_hook" in m.__dict__ for m in modules):
         return True
@@ -236,6 +252,8 @@ def obstacle(around: nn.Module) -> str | None:
         for hook in hooks.values():
             if not _home(hook).startswith(_FRIENDS):
                 return f"a hook of {_home(hook)} on all modules has to see its logits"
+    if sharded_by(around) is not None:
+        return None
     sharded = False
     for module in parts(around):
         attributes = module.__dict__

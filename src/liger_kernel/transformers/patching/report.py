@@ -44,6 +44,11 @@ class PatchReport:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    #: likewise, what replaces them now
+    names: dict[tuple[str, str], Callable[[], str]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
     @property
     def replaced(self) -> list[Row]:
         return [row for row in self.rows if row.by is not None]
@@ -56,11 +61,14 @@ class PatchReport:
         self,
         kind: str,
         path: str,
-        by: str | None = None,
+        by: str | Callable[[], str] | None = None,
         reason: str = "",
         check: Callable[[], str | None] | None = None,
     ) -> None:
-        """One more row; `check` says later why it is not true, if it is not."""
+        """One more row; `check` says later why it is not true, if it is not; `by` may be a function, asked likewise."""
+        if callable(by):
+            self.names[kind, path] = by
+            by = by()
         self._told.append(Row(kind, path, by, reason))
         if check is not None:
             self.checks[kind, path] = check
@@ -68,7 +76,10 @@ class PatchReport:
     def _now(self, row: Row) -> Row:
         check = self.checks.get((row.kind, row.path))
         reason = check() if check is not None else None
-        return row if reason is None else Row(row.kind, row.path, reason=reason)
+        if reason is not None:
+            return Row(row.kind, row.path, reason=reason)
+        name = self.names.get((row.kind, row.path))
+        return row if name is None else Row(row.kind, row.path, by=name())
 
     def _current(self) -> list[Row]:
         return [self._now(row) for row in self._told]

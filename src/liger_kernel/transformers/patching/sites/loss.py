@@ -78,8 +78,9 @@ def fuse(model: nn.Module, state: State) -> None:
             site.install()
             state.handles.append(site)
         for path in site.paths:
+            by = functools.partial(FusedForward.computed_by, site, path)
             check = functools.partial(FusedForward.verdict, site, path)
-            state.report.add(SITE.kind, prefix + path, by="fused linear cross entropy", check=check)
+            state.report.add(SITE.kind, prefix + path, by=by, check=check)
     state.report.forecast = saved_bytes
 
 
