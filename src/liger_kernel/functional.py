@@ -78,6 +78,6 @@ __all__ = [
 
 __getattr__ = compat_names(
     __name__,
-    ("declare_op_locations", "dispatch", "fused_linear_jsd", "geglu", "swiglu"),
+    ("declare_op_locations", "dispatch", "geglu", "swiglu"),
     "liger_kernel.compat.dispatch",
 )

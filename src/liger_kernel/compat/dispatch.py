@@ -67,7 +67,7 @@ CALLS = {
     "swiglu": ("LigerSiLUMulFunction", "a, b, gate_multiplier=1.0, down_multiplier=1.0"),
 }
 #: op here -> the op of ours whose files compute it, where the names differ
-_FOLDERS = {"swiglu": "glu", "geglu": "glu", "fused_linear_jsd": "jsd", **COMPUTED_BY}
+_FOLDERS = {"swiglu": "glu", "geglu": "glu", **COMPUTED_BY}
 CALLS = {op: row for op, row in CALLS.items() if hasattr(_functions, row[0])}
 #: op of ours whose arguments are the tensors, then the options -> its name here
 _FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax")
