@@ -158,7 +158,8 @@ class _LinearLoss(torch.autograd.Function):
             outputs = (value, *reported)
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
-            ctx.rest = rest
+            # what makes no gradient any more is let go, such as the logits of a teacher
+            ctx.rest = rest if ctx.recomputes else (*(None,) * 7, helpers)
             ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
         return tuple(outputs)
 
