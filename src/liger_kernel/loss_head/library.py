@@ -127,10 +127,10 @@ def _op(
     loss, dtype, teacher_dtype, chunks = _options(options)
     check_labels(target, loss.whole_vocabulary(weight.shape[0]), loss.ignore_index)
     teacher: HeadInputs | GivenRows | None = None
-    if teacher_hidden is not None:
-        teacher = GivenRows.of(teacher_hidden, teacher_bias, target, weight.shape[0])
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    elif teacher_hidden is not None:
+        teacher = GivenRows.of(teacher_hidden, teacher_bias, target, weight.shape[0])
     now = not loss.recomputes or row_scale is not None
     with _autograd_within_an_op():
         _, outputs, grads = loop.run(
