@@ -223,7 +223,8 @@ def test_adapters_compute_the_op(name: str) -> None:
 
 def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     """Not beside it: its gated MLP runs on a few GPUs only, its tiled one takes a module, its GRPO one advantage for a
-    sequence, whose logits have a row that nobody reads; the others are no functions of its own."""
+    sequence, whose logits have a row that nobody reads; shards need several processes; the others are no functions
+    of its own."""
     apart = {
         "gated_mlp",
         "grpo_loss",

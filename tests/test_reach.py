@@ -138,7 +138,7 @@ OPS = {
 }
 FIRST = {f"{spec.name}-{spec.cases[0].id}" for spec in specs().values()}
 LOSSES = {
-    f"{cls.__name__}-{reduction}": of_row_loss(cls(reduction=reduction))
+    f"{cls.__name__}-{reduction}": of_row_loss(test_row_losses.made(cls, reduction))
     for cls in (*map(row_loss_class, ROW_LOSSES), test_row_losses.Focal)
     for reduction in ("mean", "none")
 } | {name: of_chunked_loss(name) for name in test_declared.NAMES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -130,6 +131,23 @@ def test_all_ignored(kind: Any) -> None:
     assert not weight.grad.any()
     with torch.no_grad():
         assert not call(kind(), i)[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", [LigerFusedLinearJSDLoss, LigerFusedLinearCosineSimilarityLoss])
+def test_logits_of_the_teacher(kind: Any) -> None:
+    """In place of its hidden states and head, and not held for backward."""
+    i = draw_pair(torch.float32, extra=3, shape=(2, 5))(0)
+    leaves = [i[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    module = kind(temperature=2.0, chunk_size=4)
+    expected = call(module, i)[0]
+    logits = logits_of(i["t_hidden"], i["t_weight"], i["t_bias"])
+    seen = weakref.ref(logits)
+    found = call(module, {**i, "t_hidden": logits, "t_weight": None, "t_bias": None})[0]
+    del logits
+    assert seen() is None
+    assert torch.allclose(found, expected)
+    grads = (torch.autograd.grad(loss, leaves) for loss in (found, expected))
+    assert all(map(torch.allclose, *grads))
 
 
 class Own(LigerFusedLinearDistillationBase):

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from liger_kernel.backends import use_implementation
+from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
 from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
 from liger_kernel.loss_head.losses.distillation import DistillationLoss
 from liger_kernel.loss_head.node import linear_loss
+from liger_kernel.loss_head.products import GivenRows
 from liger_kernel.testing import assert_draws_no_worse
 from tests.loss_head.test_row_losses import V, eager, in_double, inputs, run
 
@@ -113,5 +116,59 @@ def test_rows_of_a_teacher_that_are_given(how: str) -> None:
     assert all(torch.allclose(a, b) for a, b in zip(given, made, strict=True))
     assert torch.equal(logits, before)
     for wrong in ((logits[:3], None, None), (logits, None, i["t_bias"])):
-        with pytest.raises(ValueError, match=r"A teacher without a weight.*no bias"):
+        with pytest.raises(ValueError, match="A teacher without a weight"):
             linear_loss(loss, hidden, weight, target, teacher=wrong)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_kept_log_probabilities_of_some_classes(beta: float, implementation: str) -> None:
+    """As if all others were masked in the teacher's logits."""
+    i = inputs(torch.float32)
+    weight = i["weight"].requires_grad_()
+    logits = torch.nn.functional.linear(i["t_hidden"], i["t_weight"][:V])
+    kept = logits.log_softmax(-1).topk(5)
+    masked = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
+    options = {"jsd_beta": beta, "temperature": 2.0, "chunk_size": 4}
+    labels = i["target"]
+
+    def loss(w: Tensor, of: Any = fused_linear_jsd, **more: Any) -> Tensor:
+        return of(i["hidden"], w, kept.values, None, labels, teacher_ids=kept.indices, **options)
+
+    with use_implementation(implementation):
+        found, expected = (
+            (value.detach(), torch.autograd.grad(value, weight)[0])
+            for value in (
+                loss(weight),
+                fused_linear_jsd(i["hidden"], weight, masked, None, labels, **options),
+            )
+        )
+    assert all(map(torch.equal, found, expected))
+    assert found[0].isfinite()
+    assert found[1].isfinite().all()
+    if implementation == "reference":
+        torch._dynamo.reset()
+        compiled = torch.compile(fused_linear_jsd, fullgraph=True, backend="aot_eager")
+        assert torch.equal(loss(weight, compiled), found[0])
+        assert torch.allclose(torch.func.grad(loss)(weight), found[1])
+
+
+def test_wrong_classes_of_a_teacher() -> None:
+    i = inputs(torch.float32)
+    given, rows = (i["hidden"], i["weight"]), torch.zeros(len(i["target"]), 2)
+    ids = torch.zeros_like(rows, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=f"index {V} is out of bounds .* {V}"):
+        fused_linear_jsd(*given, rows, None, teacher_ids=ids + V)
+    with pytest.raises(ValueError, match=r"integers of this shape, got \(23, 1\)"):
+        fused_linear_jsd(*given, rows, None, teacher_ids=ids[:, 1:])
+    with pytest.raises(ValueError, match="there is a teacher_weight"):
+        fused_linear_jsd(*given, i["t_hidden"], i["t_weight"], teacher_ids=ids)
+
+
+def test_both_slabs_count_for_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    i, chunks, logits = inputs(torch.float32), [], GivenRows.logits
+    monkeypatch.setattr(GivenRows, "logits", lambda *of: chunks.append(of) or logits(*of))
+    given = i["hidden"], i["weight"]
+    rows, ids = torch.zeros(len(i["target"]), 2), torch.tensor([0, 1]).expand(len(i["target"]), 2)
+    fused_linear_jsd(*given, rows, None, memory_budget=8 * V, teacher_ids=ids)
+    assert len(chunks) == len(rows)

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from liger_kernel import backends
+from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.tvd import tvd
@@ -26,6 +27,7 @@ LOSSES: dict[str, Any] = {
     "jsd-unlabelled": lambda x, y, labels: jsd(x, y),
     "tvd-sum": partial(tvd, reduction="sum"),
     "tvd-mean": partial(tvd, reduction="mean"),
+    "ce-tvd": lambda x, y, labels: sum(t.square().sum() for t in fused_ce_tvd(x, y, labels)),
     "tvd-none": lambda x, y, labels: tvd(x, y, labels, "none").square().sum(),
 }
 

@@ -171,16 +171,17 @@ class DistillationLoss(LossModule):
         student_input: Tensor,
         student_weight: Tensor,
         teacher_input: Tensor,
-        teacher_weight: Tensor,
+        teacher_weight: Tensor | None,
         true_labels: Tensor,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Any:
         """The loss, 0-d and at least fp32, or (loss, soft loss, hard loss) with `return_soft_hard_loss`.
 
-        student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht).
-        true_labels: (...). A class that only one of the two has, which are the last ones of the larger vocabulary,
-        counts as a logit of 0 of the other. Only the student gets gradients; with no labelled token the loss is 0.
+        student_input: (..., Hs). student_weight: (V, Hs). teacher_input: (..., Ht). teacher_weight: (Vt, Ht); None:
+        teacher_input are the logits (..., Vt). true_labels: (...). A class that only one of the two has, which are the
+        last ones of the larger vocabulary, counts as a logit of 0 of the other. Only the student gets gradients; with
+        no labelled token the loss is 0.
         """
         student, teacher, labels = _flat_rows(student_input, teacher_input, true_labels)
         loss = cls.rows(

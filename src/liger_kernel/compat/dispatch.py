@@ -67,7 +67,7 @@ CALLS = {
     "swiglu": ("LigerSiLUMulFunction", "a, b, gate_multiplier=1.0, down_multiplier=1.0"),
 }
 #: op here -> the op of ours whose files compute it, where the names differ
-_FOLDERS = {"swiglu": "glu", "geglu": "glu", "fused_linear_jsd": "jsd", **COMPUTED_BY}
+_FOLDERS = {"swiglu": "glu", "geglu": "glu", **COMPUTED_BY}
 #: op -> our activation; and the ops of ours that call what was registered: the tensors, then the options
 _ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_tanh"}
 _FOLLOWS = ("fused_add_rms_norm", "layer_norm", "rms_norm", "softmax", *_ACTIVATIONS)

@@ -75,7 +75,7 @@ def call(
     teacher: HeadInputs | GivenRows | None,
 ) -> tuple[Any, ...]:
     hidden, weight, bias, dtype = student
-    t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher
+    t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher[:4]
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
@@ -127,10 +127,10 @@ def _op(
     loss, dtype, teacher_dtype, chunks = _options(options)
     check_labels(target, loss.whole_vocabulary(weight.shape[0]), loss.ignore_index)
     teacher: HeadInputs | GivenRows | None = None
-    if teacher_hidden is not None:
-        teacher = GivenRows(teacher_hidden)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    elif teacher_hidden is not None:
+        teacher = GivenRows.of(teacher_hidden, teacher_bias, target, weight.shape[0])
     now = not loss.recomputes or row_scale is not None
     with _autograd_within_an_op():
         _, outputs, grads = loop.run(

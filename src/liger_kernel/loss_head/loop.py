@@ -64,7 +64,7 @@ def run(
         target = target[kept]
         scale = None if scale is None else scale[kept]
     n_rows = target.shape[0]
-    other = None if teacher is None else teacher.weight
+    other = None if teacher is None else teacher.slab_like(weight)
     kept_logits = kept_logits or Kept(needs[1])
     plan = ChunkPlan.of(n_rows, loss.agreed(weight), dtype, options, kept_logits.needs_dw, other)
     chunks = plan.chunks(sizes)

@@ -52,7 +52,8 @@ def linear_loss(
         hidden: (N, H). weight: (V, H) in the same dtype. target: (N,) integer labels. bias: (V,).
         class_weight: (V,), where the loss has class weights; (N,) for one that `weighs_rows`.
         teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants; or, where the weight is
-            None, what that model said of each row (N, Vt) itself.
+            None, what that model said of each row (N, Vt) itself; or (N, K) of some classes, whose ids (N, K) stand in
+            place of the bias. The others have probability 0 then.
         groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
         helpers: the functions that eager calls go through, where frameworks wrap them by name: see
             `fused_linear_cross_entropy_forward` and `..._backward`.
@@ -70,7 +71,7 @@ def linear_loss(
     if teacher is not None:
         t_hidden, t_weight, t_bias = teacher
         if t_weight is None:
-            other = GivenRows.of(t_hidden, t_bias, target)
+            other = GivenRows.of(t_hidden, t_bias, target, weight.shape[0])
         else:
             check_tensors(t_hidden, t_weight, target, t_bias, name="teacher_")
             t_bias = None if t_bias is None else t_bias.detach()
@@ -119,7 +120,7 @@ def _by_all_logits(
 ) -> tuple[Any, ...]:
     def logits(head: HeadInputs | GivenRows) -> Tensor:
         if isinstance(head, GivenRows):
-            return head.hidden
+            return head.logits(slice(None), head.slab(target.shape[0]))
         hidden, weight, bias, dtype = head
         bias = None if bias is None else bias.to(dtype)
         found = F.linear(hidden.to(dtype), weight.to(dtype), bias)
@@ -158,7 +159,8 @@ class _LinearLoss(torch.autograd.Function):
             outputs = (value, *reported)
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
-            ctx.rest = rest
+            # what makes no gradient any more is let go, such as the logits of a teacher
+            ctx.rest = rest if ctx.recomputes else (*(None,) * 7, helpers)
             ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
         return tuple(outputs)
 

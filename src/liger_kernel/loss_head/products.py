@@ -28,33 +28,53 @@ class HeadInputs(NamedTuple):
     def products(self) -> HeadProducts:
         return HeadProducts(self)
 
+    def slab_like(self, weight: Tensor) -> Tensor | None:
+        """A weight whose logits take the memory of the slab that these take beside those of `weight`."""
+        return self.weight
+
 
 class GivenRows(NamedTuple):
-    """What a second model says of each row: logits or probabilities. It has the fields of `HeadInputs`."""
+    """What a second model says of each row: logits or probabilities, of all classes or of those in `bias`.
 
-    hidden: Tensor  # (N, Vt)
+    It has the fields of `HeadInputs`. Of the classes that `bias` does not name the logit is -inf.
+    """
+
+    hidden: Tensor  # (N, Vt), or (N, K) with ids
     weight: None = None
-    bias: None = None
+    bias: Tensor | None = None  # (N, K) ids of classes, each of them once
     dtype: None = None
+    n_classes: int = 0  # where there are ids
 
     @staticmethod
-    def of(rows: Tensor, bias: Tensor | None, target: Tensor) -> GivenRows:
+    def of(rows: Tensor, ids: Tensor | None, target: Tensor, n_classes: int) -> GivenRows:
         check_floating(teacher=rows)
-        if rows.ndim != 2 or rows.shape[0] != target.shape[0] or bias is not None:
+        if rows.ndim != 2 or rows.shape[0] != target.shape[0]:
             raise ValueError(
                 f"A teacher without a weight has shape {tuple(rows.shape)}, but there are {target.shape[0]} labels; "
-                f"pass ({target.shape[0]}, V), and no bias."
+                f"pass ({target.shape[0]}, V)."
             )
-        return GivenRows(rows.detach())
+        if ids is not None and (ids.shape != rows.shape or ids.is_floating_point()):
+            raise ValueError(
+                f"A teacher without a weight has shape {tuple(rows.shape)}, and no bias: what stands there must be the "
+                f"classes of its columns, integers of this shape, got {tuple(ids.shape)} of {ids.dtype}."
+            )
+        return GivenRows(rows.detach(), None, ids, None, n_classes)
 
     def products(self) -> GivenRows:
         return self
 
+    def slab_like(self, weight: Tensor) -> Tensor | None:
+        return None if self.bias is None else weight
+
     def slab(self, n_rows: int) -> Tensor:
-        return self.hidden[:0]
+        if self.bias is None:
+            return self.hidden[:0]
+        return self.hidden.new_empty(n_rows, self.n_classes)
 
     def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
-        return self.hidden[where]
+        if self.bias is None:
+            return self.hidden[where]
+        return slab.fill_(-torch.inf).scatter_(1, self.bias[where].long(), self.hidden[where])
 
 
 def slab_width(weight: Tensor) -> int:

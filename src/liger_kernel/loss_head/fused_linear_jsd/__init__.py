@@ -27,6 +27,7 @@ def fused_linear_jsd(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     label_count: LabelCount | int | None = None,
+    teacher_ids: Tensor | None = None,
 ) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, of the softmaxes q of the student and p of
     the teacher, whose logits are both divided by the temperature: the mean over the rows.
@@ -38,6 +39,9 @@ def fused_linear_jsd(
             vocabulary, counts as a logit of 0 of the other.
         shift_labels: (N,) integers; a row whose label is `ignore_index` counts for nothing.
         jsd_beta: 0 is KL(p || q), the forward KL divergence, and 1 the reverse, KL(q || p).
+        teacher_ids: (N, K) classes, where teacher_weight is None and teacher_input are the teacher's logits, or kept
+            log-probabilities, of the K likeliest of each row: the others have probability 0, so that jsd_beta=1, which
+            divides by it, is infinite.
         accum_dtype, chunk_size, memory_budget, label_count: as in `fused_linear_cross_entropy`.
 
     Returns: 0-d, at least fp32; 0 where no row counts. The loss is not multiplied by the square of the temperature.
@@ -53,7 +57,11 @@ def fused_linear_jsd(
     )
     target = counted_rows(shift_labels, student_input, student_weight, ignore_index)
     chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
-    teacher = (teacher_input, teacher_weight, None)
+    if teacher_ids is not None and teacher_weight is not None:
+        raise ValueError(
+            "teacher_ids name the classes of given log-probabilities, but there is a teacher_weight; pass None for it."
+        )
+    teacher = (teacher_input, teacher_weight, teacher_ids)
     found: Tensor = linear_loss(
         loss, student_input, student_weight, target, teacher=teacher, chunks=chunks
     )[0]

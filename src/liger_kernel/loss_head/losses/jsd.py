@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from liger_kernel.loss_head.losses.distillation import DistillationLoss
+from liger_kernel.ops.divergences.reference import kl_terms
 from liger_kernel.ops.jsd.contract import JSDOptions
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) per row."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl_terms(log_p, log_q).sum(-1)
 
 
 @dataclass(frozen=True)
