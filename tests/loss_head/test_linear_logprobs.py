@@ -225,6 +225,25 @@ def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
         assert torch.equal(a, b)
 
 
+def test_one_graph_for_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w, ids: linear_logprobs(x, w, ids, entropy=True, top_k=2),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for rows in (6, 4):
+        states, weight, ids = drawn(rows)
+        ours, plain = (
+            compiled(states, weight, ids),
+            linear_logprobs(states, weight, ids, entropy=True),
+        )
+        assert torch.equal(ours.entropy, plain.entropy)
+        grads = (gradients(found, NUMBERS[:2], (states, weight)) for found in (ours, plain))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_transforms_of_torch_func() -> None:
     states, weight, ids = (t.detach() for t in drawn())
 
@@ -262,6 +281,7 @@ def test_bad_input_is_refused() -> None:
         ({"temperature": 0.0}, "temperature=0.0 is not a finite number above 0.0"),
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": torch.ones(3)}, r"\(3,\) and ids \(7,\)"),
+        ({"temperature": torch.ones(7).requires_grad_()}, "temperature requires a gradient"),
         ({"softcap": -1.0}, "softcap=-1.0 is not above 0.0"),
         ({"scale": math.nan}, "scale=nan"),
         ({"top_k": 51}, "top_k=51 is not between 0 and the 50 classes"),
