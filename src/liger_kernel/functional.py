@@ -8,7 +8,7 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.label_count import LabelCount
-from liger_kernel.loss_head.linear_logprobs import linear_logprobs
+from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -44,6 +44,7 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "linear_logprobs",
+    "linear_logprobs_loss",
     "logprobs",
     "modulated_rms_norm",
     "poly_norm",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel import backends
-from liger_kernel.functional import LogProbs, linear_logprobs, logprobs
+from liger_kernel.functional import LogProbs, linear_logprobs, linear_logprobs_loss, logprobs
 from liger_kernel.loss_head.linear_logprobs.cases import SPEC
 from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
 from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as ScaledCrossEntropy
@@ -129,6 +129,46 @@ def test_a_temperature_for_each_token(implementation: str) -> None:
         grads, *(gradients(f, NUMBERS, (states, weight)) for f in (high, low)), strict=True
     ):
         assert_no_worse("gradient", a, b.double(), c)
+
+
+def test_a_loss_of_all_numbers_makes_the_logits_once() -> None:
+    """A policy loss with an entropy bonus and temperatures: gradients as from the numbers one by one."""
+    rows: list[int] = []
+    each = torch.linspace(0.5, 1.5, 12, device=DEVICE).view(3, 4)
+
+    def loss_of(found: LogProbs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert found.entropy is not None
+        ratio = (found.log_prob - found.log_prob.detach()).exp()
+        return -(ratio + 0.3 * found.entropy).square().sum(), (found.entropy.mean(),)
+
+    def run(function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        states, weight, ids = drawn(12, dtype=dtype)
+        inputs = states.view(3, 4, 8), weight, ids.view(3, 4)
+        with Watch() as watch:
+            loss, reported = function(*inputs, entropy=True, temperature=each)
+            rows.append(watch.products)
+            grads = torch.autograd.grad(loss, (states, weight))
+        assert not reported[0].requires_grad
+        return dict(
+            zip(("loss", "reported", "dX", "dW"), (loss.detach(), *reported, *grads), strict=True)
+        )
+
+    def once(*inputs: Tensor, **options: Any) -> Any:
+        return linear_logprobs_loss(loss_of, *inputs, **options)
+
+    def twice(*inputs: Tensor, **options: Any) -> Any:
+        loss, reported = loss_of(linear_logprobs(*inputs, **options))
+        return loss, [t.detach() for t in reported]
+
+    with backends.use_implementation("reference"):
+        ours, high, low = (
+            run(once, torch.float32),
+            run(twice, torch.float64),
+            run(twice, torch.float32),
+        )
+    assert rows[0] == 3 * rows[1]  # the products of both gradients, too, before backward
+    for name, found in ours.items():
+        assert_no_worse(name, found, high[name], low[name])
 
 
 def test_any_leading_shape_and_dtype_of_ids() -> None:
@@ -292,6 +332,12 @@ def test_bad_input_is_refused() -> None:
             linear_logprobs(states, weight, ids, **options)
     with pytest.raises(ValueError, match=r"hidden has shape \(7, 8\) and ids \(3,\)"):
         linear_logprobs(states, weight, ids[:3])
+    with pytest.raises(
+        ValueError, match="top1=True and top_k=0 are nothing that a loss depends on"
+    ):
+        linear_logprobs_loss(
+            lambda found: (found.log_prob.sum(), ()), states, weight, ids, top1=True
+        )
     with pytest.raises(IndexError, match="50 is out of bounds for 50 classes"):
         linear_logprobs(states, weight, torch.full_like(ids, 50))
     with pytest.raises(TypeError, match="temperature must have a floating dtype"):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from liger_kernel.ops.cross_entropy import (
 )
 from liger_kernel.ops.logprobs import reference
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbs, LogProbsOptions
+
+Options = TypeVar("Options", bound=LogProbsOptions)
 
 
 def logprobs(
@@ -98,7 +100,7 @@ def split_temperature(temperature: float | Tensor, ids: Tensor) -> tuple[float, 
     return 1.0, temperature.reshape(-1).contiguous()
 
 
-def checked(options: LogProbsOptions, n_classes: int) -> LogProbsOptions:
+def checked(options: Options, n_classes: int) -> Options:
     if options.softcap is not None and options.softcap <= 0:
         raise ValueError(f"softcap={options.softcap} is not above 0.0; pass None for no soft-cap.")
     if not -math.inf < options.scale < math.inf:
