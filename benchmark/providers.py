@@ -228,6 +228,11 @@ def _liger_linear_logprobs(o: Options) -> Function | None:
     return function
 
 
+def _liger_ce_tvd(o: Options) -> Function:
+    function = importlib.import_module("liger_kernel.ops.fused_ce_tvd").LigerFusedCETVDFunction
+    return lambda *tensors: function.apply(*tensors, o["ignore_index"])
+
+
 LIGER: Table = {
     "rms_norm": _liger_norm("liger_rms_norm"),
     "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
@@ -241,10 +246,15 @@ LIGER: Table = {
     "dyt": lambda o: _liger("liger_dyt"),
     "group_norm": _liger_group_norm,
     "poly_norm": _liger_with_eps("liger_poly_norm"),
+    "fused_neighborhood_attention": _liger_divergence("liger_fused_neighborhood_attention"),
+    "multi_token_attention": _liger_divergence("liger_multi_token_attention"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
     "jsd": _liger_divergence("liger_jsd"),
     "kl_div": _liger_divergence("liger_kl_div"),
     "tvd": _liger_divergence("liger_tvd"),
+    "fused_ce_tvd": _liger_ce_tvd,
+    "fused_linear_jsd": _liger_divergence("liger_fused_linear_jsd"),
+    "fused_linear_kl_div": _liger_divergence("liger_fused_linear_kl_div"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
     "linear_logprobs": _liger_linear_logprobs,
 }

@@ -18,6 +18,18 @@ PARAMETERS = {
     "of the base is there.",
 }
 
+#: pattern for "module.name" -> why it is not there
+ABSENT = {
+    r"liger_kernel\.ops\.backends\._triton\.\w+\.\w+_loss_and_grad_triton": "A step of its loops over chunks. "
+    "Here that is a row loss of the loss head, which `CONTRIBUTING.md` explains.",
+    r"liger_kernel\.ops\.cross_entropy\.liger_cross_entropy_kernel": "A raw kernel, whose parameters are those of its "
+    "own launcher. `cross_entropy_forward` takes tensors.",
+    r"liger_kernel\.ops\.experimental\.\w+\.(\w+_kernel|get_autotune_config)": "Raw kernels and the configurations of "
+    "one. `LigerEmbeddingFunction` and `matmul` take tensors.",
+    r"liger_kernel\.ops\.mlp\.(gemm_swiglu|swiglu_backward_\w+)": "Steps of `LigerMLPFunction` over a buffer of its "
+    "own. `liger_kernel.functional.gated_mlp` keeps less.",
+}
+
 
 class Behaviour(NamedTuple):
     name: str
@@ -79,6 +91,64 @@ BEHAVIOURS = (
         "transformers/test_doors.py::test_auto_class",
     ),
     Behaviour(
+        "`lce_forward` and the other forwards of `liger_kernel.transformers.model`",
+        "copies of HuggingFace's forwards",
+        "HuggingFace's own forward, with its loss fused, and its output class; `token_accuracy` and "
+        "`predicted_tokens` are in it where they were asked for",
+        "A copy is out of date with the next release of transformers.",
+        "transformers/test_model_forwards.py::test_it_is_the_forward_of_a_patched_model",
+    ),
+    Behaviour(
+        "`lce_forward(label_smoothing=..., ...)`: options of the loss that HuggingFace's has not",
+        "without effect where there are logits, as in evaluation",
+        "with the same effect everywhere",
+        "Losses of training and evaluation are compared.",
+        "transformers/test_model_forwards.py::test_options_of_the_loss",
+    ),
+    Behaviour(
+        "`lce_forward(skip_logits=True)` without labels",
+        "ValueError, or TypeError",
+        "logits",
+        "HuggingFace's Trainer sends it with labels taken away, for label smoothing or a loss of the user's.",
+        "transformers/test_model_forwards.py::test_it_is_the_forward_of_a_patched_model",
+    ),
+    Behaviour(
+        "`set_impl(name)`",
+        "any name; an error at the first call that it cannot compute, also of ops that it has nothing for",
+        "an unknown name is an error at once; ops that it has nothing for are computed as before",
+        "A misspelt name looks like one that works, and one kernel is no reason to replace all.",
+        "test_implementations.py::test_unknown_names",
+    ),
+    Behaviour(
+        "`register_impl(op, impl_name=...)`",
+        "reached by all functions and modules",
+        "chosen by `set_impl`, reached by all functions and modules for norms, softmax, SwiGLU and GeGLU; "
+        "for the other ops by `liger_kernel.functional.dispatch`",
+        "Ops have options that the arguments of such a function have no place for.",
+        "test_implementations.py::test_an_implementation_of_the_user_is_called",
+    ),
+    Behaviour(
+        "`liger_kernel.ops.backends.registry.register_impl(info)`",
+        "a module that replaces all ops",
+        "NotImplementedError, which names the other ways",
+        "An implementation here is a file per op, checked against the contract of the op when it is loaded.",
+        "test_implementations.py::test_one_implementation_of_all_ops",
+    ),
+    Behaviour(
+        "`LIGER_KERNEL_IMPL_<OP>`, `LIGER_KERNEL_BACKEND`, `LIGER_KERNEL_STRICT`",
+        "read at each call",
+        "not read: `LIGER_KERNEL_IMPL` is, once, and `set_impl` comes after it",
+        "One way to ask, which is always strict.",
+        "test_implementations.py::test_a_choice_by_name_is_a_request",
+    ),
+    Behaviour(
+        "`from liger_kernel.backends import dispatch`",
+        "the function",
+        "the module, which has the function: `liger_kernel.backends.dispatch.dispatch`",
+        "`liger_kernel.functional.dispatch` is the function, in both.",
+        "test_implementations.py::test_calls_of_ours",
+    ),
+    Behaviour(
         "`LigerLayerNorm(bias=True)`",
         "a bias of random numbers",
         "a bias of zeros",
@@ -119,5 +189,33 @@ BEHAVIOURS = (
         "loss and gradient 0",
         "Trainers split batches, and a part may have none.",
         "chunked_loss/test_preference.py::test_sequences_without_labels",
+    ),
+    Behaviour(
+        "`fused_neighborhood_attention_forward()`",
+        "returns the output, the weights (B, H, S, S), and the state of its softmax",
+        "returns the output, None and None",
+        "The memory of neighbourhood attention is that of the window; nothing of all pairs of tokens exists.",
+        "ops/test_fused_neighborhood_attention.py::test_the_helper_gives_no_weights_of_all_pairs",
+    ),
+    Behaviour(
+        "`LigerTiledMLPFunction`, `LigerTiledSwiGLUMLP`, `LigerTiledGEGLUMLP`",
+        "add to `.grad` of the parameters within backward, once per tile",
+        "hand gradients to autograd, once and whole; only a subclass of the Function still adds to `.grad`",
+        "DDP, FSDP and hooks see a gradient when it is complete, and `torch.autograd.grad` gets it.",
+        "ops/test_tiled_mlp.py::test_every_tensor_gets_its_gradient_once",
+    ),
+    Behaviour(
+        "tiled MLPs with `num_shards=None`",
+        "tiles of as many tokens as the block is wide",
+        "tiles whose intermediates take 256 MiB",
+        "What the user wants to bound is memory.",
+        "ops/test_tiled_mlp.py::test_the_default_number_of_tiles",
+    ),
+    Behaviour(
+        "`LigerMultiTokenAttention(sparse=True)`",
+        "RuntimeError, but for float32",
+        "any floating dtype",
+        "Our sparsemax computes in fp32 and rounds once.",
+        "ops/test_ops.py::test_as_exact_as_pytorch",
     ),
 )

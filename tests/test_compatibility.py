@@ -91,7 +91,7 @@ def test_a_name_that_comes_or_goes_changes_page_and_readme(
     compatibility.PAGE.write_text(compatibility.page(found, {}))
     sentence = compatibility.totals(found)
     compatibility.README.write_text(f"before\n<!-- {mark} -->\n{sentence}\n<!-- /{mark} -->\nafter")
-    assert "| ops | 1 | 1 | 2 |" in compatibility.page(found, {})
+    assert "| ops | 1 | 1 | 0 | 2 |" in compatibility.page(found, {})
     assert compatibility.outdated(found, {}) == []
     changed = {**found, ("liger_kernel.ops", "b"): True}
     assert compatibility.outdated(changed, {}) == [compatibility.PAGE, compatibility.README]
@@ -149,3 +149,32 @@ def test_what_is_missing_says_so_as_python_does() -> None:
             getattr(found, name)
         with pytest.raises(ImportError, match=name):
             exec(f"from {module} import {name}")
+
+
+def test_a_name_is_there_or_left_out_or_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to come can only become less."""
+    monkeypatch.setattr(compatibility, "MISSING_FILE", tmp_path / "missing.txt")
+    monkeypatch.setattr(compatibility, "ABSENT", {r"a\.left_\w+": "why"})
+    compatibility.MISSING_FILE.write_text("# comment\na: to_come\n")
+    right = {("a", "there"): True, ("a", "left_out"): False, ("a", "to_come"): False}
+    assert list(compatibility.faults(right)) == []
+    assert compatibility.missing(right) == [("a", "to_come")]
+    for change, fault in (
+        ({("a", "there"): False}, "a.there is missing"),
+        ({("a", "to_come"): True}, "a.to_come is in missing.txt, and there"),
+        ({("a", "left_out"): True}, "a.left_out is in ABSENT, and there"),
+        ({("a", "new"): False}, "a.new is missing"),
+    ):
+        assert list(compatibility.faults({**right, **change})) == [fault]
+    found = {name: there for name, there in right.items() if name[1] == "there"}
+    assert sorted(compatibility.faults(found)) == [
+        "a.to_come is in missing.txt, and there",
+        r"a\.left_\w+ of ABSENT is the name of nothing",
+    ]
+    text = compatibility.page(right, {})
+    assert "| `a.left_out` | there | left out | why |" in text
+    assert "| others | 1 | 1 | 1 | 3 |" in text
+    assert "- `a`: `to_come`" in text
+    assert "1 are still missing, 1 are left out on purpose" in compatibility.totals(right)

@@ -42,6 +42,7 @@ LAYERS = (
     "chunked_loss",
     "distributed",
     "transformers",
+    "megatron",
     "cli",
     "compat",
 )
@@ -50,11 +51,19 @@ TEST_ONLY = "testing"
 #: commands that run the ops' cases; nothing imports them until they are asked for
 RUN_CASES = ("cli/bench.py", "cli/selftest.py")
 #: ops without kernels of their own: they are built from a sibling's
-OPS_WITHOUT_KERNELS = frozenset({"gated_mlp"})
+OPS_WITHOUT_KERNELS = frozenset(
+    {
+        "fused_neighborhood_attention",
+        "gated_mlp",
+        "lora_linear",
+        "multi_token_attention",
+        "tiled_mlp",
+    }
+)
 OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py")
 KERNEL_SIDE = ("contract.py", "triton.py")
-#: rooms in `ops/` that ops share
-FAMILIES = frozenset({"divergences", "norms"})
+#: rooms in `ops/` that ops share, or where the incumbent has some
+FAMILIES = frozenset({"divergences", "experimental", "norms"})
 KERNEL_FILES = ("triton.py", "kernels.py")
 
 MAX_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 500, 700, 80

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import liger_kernel
-from tests.release import PACKAGE, ROOT, SITE, check_metadata, check_names, needed_by
+from tests.release import EXTRAS, PACKAGE, ROOT, SITE, check_metadata, check_names, needed_by
 
 VERSION = liger_kernel.__version__
 INFO = f"{PACKAGE}-{VERSION}.dist-info"
@@ -17,12 +17,7 @@ Name: liger-kernel
 Version: {VERSION}
 Requires-Dist: torch>=2.6
 Requires-Dist: triton>=3.2; platform_system == "Linux" and extra == "cuda"
-Provides-Extra: transformers
-Provides-Extra: cuda
-Provides-Extra: rocm
-Provides-Extra: xpu
-Provides-Extra: dev
-Provides-Extra: docs
+{"".join(f"Provides-Extra: {extra}" + chr(10) for extra in sorted(EXTRAS))}\
 Description-Content-Type: text/markdown
 
 # liger_kernel

@@ -13,7 +13,15 @@ compat.install()
 warn_of_strangers(__file__, __version__)
 
 _PATCHING = ("PatchReport", "patch", "patched", "unpatch")
-__all__ = ["PatchReport", "__version__", "doctor", "patch", "patched", "unpatch"]
+_CHOICES = (
+    "available_backends",
+    "available_impls",
+    "get_backend",
+    "get_impl",
+    "set_backend",
+    "set_impl",
+)
+__all__ = ["PatchReport", "__version__", "doctor", "patch", "patched", "unpatch", *_CHOICES]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from liger_kernel.transformers import patching
 
         return getattr(patching, name)
+    if name in _CHOICES:
+        from liger_kernel.compat import dispatch
+
+        return getattr(dispatch, name)
     if name == "doctor":
         from liger_kernel.cli import doctor
 

@@ -6,52 +6,81 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 `liger_kernel.transformers.functional` has the same ops under the names and argument orders of the incumbent.
 """
 
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
+from liger_kernel.loss_head.fused_linear_kl_div import fused_linear_kl_div
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
+from liger_kernel.ops.fused_neighborhood_attention import fused_neighborhood_attention
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
+from liger_kernel.ops.grpo_loss import grpo_loss
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.logprobs import logprobs
 from liger_kernel.ops.logprobs.contract import LogProbs
+from liger_kernel.ops.lora_linear import lora_linear
+from liger_kernel.ops.mm_int8int2 import mm_int8int2
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
+from liger_kernel.ops.multi_token_attention import multi_token_attention
 from liger_kernel.ops.poly_norm import poly_norm
+from liger_kernel.ops.qk_norm_rope import qk_norm_rope
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
-from liger_kernel.ops.rope import rope
+from liger_kernel.ops.rope import complex_rope, rope
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
+from liger_kernel.ops.tiled_mlp import apply_tiled_mlp, tiled_mlp
 from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
     "LogProbs",
+    "apply_tiled_mlp",
+    "complex_rope",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",
+    "fused_ce_tvd",
     "fused_linear_cross_entropy",
+    "fused_linear_jsd",
+    "fused_linear_kl_div",
+    "fused_neighborhood_attention",
     "gated_mlp",
     "glu",
     "glu_packed",
     "group_norm",
+    "grpo_loss",
     "jsd",
     "kl_div",
     "layer_norm",
     "linear_logprobs",
     "linear_logprobs_loss",
     "logprobs",
+    "lora_linear",
+    "mm_int8int2",
     "modulated_rms_norm",
+    "multi_token_attention",
     "poly_norm",
+    "qk_norm_rope",
     "relu_squared",
     "rms_norm",
     "rope",
     "softmax",
     "sparsemax",
+    "tiled_mlp",
     "tvd",
 ]
+
+__getattr__ = compat_names(
+    __name__,
+    ("declare_op_locations", "dispatch", "fused_linear_jsd", "geglu", "swiglu"),
+    "liger_kernel.compat.dispatch",
+)

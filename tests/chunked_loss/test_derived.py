@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOLoss
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction, LigerFusedLinearDPOLoss
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from liger_kernel.chunked_loss.fused_linear_unpaired_preference import (
+    LigerFusedLinearUnpairedPreferenceBase,
+)
+from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction, LigerFusedLinearKTOLoss
 from tests.chunked_loss.full_logits import (
     DTYPES,
     IGNORED,
@@ -125,6 +131,93 @@ def test_a_preference_loss_of_log_probabilities() -> None:
     assert torch.equal(loss, of(*logps, full, torch.zeros(2), torch.zeros(2), beta=0.2)[0])
     with pytest.raises(ValueError, match="Unsupported loss_type"):
         of(*logps, full, loss_type="ipo")
+
+
+class Unpaired(LigerFusedLinearUnpairedPreferenceBase):
+    preference_loss_fn = staticmethod(LigerFusedLinearKTOFunction.preference_loss_fn)
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> Any:
+        refs = dict(zip(("ref_input", "ref_weight", "ref_bias"), args[5:], strict=True))
+        more = {"use_ref_model": True, "beta": 0.3, "kl": torch.full((1,), 0.2)}
+        return super().forward(cls, ctx, *args[:5], **refs, **more)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Any) -> Any:
+        return *LigerFusedLinearUnpairedPreferenceBase.backward(ctx, grad_output), *(None,) * 3
+
+
+@dtypes
+def test_a_loss_of_single_sequences(dtype: torch.dtype) -> None:
+    """KTO through the base: its sums for each side, a sequence without a token, frozen tensors."""
+    desirable = torch.tensor([True, False, True, True, False, False])
+
+    def ours(i: Inputs) -> tuple[Tensor, ...]:
+        refs = (i[f"ref_{name}"] for name in ("hidden", "weight", "bias"))
+        loss, metrics = Unpaired.apply(
+            i["hidden"], i["weight"], i["target"], desirable[: len(i["target"])], i["bias"], *refs
+        )
+        return loss, *metrics
+
+    def own(i: Inputs) -> tuple[Tensor, ...]:
+        loss, metrics = LigerFusedLinearKTOLoss(beta=0.3, use_ref_model=True)(
+            *(i["hidden"], i["weight"], i["target"], i["bias"], desirable[: len(i["target"])]),
+            *(i[f"ref_{name}"] for name in ("hidden", "weight", "bias")),
+            kl=torch.full((1,), 0.2),
+        )
+        return loss, *metrics
+
+    i = draw_sequences(dtype)(0)
+    leaves = [i[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    found, expected = ours(i), own(i)
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected) == 7
+    grads = (torch.autograd.grad(of[0], leaves) for of in (found, expected))
+    assert all(map(torch.equal, *grads))
+    i["weight"] = i["weight"].detach()
+    assert torch.autograd.grad(ours(i)[0], i["bias"])[0].any()
+
+
+def test_refusals_of_a_loss_of_single_sequences() -> None:
+    i = draw_sequences(torch.float32)(0)
+    given = i["hidden"], i["weight"], i["target"]
+    refs = i["ref_hidden"], i["ref_weight"], None
+    for labels in (None, torch.ones(1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="preference_labels must be provided"):
+            Unpaired.apply(*given, labels, None, *refs)
+    none = torch.ones(0, dtype=torch.bool)
+    hidden, target, ref_hidden = (i[name][:0] for name in ("hidden", "target", "ref_hidden"))
+    empty = Unpaired.apply(hidden, i["weight"], target, none, None, ref_hidden, *refs[1:])
+    assert empty[0] == 0
+    with pytest.raises(NotImplementedError, match="preference_loss_fn"):
+        LigerFusedLinearUnpairedPreferenceBase.preference_loss_fn(*given)
+
+
+def test_the_recipe_of_the_documentation() -> None:
+    page = Path(__file__).parents[2] / "docs" / "problems" / "preference-and-rl.md"
+    block = page.read_text(encoding="utf-8").split("## A loss of your own")[1]
+    recipe = block.split("```python")[1].split("```")[0]
+
+    def ours(i: Inputs) -> tuple[Tensor, ...]:
+        desirable = torch.arange(len(i["target"])) % 2 == 0
+        names = {
+            "hidden": i["hidden"],
+            "head": SimpleNamespace(weight=i["weight"]),
+            "labels": i["target"],
+            "desirable": desirable,
+        }
+        exec(recipe.replace("loss.backward()", ""), names)
+        return names["loss"], names["rewards"]  # type: ignore[return-value]
+
+    def reference(i: Inputs) -> tuple[Tensor, ...]:
+        logps = pick(logits_of(i["hidden"], i["weight"], None), i["target"])
+        counts = (i["target"] != IGNORED).sum(1)
+        rewards = 0.1 * logps.sum(1) / counts.clamp(min=1)
+        signs = 1.0 - 2.0 * (torch.arange(len(counts)) % 2)
+        losses = -torch.nn.functional.logsigmoid(signs * rewards)
+        return (losses * (counts > 0)).mean(), rewards.sum()
+
+    compare(ours, reference, draw_sequences(torch.float32, reference=False, bias=False))
 
 
 class Policy(LigerFusedLinearPPOBase):

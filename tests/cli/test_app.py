@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import liger_kernel
 from liger_kernel.cli import app, present
 from liger_kernel.cli.answer import Answer, Table, size
 from liger_kernel.cli.parse import parameters, parse
@@ -25,6 +26,25 @@ def test_help(run: Run, both: str) -> None:
         assert (done.status, done.err) == (0, "")
         assert fits(done.out)
         assert "env" in done.out or "--json" in done.out
+
+
+def test_version(run: Run, both: str) -> None:
+    done = run("--version")
+    assert (done.status, done.out, done.err) == (
+        0,
+        f"liger_kernel {liger_kernel.__version__}\n",
+        "",
+    )
+    assert "--version" in run("--help").out
+
+
+def test_progress_where_stderr_is_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(present.track(range(123), "test")) == [*range(123)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[-1] == "test: 123 of 123"
+    assert list(present.track(range(5), "test")) == [*range(5)]
+    assert capsys.readouterr().err == ""
 
 
 def test_both_parsers_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,20 @@ class TestInspect:
         assert inspection.one_step(model) is None
         assert report.rows[0].by is None
 
+    @pytest.mark.parametrize(
+        ("name", "cls"),
+        [
+            ("bert", "BertForMaskedLM"),
+            ("bart", "BartForConditionalGeneration"),
+            ("t5", "T5ForConditionalGeneration"),
+        ],
+    )
+    def test_the_class_that_people_train(self, run: Run, name: str, cls: str) -> None:
+        found = run("inspect", name, "--json").data
+        assert (found["model"], found["step"]) == (cls, "ran")
+        done = run("estimate", name, "--seq", "16", "--json")
+        assert done.data["setup"].startswith(cls)
+
     def test_a_forward_that_cannot_run_is_told(self, run: Run) -> None:
         done = run("inspect", "blip")
         assert done.status == 0

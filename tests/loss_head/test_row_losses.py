@@ -59,7 +59,7 @@ def inputs(dtype: torch.dtype, ignored: float = 0.3, seed: int = 0) -> dict[str,
 
 def made(cls: Any, reduction: str = "mean", **options: Any) -> Any:
     """With that reduction where it has one, and with every number that it can give."""
-    if cls.name != "logprobs":
+    if not issubclass(cls, LogProbsLoss):
         return cls(reduction=reduction, **options)
     numbers = dict.fromkeys(("entropy", "logsumexp", "sum_p2", "mean_logit"), True)
     return cls(**numbers, **options)

@@ -42,8 +42,11 @@ NATIVE: dict[str, dict[str, int]] = {
     "fused_add_rms_norm": {"npu_add_rms_norm": 1, "npu_rms_norm_backward": 1},
     "glu": {"npu_swiglu": 1, "npu_swiglu_backward": 1},
     "gated_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
+    "tiled_mlp": {"npu_swiglu": 10, "npu_swiglu_backward": 5},  # five tiles
     "rope": {"npu_rotary_mul": 4},
     "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
+    "fused_neighborhood_attention": {"_softmax_backward_data": 1},
+    "multi_token_attention": {"_softmax_backward_data": 1},
     "softmax": {"_softmax_backward_data": 1},
 }
 
@@ -109,6 +112,12 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
     "partial rotation": (
         "rotary_dim",
         lambda: rope(randn(*Q), None, randn(*ANGLES), randn(*ANGLES), rotary_dim=8),
+    ),
+    "angles of three positions": (
+        "section",
+        lambda: rope(
+            randn(*Q), None, randn(3, *ANGLES), randn(3, *ANGLES), mrope_section=(2, 3, 3)
+        ),
     ),
     "float64 angles": (
         "float64",

@@ -22,7 +22,17 @@ from liger_kernel.compat import ops as compat_ops
 from liger_kernel.testing import Make
 
 Arguments = tuple[Any, ...]
+FUNCTIONS = [name for names in ops.SERVED.values() for name in names if name.endswith("Function")]
+
+
+class OneRank:
+    """A process group of this process alone."""
+
+    size = staticmethod(lambda: 1)
+
+
 SERVED = {**ops.OPS, **ops.LINEAR_LOSSES}
+FROZEN = torch.nn.Linear(8, 8).requires_grad_(False)
 FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
 
 
@@ -46,9 +56,33 @@ def arguments(name: str) -> Arguments:
             *(leaf(5, 8), leaf(12, 8), labels, 0.7),
             *(-100, 1, True, make.integers(12, 3)),
         ),
+        "LigerFusedLinearScaledCrossEntropyTPFunction": (
+            *(leaf(5, 8), leaf(12, 8), labels, OneRank, 0.7),
+            *(-100, 1, True),
+        ),
+        "LigerVocabParallelCEFunction": (
+            *(leaf(5, 1, 12), labels[:, None], None, -100, 0.1),
+            *("megatron", "partition"),
+        ),
         "LigerJSDFunction": (leaf(5, 12), fixed.log(), labels, 0.3, -100),
         "LigerKLDivLossFunction": (leaf(5, 12), fixed, "none", False, 1e-6),
         "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),
+        "LigerFusedCETVDFunction": (leaf(5, 12), fixed.log(), labels, -100),
+        "LigerFusedLinearJSDFunction": (
+            *(leaf(5, 8), leaf(12, 8), make.randn(5, 6), make.randn(12, 6)),
+            *(labels, 0.3, -100, 2.0),
+        ),
+        "LigerFusedLinearKLDivFunction": (leaf(5, 8), leaf(12, 8), fixed, labels, "mean", -100),
+        "GrpoLossFunction": (
+            *(
+                leaf(2, 4, 12),
+                None,
+                -make.randn(2, 3).abs(),
+                make.integers(12, 2, 3),
+                make.randn(2),
+            ),
+            *(make.integers(2, 2, 3), 0.9, 0.1, 0.2, 0.3, False, "dapo"),
+        ),
         "LigerRMSNormFunction": (leaf(5, 12), leaf(12), 1e-6),
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),
@@ -63,6 +97,18 @@ def arguments(name: str) -> Arguments:
         "LigerSoftmaxFunction": (leaf(5, 12),),
         "LigerSparsemaxFunction": (leaf(5, 12), 0),
         "LigerReLUSquaredFunction": (leaf(5, 12),),
+        "LigerLlama4RopeFunction": (
+            *(leaf(2, 3, 4, 8), leaf(2, 3, 2, 8)),
+            torch.view_as_complex(make.randn(3, 4, 2)),
+        ),
+        "LigerQwen2VLMRopeFunction": (
+            *(leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), make.randn(3, 2, 3, 8), make.randn(3, 2, 3, 8)),
+            [1, 1, 2],
+        ),
+        "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
+        "LigerMultiTokenAttentionFunction": (leaf(1, 2, 5, 5), leaf(2, 2, 3, 3), leaf(2), 1, 1),
+        "LigerFusedNeighborhoodAttentionFunction": (*(leaf(1, 2, 5, 4) for _ in "qkv"), 3, 1),
+        "LigerEmbeddingFunction": (leaf(6, 8), torch.tensor([[1, 5, 1], [0, 1, 3]])),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
     }[name]
 
@@ -145,7 +191,8 @@ class TestEveryFunction:
 
     def test_frozen_inputs_cost_nothing(self, name: str) -> None:
         function, given = getattr(ops, name), arguments(name)
-        first = (given[0], *(t.detach() if isinstance(t, Tensor) else t for t in given[1:]))
+        leaf = next(t for t in given if isinstance(t, Tensor))
+        first = tuple(t.detach() if isinstance(t, Tensor) and t is not leaf else t for t in given)
         assert_same(run(subclass_of(function).apply, first), run(function.apply, first))
         constant = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
         for output in tensors(subclass_of(function).apply(*constant)):

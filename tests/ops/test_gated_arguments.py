@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import liger_kernel.ops.gated_mlp as module
+from liger_kernel.backends import use_implementation
 from liger_kernel.ops.gated_mlp import gated_mlp, reference
 from liger_kernel.ops.glu import gated_product, glu, glu_packed
 
@@ -93,6 +95,35 @@ def test_what_the_product_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=r"activation='relu' is not one of 'silu'"):
             function()
+
+
+def test_limits_and_alphas_that_mean_nothing() -> None:
+    gate = torch.ones(3, 8)
+    for function in (
+        partial(glu, gate, gate),
+        partial(glu_packed, gate),
+        partial(gated_mlp, **block()),
+    ):
+        for limit in (0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match=rf"limit={limit} must be positive"):
+                function(limit=limit)
+        with pytest.raises(ValueError, match=r"alpha=1.7 belongs to silu, but .* 'gelu'"):
+            function(activation="gelu", alpha=1.7)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_beyond_a_limit_gradients_are_zero_and_nan_stays(implementation: str) -> None:
+    limit, nan, inf = 2.0, float("nan"), float("inf")
+    gate = torch.tensor([2.0, 2.5, -5.0, nan, 1.0, inf, 1.0, 1.0], requires_grad=True)
+    up = torch.tensor([2.0, 1.0, -2.0, 1.0, nan, 1.0, -inf, 3.0], requires_grad=True)
+    with use_implementation(implementation):
+        y = glu(gate, up, limit=limit)
+        y.sum().backward()
+    assert gate.grad is not None
+    assert up.grad is not None
+    assert y.isnan().tolist() == [i in (3, 4) for i in range(8)]
+    assert (gate.grad == 0).tolist() == [i in (1, 3, 5) for i in range(8)]
+    assert (up.grad == 0).tolist() == [i in (4, 6, 7) for i in range(8)]
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])

@@ -25,29 +25,34 @@ def device() -> str:
 
 
 def outcomes(
-    checks: Callable[[], Mapping[str, Check]], folder: Path, on: str
+    checks: Callable[[], Mapping[str, Check]], folder: Path, on: str, world: int = WORLD
 ) -> list[dict[str, str]]:
     """For each rank, the traceback of every check, or "" where it passed; `checks` is called in the processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(folder), checks, on), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    mp.spawn(_worker, args=(port, str(folder), checks, on, world), nprocs=world)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def _worker(
-    rank: int, port: int, folder: str, checks: Callable[[], Mapping[str, Check]], on: str
+    rank: int,
+    port: int,
+    folder: str,
+    checks: Callable[[], Mapping[str, Check]],
+    on: str,
+    world: int,
 ) -> None:
     """All checks in one set of processes; after a failure these may be out of step, so the rest is not run."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     backend = "gloo"
     if on == "cuda":
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     found = {}
     for name, check in checks().items():
         try:

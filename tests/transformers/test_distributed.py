@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
-from tests.transformers import ranks
+from tests.transformers import ranks, tiled
 from tests.transformers.steps import fused
 from tests.transformers.tiny import batch, build
 
@@ -154,7 +154,7 @@ def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, 
 
 def checks() -> dict[str, ranks.Check]:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    return {
+    return tiled.checks() | {
         name: partial(check, wrap=wrap, patch_first=first, tied=tied)
         for name, (wrap, first, tied) in SCENARIOS.items()
         if not lacking(wrap)
@@ -171,4 +171,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_averaged_gradients(scenario: str, outcomes: list[dict[str, str]]) -> None:
     if lacking(SCENARIOS[scenario][0]):
         pytest.skip(lacking(SCENARIOS[scenario][0]))
+    ranks.assert_passed(scenario, outcomes)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("scenario", tiled.SCENARIOS)
+def test_tiled_mlp(scenario: str, outcomes: list[dict[str, str]]) -> None:
     ranks.assert_passed(scenario, outcomes)

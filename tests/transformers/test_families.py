@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
+import types
 from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
@@ -118,3 +121,29 @@ def test_a_model_of_another_family() -> None:
     kinds = {row.kind for row in state_of(model).report.replaced}
     liger_kernel.unpatch(model)
     assert {"loss", "norm", "mlp"} <= kinds
+
+
+def test_a_patched_model_that_is_collected_while_another_is_compiled() -> None:
+    """Dynamo has read the globals of the modeling file by then; they change once it is done."""
+    theirs, ours = (lambda x: x + 1), (lambda x: 1 + x)
+    modeling = types.ModuleType("modeling_of_somebody")
+    modeling.rotate = theirs
+    patch = [GlobalPatch(modeling, "rotate", ours)]
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        patch.clear()
+        gc.collect()
+        seen.append(modeling.rotate)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: modeling.rotate(x), backend=backend, fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert seen == [ours]
+    assert modeling.rotate is ours
+    GlobalPatch(modeling, "rotate", ours).remove()
+    assert modeling.rotate is theirs
+    patch.append(GlobalPatch(modeling, "rotate", ours))
+    patch.clear()
+    assert modeling.rotate is theirs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from liger_kernel import backends
 from liger_kernel.ops import rope as op
 from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.transformers import functional
 from liger_kernel.transformers import rope as module
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -124,6 +127,41 @@ class TestAsInHF:
 
         compare(ours, hf, q, k, *angles(make, 2, 5, 8, repeat="neighbours"))
 
+    def test_llama4(self, dtype: torch.dtype) -> None:
+        """Each sequence by its own angles; the vision tower's have another axis of size 1."""
+        make = Make(dtype)
+        q, k = make.randn(2, 5, 4, 16), make.randn(2, 5, 2, 16)
+
+        def by_complex(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda q, k, cos, sin: function(q, k, torch.complex(cos.float(), sin.float()))
+
+        pairs = (
+            (module.liger_llama4_text_rotary_pos_emb, "apply_rotary_emb", (2, 5, 8)),
+            (module.liger_llama4_vision_rotary_pos_emb, "vision_apply_rotary_emb", (5, 1, 8)),
+        )
+        for ours, name, shape in pairs:
+            cos, sin = angles(make, *shape, repeat=None)
+            compare(by_complex(ours), by_complex(theirs("llama4", name)), q, k, cos, sin)
+
+    def test_by_three_positions(self, dtype: torch.dtype) -> None:
+        """Of Qwen2-VL, and of Qwen3-VL, whose sections take turns."""
+        make = Make(dtype)
+        q, k = make.randn(2, 4, 5, 16), make.randn(2, 2, 5, 16)
+        in_turns = partial(op.rope, mrope_section=(4, 2, 2), mrope_interleaved=True)
+        for ours, tables in (
+            (partial(module.liger_multimodal_rotary_pos_emb, mrope_section=[2, 3, 3]), "00111222"),
+            (in_turns, "01201200"),
+        ):
+
+            def hf(q: Tensor, k: Tensor, *angles: Tensor, tables: str = tables) -> Any:
+                selected = (
+                    torch.stack([t[int(row), ..., i] for i, row in enumerate(tables * 2)], -1)
+                    for t in angles
+                )
+                return theirs("llama")(q, k, *selected)
+
+            compare(ours, hf, q, k, *angles(make, 3, 2, 5, 8))
+
 
 def test_layout_is_kept_and_nothing_is_written(implementation: str) -> None:
     make = Make(torch.float32)
@@ -171,6 +209,53 @@ def test_legacy_forms() -> None:
     assert module.LigerRopeFunction is op.LigerRopeFunction
 
 
+def test_legacy_forms_of_llama4() -> None:
+    """Angles for more positions than there are, or as pairs of real numbers; the way back; a vision tower's cast."""
+    make = Make(torch.float32)
+    q, k = make.randn(2, 5, 4, 16), make.randn(2, 5, 2, 16)
+    freqs = torch.view_as_complex(make.randn(7, 8, 2))
+    expected = op.complex_rope(q, k, freqs[:5])
+    back = op.complex_rope(q, k, freqs[:5].conj())
+    forms = [
+        (op.LigerLlama4RopeFunction.apply(q, k, freqs), expected),
+        (op.llama4_rope_forward(q, k, torch.view_as_real(freqs)), expected),
+        (op.llama4_rope_forward(q, k, freqs, imag_sign=-1.0), back),
+        (
+            op.complex_rope(q.transpose(1, 2), None, freqs[:5], 1)[0].transpose(1, 2)[None],
+            expected[:1],
+        ),
+    ]
+    vision, twice = module.liger_llama4_vision_rotary_pos_emb, torch.ones(5, 8) * 2
+    forms += [(vision(q, k, twice.bfloat16()), (q * 2, k * 2))]
+    for found, wanted in forms:
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"Unexpected freqs_ci shape \(7, 8\).*\(2, 5, 4, 16\)"):
+        vision(q, k, freqs)
+    with pytest.raises(TypeError, match="complex"):
+        op.complex_rope(q, k, twice)
+    modeling = SimpleNamespace()
+    module.apply_liger_llama4_rope_full(modeling)
+    assert modeling.apply_rotary_emb is module.liger_llama4_text_rotary_pos_emb
+    assert modeling.vision_apply_rotary_emb is vision
+
+
+def test_legacy_forms_of_qwen2_vl() -> None:
+    make = Make(torch.float32)
+    q, k = make.randn(2, 4, 5, 16), make.randn(2, 2, 5, 16)
+    cos, sin = angles(make, 3, 2, 5, 8)
+    *expected, _, _ = op.qwen2vl_mrope_forward(q, k, cos, sin, [2, 3, 3])
+    back = op.qwen2vl_mrope_backward(*expected, cos, sin, [2, 3, 3])
+    for form in (
+        op.LigerQwen2VLMRopeFunction.apply(q, k, cos, sin, [2, 3, 3], 1),
+        functional.liger_qwen2vl_mrope(q, k, cos, sin, [2, 3, 3]),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(form, expected, strict=True))
+    for i, (a, b) in enumerate(zip(back, (q, k), strict=True)):
+        again = op.rope(expected[i], None, cos, -sin, mrope_section=(2, 3, 3))[0]
+        assert_no_worse(f"input {i}", a, b, again)
+
+
 def test_calls_the_op_through_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "rope", lambda *args, **kwargs: "replaced")
     x = torch.zeros(1, 1, 1, 2)
@@ -198,6 +283,15 @@ WRONG = {
     "cos-1d": ({"cos": (8,), "sin": (8,)}, r"\(8,\)"),
     "cos-heads": ({"cos": (1, 2, 4, 8), "sin": (1, 2, 4, 8)}, "axis of size 1"),
     "sin": ({"sin": (1, 4, 4)}, r"sin \(1, 4, 4\)"),
+    "section": (
+        {"cos": (3, 1, 4, 8), "sin": (3, 1, 4, 8), "mrope_section": [1, 1, 1]},
+        r"\(1, 1, 1\).*to 4",
+    ),
+    "sections": (
+        {"cos": (3, 1, 4, 8), "sin": (3, 1, 4, 8), "mrope_section": [2, 2]},
+        r"\(2, 2\).*three",
+    ),
+    "tables": ({"mrope_section": [1, 1, 2]}, r"cos \(1, 4, 8\).*\(3, 1, 4, R\)"),
     "unsqueeze": ({"unsqueeze_dim": 3}, "unsqueeze_dim=3"),
     "k-batch": ({"k": (2, 2, 4, 8)}, "dimension 0"),
     "k-length": ({"k": (1, 2, 3, 8)}, "dimension 2"),

@@ -10,6 +10,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers.patching import Row
 from liger_kernel.transformers.patching.plans import marker
 from liger_kernel.transformers.patching.sites import rope
+from liger_kernel.transformers.patching.sites.experts import find_plan as find_gate
 from tests.transformers.here import hf_class
 from tests.transformers.steps import assert_all_no_worse, assert_identical, snapshot, step
 from tests.transformers.tiny import batch, build
@@ -248,6 +250,31 @@ class Squared(nn.Module):
         return F.relu(x).square() * self.factor
 
 
+#: file, class, arguments after the config, what stands in the report
+LIMITED = [
+    ("deepseek_v4", "DeepseekV4MLP", (), "LigerSwiGLU(limit=10)"),
+    ("step3p7", "Step3p7MLP", (0,), "LigerSwiGLU(limit after silu, limit=10)"),
+    (
+        "minimax_m3_vl",
+        "MiniMaxM3VLDenseMLP",
+        (),
+        "LigerSwiGLU(up + 1, limit=10, alpha=1.702, fused gate_up)",
+    ),
+]
+LIMITED_CONFIG = SimpleNamespace(
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=48,
+    dense_intermediate_size=48,
+    num_local_experts=2,
+    hidden_act="silu",
+    mlp_bias=False,
+    swiglu_limit=10.0,
+    swiglu_limits_shared=[10.0],
+    swiglu_alpha=1.702,
+)
+
+
 class TestMLPs:
     def test_relu_squared(self, calls: Calls) -> None:
         config = AutoConfig.for_model("arcee", hidden_size=32, intermediate_size=48)
@@ -279,9 +306,39 @@ class TestMLPs:
         ours.gate_multiplier = mlp.gate_multiplier = 1.9  # read at every call
         assert_same_module(ours, mlp, torch.bfloat16, X[..., :32])
 
+    @pytest.mark.parametrize(("file", "name", "arguments", "expected"), LIMITED)
+    def test_limits(
+        self, file: str, name: str, arguments: tuple[Any, ...], expected: str, calls: Calls
+    ) -> None:
+        """A limit that small numbers do not reach, as DeepSeek-V4's 10, is no less of one."""
+        mlp = drawn(hf(file, name, LIMITED_CONFIG, *arguments))
+        ours, rows = patched(mlp)
+        assert [row.by for row in rows] == [expected]
+        calls.clear()
+        assert_same_module(ours, mlp, torch.bfloat16, 20 * X[..., :32])
+        assert calls["glu"] == 1
+
+    def test_a_limit_that_no_attribute_holds(self) -> None:
+        class Literal(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate, self.up, self.down = nn.Linear(8, 9), nn.Linear(8, 9), nn.Linear(9, 8)
+                self.act = F.silu
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.down(self.act(self.gate(x).clamp(max=300)) * self.up(x))
+
+        _, (row,) = patched(Literal())
+        assert (row.by, row.reason) == (None, "Literal computes something else")
+
 
 # -- experts -----------------------------------------------------------------------------------------------------------
 
+GATES = [
+    ("gpt_oss", "GptOssExperts", "LigerSwiGLU(up + 1, limit=7, alpha=1.702, interleaved gate_up)"),
+    ("deepseek_v4", "DeepseekV4Experts", "LigerSwiGLU(limit=10, fused gate_up)"),
+    ("step3p7", "Step3p7Experts", "LigerSwiGLU(limit after silu, limit=10, fused gate_up)"),
+]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False}
 
 
@@ -334,11 +391,34 @@ class TestExperts:
         assert by is None
         assert "eager" in reason
         assert "set_experts_implementation" in reason
-        assert experts_rows(build("gpt_oss", **MOE, head_dim=16)) == {
-            (None, "GptOssExperts computes something else")
-        }
         ((by, reason),) = experts_rows(build("dbrx", **DBRX))
         assert (by, "DbrxExpertGLU" in reason) == (None, True)
+
+    @pytest.mark.parametrize(("file", "name", "expected"), GATES)
+    def test_gates_with_limits(self, file: str, name: str, expected: str, calls: Calls) -> None:
+        pytest.importorskip("transformers.integrations.moe")
+        experts = hf(file, name, LIMITED_CONFIG, *([10.0] if file == "step3p7" else []))
+        plan: Any = find_gate(experts)
+        assert str(plan) == expected
+        calls.clear()
+        ours, theirs = (
+            {"y": y.detach(), "grad": torch.autograd.grad(y.sum(), x)[0]}
+            for gate in (plan.compute, type(experts)._apply_gate)
+            for x in [(9 * X).bfloat16().requires_grad_()]
+            for y in [gate(experts, x)]
+        )
+        high = (9 * X).bfloat16().double().requires_grad_()
+        y = type(experts)._apply_gate(experts, high)
+        truth = {"y": y.detach(), "grad": torch.autograd.grad(y.sum(), high)[0]}
+        assert_all_no_worse(ours, truth, theirs)
+        assert calls["glu"] == 1
+
+    def test_another_gate_is_left_alone(self) -> None:
+        class Other(hf_class("gpt_oss.GptOssExperts")):  # type: ignore[misc]
+            def _apply_gate(self, gate_up: Tensor) -> Tensor:
+                return super()._apply_gate(gate_up).clamp(max=50)
+
+        assert find_gate(Other(LIMITED_CONFIG)) == "Other computes something else"
 
     def test_options_reach_them(self) -> None:
         model = mixtral()
@@ -379,6 +459,69 @@ def test_the_last_columns_are_rotated() -> None:
     high = original(heads.double(), cos.double(), sin.double())
     assert_no_worse("y", y, high, original(heads, cos, sin))
     assert torch.equal(y[..., :16], heads[..., :16])
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "angles", "heads"),
+    [
+        ("llama4", "apply_rotary_emb", (2, 5, 4), 2),
+        ("llama4", "vision_apply_rotary_emb", (5, 1, 4), 2),
+        ("deepseek_v2", "apply_rotary_emb", (2, 5, 4), 1),
+    ],
+)
+def test_complex_angles(
+    family: str, name: str, angles: tuple[int, ...], heads: int, calls: dict[str, int]
+) -> None:
+    """By position and by name; where a cast made them real, HF's own code multiplies."""
+    path = f"transformers.models.{family}.modeling_{family}"
+    original = getattr(pytest.importorskip(path), name)
+    ours = rope.replacement(original)
+    assert ours is not None
+    calls.clear()
+    make = Make(torch.bfloat16)
+    q, k = (make.randn(2, 5, n, 8) for n in (3, 1))
+    q, k = (q, k) if heads == 2 else (q.transpose(1, 2), k.transpose(1, 2))
+    freqs = torch.view_as_complex(make.randn(*angles, 2).float())
+    last = list(inspect.signature(original).parameters)[-1]
+    for found in (ours(q, k, freqs), ours(q, k, **{last: freqs})):
+        high = original(q.double(), k.double(), freqs)
+        for part, y, h, low in zip("qk", found, high, original(q, k, freqs), strict=True):
+            assert_no_worse(part, y, h, low)
+    assert calls["rope"] == 2
+    assert torch.equal(ours(q, k, freqs.real)[0], original(q, k, freqs.real)[0])
+    assert calls["rope"] == 2
+
+
+def test_three_positions(calls: dict[str, int]) -> None:
+    """As Qwen2-VL's attention selected them until transformers 5; sections of another size are its own."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+
+    def original(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, section: list[int], unsqueeze_dim: int = 1
+    ) -> Any:
+        rows = [row for row, n in enumerate(section) for _ in range(n)] * 2
+        tables = (torch.stack([t[r, ..., i] for i, r in enumerate(rows)], -1) for t in (cos, sin))
+        return llama(q, k, *tables, unsqueeze_dim=unsqueeze_dim)
+
+    ours = rope.replacement(original)
+    assert ours is not None
+    calls.clear()
+    make = Make(torch.float32)
+    q, k, angles = (
+        make.randn(2, 5, 3, 8),
+        make.randn(2, 5, 1, 8),
+        make.randn(3, 2, 5, 4).repeat(1, 1, 1, 2),
+    )
+    cos, sin = angles.cos(), angles.sin()
+    for y, theirs in zip(
+        ours(q, k, cos, sin, [2, 1, 1], unsqueeze_dim=2),
+        original(q, k, cos, sin, [2, 1, 1], 2),
+        strict=True,
+    ):
+        assert_no_worse("y", y, theirs.double(), theirs)
+    assert calls["rope"] == 1
+    with pytest.raises(RuntimeError):
+        ours(q, k, cos, sin, [1, 1, 1], unsqueeze_dim=2)
 
 
 def test_an_inner_patch_is_reported_by_the_outer_one() -> None:

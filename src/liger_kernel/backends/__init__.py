@@ -32,7 +32,7 @@ from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
-_SHARED = ("disabled", "dispatch", "kernels", "records", "triton")
+_SHARED = ("capability", "disabled", "dispatch", "kernels", "products", "records", "triton")
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
 
@@ -145,15 +145,21 @@ def _from_environment() -> str | None:
     return _checked(name)
 
 
+def set_implementation(name: str | None) -> None:
+    """`use_implementation` from now on."""
+    global _requested
+    _requested = _checked(name)
+
+
 @contextlib.contextmanager
 def use_implementation(name: str | None) -> Iterator[None]:
     """Serve every op by the files `name` ("reference", "triton", "npu"; None: choose by device) inside the block."""
-    global _requested
-    before, _requested = _requested, _checked(name)
+    before = _requested
+    set_implementation(name)
     try:
         yield
     finally:
-        _requested = before
+        set_implementation(before)
 
 
 def requested() -> str | None:

@@ -1,5 +1,6 @@
 """Who computes an op: decided here, in one order for all of them.
 
+0. What the user registered for the op, and chose by its name.
 1. Under torch.compile the reference, which Inductor fuses with its neighbours. Kernels that were asked for by name run
    all the same, outside of the graph; `fullgraph=True` then raises. The reference, too, under every other transform
    that follows PyTorch's ops.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import Op, Recompute, has_numbers, in_torch_func, is_transformed
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends import (
     REFERENCE,
     host_bound,
@@ -31,6 +33,9 @@ from liger_kernel.backends import (
     reference_of,
     requested,
 )
+
+#: op -> what the user chose: `call(options, *tensors)`, or NotImplemented
+CHOSEN: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Dispatch:
     native: Callable[..., Any] | None = None
 
     def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
+        if CHOSEN and self.name in CHOSEN and requested() is None:
+            found = CHOSEN[self.name](options, *tensors)
+            if found is not NotImplemented:
+                return found
         if is_transformed():
             if kernels_requested() and torch.compiler.is_compiling() and not in_torch_func():
                 return _outside_the_graph(self, options, *tensors)
@@ -101,3 +110,13 @@ def no_shards(name: str, way_out: str) -> Callable[..., Any]:
         raise TypeError(f"{name} takes no DTensors; {way_out}.")
 
     return refuse
+
+
+#: of the incumbent
+_NAMES = (
+    "BackendNotAvailableError", "ImplNotAvailableError", "LigerBackendFallbackWarning", "LigerImplFallbackWarning",
+    "NoBackendAvailableError", "NoImplAvailableError", "all_backends", "all_impls", "available_backends",
+    "available_impls", "clear_available_cache", "dispatch", "emit_fallback_warning", "get_backend", "get_impl",
+    "resolve_backend", "resolve_impl", "set_backend", "set_impl",
+)  # fmt: skip
+__getattr__ = compat_names(__name__, _NAMES, "liger_kernel.compat.dispatch")

@@ -16,14 +16,12 @@ from liger_kernel.chunked_loss.engine import (
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.policy import (
     GRPOOptions,
-    clip_coef_fn,
     get_gamma_weights,
-    k3_loss_fn,
     of_sequences_or_tokens,
     policy_loss,
-    sapo_loss_fn,
 )
 from liger_kernel.chunked_loss.preference import LossAndMetrics
+from liger_kernel.ops.grpo_loss.reference import clip_coef_fn, k3_loss_fn, sapo_loss_fn
 
 __all__ = [
     "LigerFusedLinearGRPOFunction",

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.declared import LossFunction, LossModule, takes
-from liger_kernel.chunked_loss.engine import (
-    check_sequences,
-    loss_of_logps,
-    reference_of,
-    reference_token_logps,
-    sequence_logit_sums,
-    sequence_logps,
-)
+from liger_kernel.chunked_loss.engine import reference_of
 from liger_kernel.chunked_loss.options import LossOptions
-from liger_kernel.chunked_loss.preference import LossAndMetrics
+from liger_kernel.chunked_loss.preference import LossAndMetrics, by_label, unpaired_loss
 
 
 @dataclass(frozen=True)
@@ -74,40 +67,24 @@ class LigerFusedLinearKTOLoss(LossModule):
 
         _input: (B, T, H). target: (B, T). preference_labels: (B,), True where desirable. kl: 0-d or (1,), the
         estimate of the KL divergence to the reference model that rewards are compared with."""
-        check_sequences(_input, target)
-        batch, length = target.shape
-        if preference_labels is None or preference_labels.shape != (batch,):
-            found = None if preference_labels is None else tuple(preference_labels.shape)
-            raise ValueError(
-                f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
-            )
-        labelled = target != options.ignore_index
-        desirable = preference_labels.bool()
         if kl is not None and kl.numel() != 1:
             raise ValueError(f"kl has shape {tuple(kl.shape)}; pass one number, () or (1,).")
         kl = None if kl is None else kl.detach().reshape(())
-        ref_logps: Tensor | None = None
-        reference = reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias)
-        if reference is not None:
-            ref_tokens = reference_token_logps(reference, target, options.ignore_index)
-            ref_logps = sequence_logps(ref_tokens, labelled, options.average_log_prob)
 
-        def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-            logps = sequence_logps(tokens, labelled, options.average_log_prob)
+        def of_sequences(logps: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert preference_labels is not None
             ratio = logps if ref_logps is None else logps - ref_logps
-            losses, rewards = sequence_loss(options, ratio, desirable, kl)
-            loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
-            return loss, [logps, rewards]
+            return sequence_loss(options, ratio, preference_labels.bool(), kl)
 
-        loss, (logps, rewards) = loss_of_logps(
-            of_logps, _input, lin_weight, target, bias, options.ignore_index, group_size=length
+        loss, sums, (rewards,) = unpaired_loss(
+            of_sequences,
+            *(_input, lin_weight, target, preference_labels, bias),
+            reference=reference_of(options.use_ref_model, ref_input, ref_weight, ref_bias),
+            ignore_index=options.ignore_index,
+            average_log_prob=options.average_log_prob,
         )
-        logits = sequence_logit_sums(_input, lin_weight, bias)
-        return loss, tuple(
-            values.masked_fill(~side, 0.0).sum()
-            for values in (logps, logits, rewards)
-            for side in (desirable, ~desirable)
-        )
+        assert preference_labels is not None
+        return loss, (*sums, *by_label(rewards, preference_labels))
 
 
 class LigerFusedLinearKTOFunction(
@@ -115,4 +92,19 @@ class LigerFusedLinearKTOFunction(
     loss=LigerFusedLinearKTOLoss,
     first="_input lin_weight target preference_labels",
     use_ref_model=True,
-): ...
+):
+    @staticmethod
+    def preference_loss_fn(
+        log_prob_chunk: Tensor,
+        preference_labels_chunk: Tensor,
+        full_target: Tensor,
+        ref_log_prob_chunk: Tensor | None = None,
+        beta: float = 0.1,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss per sequence of `full_target` (B, T), and the sums of the chosen and of the rejected rewards, of
+        log-probabilities of sequences."""
+        ratio = log_prob_chunk if ref_log_prob_chunk is None else log_prob_chunk - ref_log_prob_chunk  # fmt: skip
+        desirable = preference_labels_chunk.bool()
+        losses, rewards = sequence_loss(KTOOptions(beta=beta), ratio, desirable, kl)
+        return losses.sum() / full_target.shape[0], *by_label(rewards, desirable)

@@ -6,6 +6,7 @@ outside the mask are taken out before anything is exponentiated, so that what st
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,10 +18,16 @@ from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import facts_of
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.options import LossOptions
+from liger_kernel.ops.grpo_loss.contract import CLIPPED, LOSS_TYPES, TOKEN_LEVEL_ONLY
+from liger_kernel.ops.grpo_loss.reference import token_terms
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
-LOSS_TYPES = (*CLIPPED, *TOKEN_LEVEL_ONLY)
+#: options of `token_terms`
+TERMS = [
+    name
+    for name, p in inspect.signature(token_terms).parameters.items()
+    if p.kind is p.KEYWORD_ONLY
+]
+GAMMAS = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 MAX_LOG_RATIO, MIN_RATIO = 20.0, 1e-8
 STEEPEST = 2.0**120
 
@@ -112,32 +119,6 @@ class GRPOOptions(LossOptions):
             )
 
 
-def k3_loss_fn(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """e^(log_p - log_q) - (log_p - log_q) - 1: KL(q || p) estimated from samples of q (Schulman's k3)."""
-    difference = log_p - log_q
-    return _exp(difference) - difference - 1.0
-
-
-def sapo_loss_fn(importance_ratio: Tensor, temperature: float) -> Tensor:
-    """Soft gate of the ratio, with slope 1 at ratio 1 (arXiv 2511.20347)."""
-    if temperature <= 0:
-        raise ValueError(f"sapo_temperature must be > 0. Got {temperature}.")
-    return torch.sigmoid(temperature * (importance_ratio - 1)) * 4 / temperature
-
-
-def clip_coef_fn(
-    coef: Tensor, epsilon_low: float, epsilon_high: float, loss_type: str
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The clipped ratio (None where the loss clips nothing), and where it is below and above its bounds."""
-    never = torch.zeros_like(coef, dtype=torch.bool)
-    if loss_type == "cispo":
-        return coef.clamp(max=epsilon_high).detach(), never, coef > epsilon_high
-    if loss_type in ("sapo", "vespo"):
-        return None, never, never
-    low, high = 1 - epsilon_low, 1 + epsilon_high
-    return coef.clamp(low, high), coef < low, coef > high
-
-
 @torch.no_grad()
 def get_gamma_weights(
     advantages: Tensor,
@@ -203,23 +184,17 @@ def policy_loss(
         log_weight = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(
             min=1.0
         )
-    ratio = _exp(log_weight)
-    clipped, below, above = clip_coef_fn(
-        ratio, options.epsilon_low, options.epsilon_high, options.loss_type
+    weight = vllm_is_ratio
+    if options.loss_type == "vespo":
+        gammas = (getattr(options, f"vespo_{name}") for name in GAMMAS)
+        weight = get_gamma_weights(advantages, log_ratio, mask, vllm_is_ratio, *gammas)
+    loss, kl, clips = token_terms(
+        logps, log_weight, advantages, weight, ref_logps, **{n: getattr(options, n) for n in TERMS}
     )
-    loss = _token_loss(options, logps, log_ratio, ratio, clipped, advantages, mask, vllm_is_ratio)
-    if vllm_is_ratio is not None and options.loss_type != "vespo":
-        loss = loss * vllm_is_ratio
-
     tokens = full_mask.sum().to(logps.dtype).clamp(min=1.0)
     metrics = []
-    if options.beta != 0.0:
-        kl = k3_loss_fn(logps.detach() if ref_logps is None else ref_logps, logps)
-        if options.use_bias_correction_kl:
-            kl = kl * ratio
-        loss = loss + options.beta * kl
+    if kl is not None:
         metrics.append((kl.detach() * mask).sum() / tokens)
-    clips = (below & (advantages < 0)) | (above & (advantages > 0))
     metrics.append((clips * mask).sum() / tokens)
     loss = _reduce(options, loss, mask, full_mask, num_items_in_batch)
     return _rounded(loss, dtype), [_rounded(metric, dtype) for metric in metrics]
@@ -246,49 +221,6 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     largest, fixed = torch.finfo(dtype).max, value.detach()
     bounded = fixed.clamp(-largest, largest) + (value - fixed)
     return torch.where(fixed.isfinite(), bounded, value).to(dtype)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """At most about the largest number of the dtype: a token without an advantage would make NaN of infinity."""
-    return x.clamp(max=int(math.log(torch.finfo(x.dtype).max))).exp()
-
-
-def _token_loss(
-    options: GRPOOptions,
-    logps: Tensor,
-    log_ratio: Tensor,
-    ratio: Tensor,
-    clipped: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    vllm_is_ratio: Tensor | None,
-) -> Tensor:
-    if options.loss_type == "cispo":
-        assert clipped is not None
-        return -clipped * advantages * logps
-    if options.loss_type == "sapo":
-        gate = torch.where(
-            advantages > 0,
-            sapo_loss_fn(ratio, options.sapo_temperature_pos),
-            sapo_loss_fn(ratio, options.sapo_temperature_neg),
-        )
-        return -gate * advantages
-    if options.loss_type == "vespo":
-        gamma = get_gamma_weights(
-            advantages,
-            log_ratio,
-            mask,
-            vllm_is_ratio,
-            options.vespo_k_pos,
-            options.vespo_lambda_pos,
-            options.vespo_k_neg,
-            options.vespo_lambda_neg,
-        )
-        return -gamma * advantages * logps
-    assert clipped is not None
-    if options.delta is not None:
-        ratio = ratio.clamp(max=options.delta)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def _reduce(

@@ -191,6 +191,61 @@ def paired_loss(
     return loss, (chosen, rejected, *means, nll_loss.detach(), *metrics)
 
 
+#: (logps (B,), those of the reference or None) -> the loss and the metrics of every sequence, all (B,)
+SequenceFormula = Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+
+
+def unpaired_loss(
+    sequence_loss: SequenceFormula,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    preference_labels: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    reference: Reference | None = None,
+    ignore_index: int = -100,
+    average_log_prob: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """The mean of `sequence_loss` over the sequences, of which one without a labelled token has loss 0.
+
+    hidden: (B, T, H). target: (B, T). preference_labels: (B,), which sequences are desirable.
+    Returns: the loss, (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum), and the metrics
+    of the sequences, each (B,); only the loss carries a gradient.
+    """
+    check_sequences(hidden, target)
+    batch, length = target.shape
+    if preference_labels is None or preference_labels.shape != (batch,):
+        found = None if preference_labels is None else tuple(preference_labels.shape)
+        raise ValueError(
+            f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
+        )
+    labelled = target != ignore_index
+    ref_logps: Tensor | None = None
+    if reference is not None:
+        ref_tokens = reference_token_logps(reference, target, ignore_index)
+        ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
+
+    def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logps = sequence_logps(tokens, labelled, average_log_prob)
+        losses, *metrics = sequence_loss(logps, ref_logps)
+        loss = losses.masked_fill(~labelled.any(1), 0.0).sum() / max(batch, 1)
+        return loss, [logps, *metrics]
+
+    loss, (logps, *metrics) = loss_of_logps(
+        of_logps, hidden, weight, target, bias, ignore_index, group_size=length
+    )
+    logits = sequence_logit_sums(hidden, weight, bias)
+    sums = (side for values in (logps, logits) for side in by_label(values, preference_labels))
+    return loss, tuple(sums), metrics
+
+
+def by_label(values: Tensor, preference_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of `values` (B,) over the desirable and over the undesirable sequences."""
+    desirable = preference_labels.bool()
+    return values.masked_fill(~desirable, 0.0).sum(), values.masked_fill(desirable, 0.0).sum()
+
+
 def smoothed_sigmoid_loss(margin: Tensor, label_smoothing: float) -> Tensor:
     """-log sigmoid(margin), with a share `label_smoothing` of the labels taken to be flipped."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from liger_kernel import __version__
 from liger_kernel.cli.answer import Answer, UserError
 from liger_kernel.cli.parse import ARGUMENT, PROG, Command, parse
 from liger_kernel.cli.present import present
@@ -109,8 +110,12 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, print its answer, and return the exit status: 2, with one line on stderr, for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["--version"]:
+        print(PROG, __version__)
+        return 0
     try:
-        parsed = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
+        parsed = parse(COMMANDS, argv)
         if parsed is None:
             return 0
         name, given, as_json = parsed

@@ -65,7 +65,14 @@ def _class_of(config: Any) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for name in _AUTO:
+    first = "AutoModelForCausalLM"
+    if getattr(config, "is_encoder_decoder", False):
+        first = "AutoModelForSeq2SeqLM"
+    elif not getattr(
+        config, "is_decoder", False
+    ):  # an encoder, which its causal class would make a decoder of
+        first = "AutoModelForMaskedLM"
+    for name in (first, *_AUTO):
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
         if type(config) in mapping:
             found = mapping[type(config)]
@@ -89,16 +96,25 @@ def inputs(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
     """Text for a forward on paper."""
     ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
     known = inspect.signature(model.forward).parameters
-    return {"input_ids": ids, **({"use_cache": False} if "use_cache" in known else {})}
+    given: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in known:
+        given["use_cache"] = False
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        given["decoder_input_ids"] = ids  # HF's own, made of labels, want a token to start with
+    return given
+
+
+#: what HF's masks read of the numbers -> what it is for rows that are neither packed nor padded
+_ABOUT_MASKS = {"find_packed_sequence_indices": None, "fast_all": True}
 
 
 @contextlib.contextmanager
 def runnable() -> Iterator[None]:
-    """Lets HF's forwards run without numbers, where these could only say that the rows are not packed sequences."""
+    """Lets HF's forwards run without numbers, where these could only say that rows are neither packed nor padded."""
     from transformers import masking_utils
 
-    if not hasattr(masking_utils, "find_packed_sequence_indices"):
-        yield
-        return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+    with contextlib.ExitStack() as stack:
+        for name, found in _ABOUT_MASKS.items():
+            if hasattr(masking_utils, name):
+                stack.enter_context(mock.patch.object(masking_utils, name, return_value=found))
         yield

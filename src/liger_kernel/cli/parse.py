@@ -20,7 +20,10 @@ from liger_kernel.cli.answer import UserError
 PROG = "liger_kernel"
 #: marks an argument that may be left out
 ARGUMENT = object()
-HELP = "Fused kernels for training large language models: what is here, what they do, and what is wrong."
+HELP = (
+    "Fused kernels for training large language models: what is here, what they do, and what is wrong."
+    "\n\n--version prints the version."
+)
 _JSON = "Print JSON."
 
 Command = Callable[..., Any]

@@ -74,9 +74,12 @@ def _columns(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
 
 
 def track(items: Sequence[_T], what: str) -> Iterator[_T]:
-    """`items`, while a bar on stderr shows how far they are; no bar where nobody looks."""
+    """`items`, while a bar on stderr shows how far they are; ten lines in all where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield from items
+        for i, item in enumerate(items, 1):
+            yield item
+            if len(items) >= 100 and i * 10 % len(items) < 10:
+                print(f"{what}: {i} of {len(items)}", file=sys.stderr, flush=True)
         return
     try:
         from rich.console import Console

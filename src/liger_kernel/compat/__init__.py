@@ -14,24 +14,65 @@ from typing import Any
 
 #: path that other projects import -> the module that is served under it
 ALIASES = {
+    "liger_kernel.backends.registry": "liger_kernel.compat.dispatch",
     "liger_kernel.ops.backends": "liger_kernel.compat.implementations",
     "liger_kernel.ops.backends.registry": "liger_kernel.compat.implementations",
+    "liger_kernel.ops.experimental.embedding": "liger_kernel.compat.ops.embedding",
+    "liger_kernel.ops.experimental.mm_int8int2": "liger_kernel.compat.mm_int8int2",
+    "liger_kernel.ops.backends._triton": "liger_kernel.compat.triton_ops",
+    **{
+        f"liger_kernel.ops.backends._triton.{op}": "liger_kernel.compat.triton_ops"
+        for op in (
+            "cross_entropy",
+            "fused_add_rms_norm",
+            "fused_linear_cross_entropy",
+            "fused_linear_jsd",
+            "geglu",
+            "jsd",
+            "kl_div",
+            "layer_norm",
+            "rms_norm",
+            "rope",
+            "softmax",
+            "swiglu",
+        )
+    },
+    "liger_kernel.ops.configure": "liger_kernel.compat.configure",
     "liger_kernel.ops.fused_linear_cross_entropy": "liger_kernel.loss_head.fused_linear_cross_entropy",
     "liger_kernel.ops.fused_linear_scaled_cross_entropy": "liger_kernel.loss_head.linear_logprobs",
+    **{
+        f"liger_kernel.ops.fused_linear_{name}": f"liger_kernel.loss_head.fused_linear_{name}"
+        for name in ("jsd", "kl_div")
+    },
     "liger_kernel.ops.geglu": "liger_kernel.ops.glu",
+    "liger_kernel.ops.llama4_rope": "liger_kernel.ops.rope",
     "liger_kernel.ops.mlp": "liger_kernel.ops.gated_mlp",
+    "liger_kernel.ops.qwen2vl_mrope": "liger_kernel.ops.rope",
     "liger_kernel.ops.swiglu": "liger_kernel.ops.glu",
     "liger_kernel.ops.utils": "liger_kernel.compat.ops_utils",
+    "liger_kernel.triton": "liger_kernel.compat.triton_cache",
+    "liger_kernel.triton.monkey_patch": "liger_kernel.compat.triton_cache",
+    "liger_kernel.ops.vocab_parallel_cross_entropy": "liger_kernel.compat.ops.vocab_parallel_cross_entropy",
     "liger_kernel.transformers.fsdp": "liger_kernel.compat.fsdp",
+    "liger_kernel.transformers.grpo_loss": "liger_kernel.compat.ops.grpo_loss",
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
-    "liger_kernel.transformers.model.llama": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
-    "liger_kernel.transformers.model.smollm3": "liger_kernel.compat.lm_head",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"
-        for module in ("jsd", "kl_div", "tvd")
+        for module in (
+            "fused_ce_tvd",
+            "fused_linear_jsd",
+            "fused_linear_kl_div",
+            "jsd",
+            "kl_div",
+            "tvd",
+        )
+    },
+    **{
+        f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.rope"
+        for module in ("llama4_rope", "qwen2vl_mrope", "rope")
     },
     **{
         f"liger_kernel.transformers.{module}": f"liger_kernel.transformers.modules.{module}"
@@ -40,21 +81,43 @@ ALIASES = {
             "dyt",
             "fused_add_rms_norm",
             "fused_linear_cross_entropy",
+            "fused_neighborhood_attention",
             "geglu",
             "group_norm",
             "layer_norm",
             "mlp",
             "modulated_rms_norm",
+            "multi_token_attention",
             "poly_norm",
             "relu_squared",
             "rms_norm",
-            "rope",
             "softmax",
             "sparsemax",
             "swiglu",
+            "vocab_parallel_cross_entropy",
+            "tiled_mlp",
         )
     },
 }
+
+
+_MODELS = "liger_kernel.transformers.model"
+
+
+def _forwards() -> Any:
+    return importlib.import_module(f"{__name__}.forwards")
+
+
+def _served(path: str) -> str | None:
+    """The module that is served under `path`; itself where it has to be made."""
+    if path in ALIASES:
+        return ALIASES[path]
+    package, _, name = path.rpartition(".")
+    if package == _MODELS:
+        return path if name in _forwards().FORWARDS else None
+    # `from package import name` looks for it under the name of our file
+    aliases = (_served(f"{alias}.{name}") for alias, target in ALIASES.items() if target == package)
+    return next(filter(None, aliases), None)
 
 
 class _AliasFinder:
@@ -63,11 +126,10 @@ class _AliasFinder:
     Finder and loader by their methods alone: importing their base classes costs more than all of this file.
     """
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in ALIASES:
-            return None
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         loader: Any = self
-        return ModuleSpec(fullname, loader, origin=f"alias of {ALIASES[fullname]}")
+        target = _served(fullname)
+        return target and ModuleSpec(fullname, loader, origin=f"alias of {target}")
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -76,7 +138,11 @@ class _AliasFinder:
         # The import system returns, and binds in the parent package, whatever stands in sys.modules after this call.
         # Returning the target from create_module instead would overwrite its __spec__.
         name = module.__name__
-        sys.modules[name] = importlib.import_module(ALIASES[name])
+        target = _served(name)
+        if target == name:
+            _forwards().fill(module)
+        else:
+            sys.modules[name] = importlib.import_module(str(target))
 
 
 def install() -> None:

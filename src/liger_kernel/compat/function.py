@@ -62,11 +62,11 @@ def autograd_function(name: str, call: Callable[..., Any]) -> Any:
         if not pairs:
             return (None,) * len(signature.parameters)
         roots, cotangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            roots, tuple(wanted.values()), cotangents, retain_graph=kept, allow_unused=True
-        )
-        by_key = dict(zip(wanted, found, strict=True))
-        return tuple(by_key.get(key) for key in signature.parameters)
+        for value in wanted.values():
+            value.grad = None
+        # as a backward, for the parameters of a module among the arguments
+        torch.autograd.backward(roots, cotangents, retain_graph=kept)
+        return tuple(wanted[key].grad if key in wanted else None for key in signature.parameters)
 
     def init_subclass(cls: Any) -> None:
         if "apply" not in vars(cls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from liger_kernel.backends import BACKENDS, IMPLEMENTATIONS
 
 __path__: list[str] = []
+LIGER_KERNEL_IMPL_ENV = "LIGER_KERNEL_IMPL"
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,35 @@ def _registry() -> Mapping[str, ImplInfo]:
     }
 
 
+def register_impl(info: ImplInfo) -> None:
+    """Refused: what one module with replacements of all ops is there has another form here."""
+    raise NotImplementedError(
+        f"{info.module_path} cannot be registered as a whole: an implementation here is a file per op, registered "
+        f"by liger_kernel.backends.register(Backend(...)), as in CONTRIBUTING.md; a function for one op by "
+        f"liger_kernel.backends.registry.register_impl."
+    )
+
+
+def select_impl(device: str, explicit: str | None = None) -> ImplInfo | None:
+    """What computes on `device`: `explicit`, or what does by itself; None for the reference.
+
+    Raises: RuntimeError if `explicit` is unknown, or not for this device.
+    """
+    known = _registry()
+    if explicit is None:
+        return next((info for info in known.values() if device in info.default_devices), None)
+    if explicit not in known:
+        raise RuntimeError(
+            f"Unknown {LIGER_KERNEL_IMPL_ENV}={explicit!r}; known: {', '.join(sorted(known))}."
+        )
+    if device not in known[explicit].devices:
+        raise RuntimeError(
+            f"{LIGER_KERNEL_IMPL_ENV}={explicit!r} computes on {', '.join(known[explicit].devices)}, not on {device!r}."
+        )
+    return known[explicit]
+
+
 def __getattr__(name: str) -> Any:
     if name == "IMPL_REGISTRY":
         return _registry()
-    if name == "registry":  # this module stands for the package, too
-        return sys.modules[__name__]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ __all__ = [
     "device_context",
     "ensure_contiguous",
     "get_amp_custom_fwd_bwd",
+    "get_npu_core_count",
     "infer_device",
     "is_hip",
+    "set_large_grf_mode",
 ]
 
 MAX_FUSED_SIZE = 65536
@@ -66,6 +69,21 @@ def compare_version(package: str, operator: Callable[[Any, Any], bool], target: 
     return operator(Version(module.__version__), Version(target))
 
 
+def get_npu_core_count(default: int = 20) -> int:
+    """Vector cores of this machine's NPU, as the Triton for it says; `default` where there is none."""
+    try:
+        driver = importlib.import_module("triton.runtime").driver.active
+        device = torch.npu.current_device()  # type: ignore[attr-defined]
+        return int(driver.utils.get_device_properties(device)["num_vectorcore"])
+    except Exception:  # whatever a driver, or its absence, raises
+        return default
+
+
+def set_large_grf_mode(kernel_args: dict[str, Any]) -> None:
+    """Let a kernel on an Intel GPU have 256 registers, in the words of the Triton that is installed."""
+    kernel_args["grf_mode"] = "256" if compare_version("triton", operator.ge, "3.6.0") else "large"
+
+
 def get_amp_custom_fwd_bwd() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`torch.amp.custom_fwd` and `custom_bwd` for the device of this machine."""
     device = infer_device()
@@ -81,6 +99,10 @@ def __getattr__(name: str) -> Any:
         import triton.language as tl
 
         return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    if name == "element_mul_kernel":
+        from liger_kernel.compat.ops import kernels
+
+        return kernels.element_mul_kernel
     if name in ("amp_custom_fwd", "amp_custom_bwd"):
         return get_amp_custom_fwd_bwd()[name == "amp_custom_bwd"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

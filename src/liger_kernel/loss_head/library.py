@@ -13,7 +13,7 @@ from liger_kernel._core.autograd import refuse_double_backward
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses import row_loss_class
 from liger_kernel.loss_head.plan import ChunkOptions
-from liger_kernel.loss_head.products import HeadInputs
+from liger_kernel.loss_head.products import GivenRows, HeadInputs
 from liger_kernel.loss_head.row_loss import MOST_OUTPUTS, RowLoss
 from liger_kernel.ops.cross_entropy import check_labels
 
@@ -72,7 +72,7 @@ def call(
     target: Tensor,
     class_weight: Tensor | None,
     chunks: ChunkOptions,
-    teacher: HeadInputs | None,
+    teacher: HeadInputs | GivenRows | None,
 ) -> tuple[Any, ...]:
     hidden, weight, bias, dtype = student
     t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher
@@ -125,8 +125,10 @@ def _op(
     With reduction "none" the gradients exist only once the gradient of the loss, `row_scale`, is known.
     """
     loss, dtype, teacher_dtype, chunks = _options(options)
-    check_labels(target, weight.shape[0], loss.ignore_index)
-    teacher = None
+    check_labels(target, loss.whole_vocabulary(weight.shape[0]), loss.ignore_index)
+    teacher: HeadInputs | GivenRows | None = None
+    if teacher_hidden is not None:
+        teacher = GivenRows(teacher_hidden)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     now = not loss.recomputes or row_scale is not None

@@ -13,7 +13,7 @@ from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
-from liger_kernel.loss_head.products import HeadGradients, HeadInputs, HeadProducts
+from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs, HeadProducts
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.scale_gradients import scale_gradients
 
@@ -44,7 +44,7 @@ def run(
     options: ChunkOptions,
     needs: Sequence[bool],
     row_scale: Tensor | RowGroups | None = None,
-    teacher: HeadInputs | None = None,
+    teacher: HeadInputs | GivenRows | None = None,
     kept_logits: Kept | None = None,
 ) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
     """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
@@ -66,7 +66,7 @@ def run(
     n_rows = target.shape[0]
     other = None if teacher is None else teacher.weight
     kept_logits = kept_logits or Kept(needs[1])
-    plan = ChunkPlan.of(n_rows, weight, dtype, options, kept_logits.needs_dw, other)
+    plan = ChunkPlan.of(n_rows, loss.agreed(weight), dtype, options, kept_logits.needs_dw, other)
     chunks = plan.chunks(sizes)
 
     out = loss.outputs(target, torch.promote_types(dtype, torch.float32))
@@ -82,7 +82,7 @@ def run(
     slab = kept_logits.take()
     made = None if slab is None or not chunks else chunks[-1]  # its logits are there already
     slab = head.slab(most) if slab is None else slab
-    teacher_head = None if teacher is None else HeadProducts(teacher)
+    teacher_head = None if teacher is None else teacher.products()
     teacher_slab = None if teacher_head is None else teacher_head.slab(most)
 
     def chunk(at: slice, rows: Tensor, teacher_rows: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from liger_kernel.loss_head.groups import RowGroups
 from liger_kernel.loss_head.label_count import check_label_count
 from liger_kernel.loss_head.losses import ROW_LOSSES
 from liger_kernel.loss_head.plan import ChunkOptions
-from liger_kernel.loss_head.products import HeadInputs
+from liger_kernel.loss_head.products import GivenRows, HeadInputs
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.cross_entropy import (
     check_class_indices,
@@ -41,7 +41,7 @@ def linear_loss(
     bias: Tensor | None = None,
     *,
     class_weight: Tensor | None = None,
-    teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    teacher: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     chunks: ChunkOptions = ChunkOptions(),  # noqa: B008 - frozen
     groups: RowGroups | None = None,
     helpers: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
@@ -51,7 +51,8 @@ def linear_loss(
     Args:
         hidden: (N, H). weight: (V, H) in the same dtype. target: (N,) integer labels. bias: (V,).
         class_weight: (V,), where the loss has class weights; (N,) for one that `weighs_rows`.
-        teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants.
+        teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants; or, where the weight is
+            None, what that model said of each row (N, Vt) itself.
         groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
         helpers: the functions that eager calls go through, where frameworks wrap them by name: see
             `fused_linear_cross_entropy_forward` and `..._backward`.
@@ -65,13 +66,16 @@ def linear_loss(
     check_tensors(hidden, weight, target, bias, class_weight, weighs_rows=loss.weighs_rows)
     check_label_count(chunks.label_count, target.numel(), loss.ignore_index)
     student = HeadInputs(hidden, weight, bias, compute_dtype(hidden, weight))
-    other = None
+    other: HeadInputs | GivenRows | None = None
     if teacher is not None:
-        check_tensors(teacher[0], teacher[1], target, teacher[2], name="teacher_")
         t_hidden, t_weight, t_bias = teacher
-        t_bias = None if t_bias is None else t_bias.detach()
-        t_dtype = compute_dtype(t_hidden, t_weight)
-        other = HeadInputs(t_hidden.detach(), t_weight.detach(), t_bias, t_dtype)
+        if t_weight is None:
+            other = GivenRows.of(t_hidden, t_bias, target)
+        else:
+            check_tensors(t_hidden, t_weight, target, t_bias, name="teacher_")
+            t_bias = None if t_bias is None else t_bias.detach()
+            t_dtype = compute_dtype(t_hidden, t_weight)
+            other = HeadInputs(t_hidden.detach(), t_weight.detach(), t_bias, t_dtype)
     if loss.reads_teacher != (teacher is not None):
         raise ValueError(
             f"{type(loss).__name__} {'needs a' if loss.reads_teacher else 'has no'} teacher, got {teacher!r:.40}."
@@ -92,11 +96,11 @@ def _run(
     target: Tensor,
     class_weight: Tensor | None,
     chunks: ChunkOptions,
-    teacher: HeadInputs | None,
+    teacher: HeadInputs | GivenRows | None,
     groups: RowGroups | None = None,
     helpers: Any = None,
 ) -> tuple[Any, ...]:
-    check_labels(target, student.weight.shape[0], loss.ignore_index)
+    check_labels(target, loss.whole_vocabulary(student.weight.shape[0]), loss.ignore_index)
     hidden, weight, bias, dtype = student
     if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
         hidden, weight = hidden.detach(), weight.detach()
@@ -111,9 +115,11 @@ def _by_all_logits(
     student: HeadInputs,
     target: Tensor,
     class_weight: Tensor | None,
-    teacher: HeadInputs | None,
+    teacher: HeadInputs | GivenRows | None,
 ) -> tuple[Any, ...]:
-    def logits(head: HeadInputs) -> Tensor:
+    def logits(head: HeadInputs | GivenRows) -> Tensor:
+        if isinstance(head, GivenRows):
+            return head.hidden
         hidden, weight, bias, dtype = head
         bias = None if bias is None else bias.to(dtype)
         found = F.linear(hidden.to(dtype), weight.to(dtype), bias)

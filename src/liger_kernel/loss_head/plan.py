@@ -10,10 +10,11 @@ from torch import Tensor
 
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends import facts_of
+from liger_kernel.backends.products import has_mixed_product
 from liger_kernel.backends.records import ChunkSizes
 from liger_kernel.loss_head.groups import cut
 from liger_kernel.loss_head.label_count import LabelCount
-from liger_kernel.loss_head.products import has_mixed_product, slab_width
+from liger_kernel.loss_head.products import slab_width
 
 
 @dataclass(frozen=True)

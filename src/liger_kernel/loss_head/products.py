@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from liger_kernel._core.checks import check_floating
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends import facts_of
+from liger_kernel.backends.products import ProductSum, has_mixed_product
 
 ROW_MULTIPLE = 64  # elements: rows of 16-bit numbers start at multiples of 128 bytes
 
@@ -23,6 +25,37 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # (V,)
     dtype: torch.dtype  # of the logits and the matrix products
 
+    def products(self) -> HeadProducts:
+        return HeadProducts(self)
+
+
+class GivenRows(NamedTuple):
+    """What a second model says of each row: logits or probabilities. It has the fields of `HeadInputs`."""
+
+    hidden: Tensor  # (N, Vt)
+    weight: None = None
+    bias: None = None
+    dtype: None = None
+
+    @staticmethod
+    def of(rows: Tensor, bias: Tensor | None, target: Tensor) -> GivenRows:
+        check_floating(teacher=rows)
+        if rows.ndim != 2 or rows.shape[0] != target.shape[0] or bias is not None:
+            raise ValueError(
+                f"A teacher without a weight has shape {tuple(rows.shape)}, but there are {target.shape[0]} labels; "
+                f"pass ({target.shape[0]}, V), and no bias."
+            )
+        return GivenRows(rows.detach())
+
+    def products(self) -> GivenRows:
+        return self
+
+    def slab(self, n_rows: int) -> Tensor:
+        return self.hidden[:0]
+
+    def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
+        return self.hidden[where]
+
 
 def slab_width(weight: Tensor) -> int:
     """Columns of a slab for the logits of `weight` (V, H): more than V where `HeadProducts` parts its classes."""
@@ -30,11 +63,6 @@ def slab_width(weight: Tensor) -> int:
     if n_classes % facts_of(weight.device).product_multiple == 0:
         return n_classes
     return cdiv(n_classes, ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of matrices in `dtype` can be written, and added, unrounded to fp32."""
-    return dtype in facts_of(device).mixed_products
 
 
 @dataclass(frozen=True)
@@ -124,42 +152,14 @@ class HeadProducts:
         return total
 
 
-class WeightGradient:
+class WeightGradient(ProductSum):
     """dW (V, H) as a running sum over the chunks, in the dtype that the plan says."""
 
-    WIDENED = 4096  # classes whose logit gradients are converted at a time
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.weight_dtype = weight.dtype
-        self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.empty = True
-
-    def add(self, head: HeadProducts, dlogits: Tensor, x: Tensor) -> None:
-        """Add `dlogits.T @ x`, rounded to nothing but the dtype of the sum where the device can."""
+    def add_chunk(self, head: HeadProducts, dlogits: Tensor, x: Tensor) -> None:
+        """Add `dlogits.T @ x`."""
         for part in head.parts:
-            self._add(self.total[part.classes], dlogits[:, part.classes].t(), x)
+            self.add_to(self.total[part.classes], dlogits[:, part.classes].t(), x)
         self.empty = False
-
-    def _add(self, total: Tensor, rows: Tensor, x: Tensor) -> None:
-        if total.dtype == x.dtype:
-            self._gemm(total, rows, x)
-        elif total.dtype == torch.float32 and has_mixed_product(x.device, x.dtype):
-            self._gemm(total, rows, x, out_dtype=total.dtype)
-        elif facts_of(x.device).wide_products_are_free:
-            wide = x.to(total.dtype)
-            for start in range(0, rows.shape[0], self.WIDENED):
-                at = slice(start, start + self.WIDENED)
-                self._gemm(total[at], rows[at].to(total.dtype), wide)
-        elif self.empty:  # each product is rounded: 1.25 to 1.3 times the error of one chunk, however many there are
-            total.copy_(torch.mm(rows, x))
-        else:
-            total.add_(torch.mm(rows, x))
-
-    def _gemm(self, total: Tensor, rows: Tensor, x: Tensor, **options: Any) -> None:
-        if self.empty:
-            torch.mm(rows, x, **options, out=total)
-        else:
-            torch.addmm(total, rows, x, **options, out=total)
 
     def takes_large(self, dtype: torch.dtype) -> bool:
         """Whether sums of logit gradients in `dtype` cannot overflow on their way into the running sum."""
@@ -167,11 +167,6 @@ class WeightGradient:
         return wide and (
             facts_of(device).wide_products_are_free or has_mixed_product(device, dtype)
         )
-
-    def result(self) -> Tensor:
-        if self.empty:
-            self.total.zero_()
-        return self.total.to(self.weight_dtype)
 
 
 class HeadGradients:
@@ -196,7 +191,7 @@ class HeadGradients:
         if self.dx is not None:
             head.back(rows, self.dx, where)
         if self.dw is not None:
-            self.dw.add(head, rows, x)
+            self.dw.add_chunk(head, rows, x)
         if self.db is not None:
             n_classes = head.inputs.weight.shape[0]
             self.db.add_(rows[:, :n_classes].sum(0, dtype=self.db.dtype))

@@ -39,6 +39,14 @@ class RowLoss(OpOptions, ABC):
         """Whether gradients wait for that of each row, so that backward runs the loop again."""
         return self.reduction == "none"
 
+    def whole_vocabulary(self, n_here: int) -> int:
+        """How many classes a label may name, where the head here has `n_here`: more if other ranks have the others."""
+        return n_here
+
+    def agreed(self, weight: Tensor) -> Tensor:
+        """The weight by whose shape rows are cut into chunks: the same on all ranks that meet in each chunk."""
+        return weight
+
     @abstractmethod
     def prepare(self, target: Tensor, class_weight: Tensor | None) -> Any:
         """What the formula needs to know of *all* labels (N,), without waiting for the device."""

@@ -29,23 +29,43 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_ce_tvd": ("LigerFusedCETVDFunction", "fused_ce_tvd_backward", "fused_ce_tvd_forward"),
+    "grpo_loss": ("GrpoLossFunction", "fused_selective_log_softmax"),
+    "fused_neighborhood_attention": (
+        "LigerFusedNeighborhoodAttentionFunction",
+        "fused_neighborhood_attention_forward",
+    ),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mm_int8int2": (),
+    "lora_linear": (),
     "logprobs": (),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
         "modulated_rms_norm_forward",
     ),
+    "multi_token_attention": ("LigerMultiTokenAttentionFunction",),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
+    "qk_norm_rope": (),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
-    "rope": ("LigerRopeFunction", "rope_backward", "rope_forward"),
+    "rope": (
+        "LigerLlama4RopeFunction",
+        "LigerQwen2VLMRopeFunction",
+        "LigerRopeFunction",
+        "llama4_rope_forward",
+        "qwen2vl_mrope_backward",
+        "qwen2vl_mrope_forward",
+        "rope_backward",
+        "rope_forward",
+    ),
     "scale_gradients": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
+    "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),
     "tvd": ("LigerTVDLossFunction", "tv_distance_forward_triton", "tvd_backward_triton"),
 }
 #: what has no kernels of its own -> the op whose kernels compute it
@@ -53,6 +73,13 @@ COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
     "gated_mlp": "glu",
     "linear_logprobs": "logprobs",
+    "fused_linear_jsd": "fused_ce_tvd",
+    "fused_linear_kl_div": "fused_ce_tvd",
+    "vocab_parallel_cross_entropy": "cross_entropy",
+    "vocab_parallel_logprobs": "logprobs",
+    "fused_neighborhood_attention": "softmax",
+    "multi_token_attention": "softmax",
+    "tiled_mlp": "glu",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`
 LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
@@ -62,8 +89,29 @@ LINEAR_LOSSES: dict[str, tuple[str, ...]] = {
         "fused_linear_cross_entropy_forward",
     ),
     "linear_logprobs": ("LigerFusedLinearScaledCrossEntropyFunction",),
+    "fused_linear_jsd": (
+        "LigerFusedLinearJSDFunction",
+        "fused_linear_jsd_backward",
+        "fused_linear_jsd_forward",
+    ),
+    "fused_linear_kl_div": (
+        "LigerFusedLinearKLDivFunction",
+        "fused_linear_kl_div_backward",
+        "fused_linear_kl_div_forward",
+    ),
 }
-_NAMES = {name for names in (*OPS.values(), *LINEAR_LOSSES.values()) for name in names}
+#: likewise, for those over classes that are spread over ranks, in `liger_kernel.distributed`
+SHARDED_LOSSES: dict[str, tuple[str, ...]] = {
+    "vocab_parallel_cross_entropy": ("LigerVocabParallelCEFunction",),
+    "vocab_parallel_logprobs": (
+        "LigerFusedLinearScaledCrossEntropyTPFunction",
+        "_apply_tp_fallback",
+    ),
+}
+#: likewise, for what PyTorch computes
+BY_PYTORCH: dict[str, tuple[str, ...]] = {"embedding": ("LigerEmbeddingFunction",)}
+SERVED = {**OPS, **LINEAR_LOSSES, **SHARDED_LOSSES, **BY_PYTORCH}
+_NAMES = {name for names in SERVED.values() for name in names}
 __getattr__ = compat_names(__name__, _NAMES)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.ops import LINEAR_LOSSES, OPS
+from liger_kernel.ops import LINEAR_LOSSES, OPS, SHARDED_LOSSES
 
 
 @dataclass
@@ -130,7 +130,8 @@ class OpSpec:
 
 
 def specs() -> dict[str, OpSpec]:
-    """The spec of every op and of every linear loss, by its name."""
-    folders = [*(f"ops.{op}" for op in OPS), *(f"loss_head.{loss}" for loss in LINEAR_LOSSES)]
+    """The spec of every op and of every linear or sharded loss, by its name."""
+    rooms = {"ops": OPS, "loss_head": LINEAR_LOSSES, "distributed": SHARDED_LOSSES}
+    folders = [f"{room}.{name}" for room, names in rooms.items() for name in names]
     found = (import_module(f"liger_kernel.{folder}.cases").SPEC for folder in folders)
     return {spec.name: spec for spec in found}

@@ -5,6 +5,7 @@ Every op is looked up in its module at the call, so that replacing it there take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
+import liger_kernel.loss_head.fused_linear_jsd as _fused_linear_jsd
+import liger_kernel.loss_head.fused_linear_kl_div as _fused_linear_kl_div
+import liger_kernel.ops as _ops
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
+import liger_kernel.ops.fused_neighborhood_attention as _fused_neighborhood_attention
 import liger_kernel.ops.glu as _glu
 import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
 import liger_kernel.ops.modulated_rms_norm as _modulated_rms_norm
+import liger_kernel.ops.multi_token_attention as _multi_token_attention
 import liger_kernel.ops.poly_norm as _poly_norm
 import liger_kernel.ops.relu_squared as _relu_squared
 import liger_kernel.ops.rms_norm as _rms_norm
@@ -29,8 +35,10 @@ import liger_kernel.ops.softmax as _softmax
 import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel._core.options import spells_out
+from liger_kernel._core.lazy import compat_names
+from liger_kernel._core.options import parameters_of, spells_out
 from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyTPFunction
 
 #: as it was before anybody installed `liger_cross_entropy` in its place
 _torch_cross_entropy = torch.nn.functional.cross_entropy
@@ -141,6 +149,18 @@ def liger_fused_linear_cross_entropy(
     )
 
 
+@spells_out(parameters_of(_fused_linear_jsd.fused_linear_jsd)[:9])
+def liger_fused_linear_jsd(**options: Any) -> Tensor:
+    """`fused_linear_jsd`: of the softmaxes of two heads, without the logits."""
+    return _fused_linear_jsd.fused_linear_jsd(**options)
+
+
+@spells_out(parameters_of(_fused_linear_kl_div.fused_linear_kl_div)[:9])
+def liger_fused_linear_kl_div(**options: Any) -> Tensor:
+    """`fused_linear_kl_div`: from given probabilities to the softmax of a head, without the logits."""
+    return _fused_linear_kl_div.fused_linear_kl_div(**options)
+
+
 def liger_rms_norm(
     X: Tensor,
     W: Tensor | None,
@@ -182,6 +202,18 @@ def liger_rope(
 ) -> tuple[Tensor, Tensor | None]:
     """`rope`; `position_ids` is unused, as in HF: cos and sin are already gathered."""
     return _rope.rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, rotary_dim=rotary_dim)
+
+
+def liger_qwen2vl_mrope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mrope_section: Sequence[int],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """`rope` with cos and sin (3, B, S, D), of which `mrope_section` selects."""
+    return _rope.rope(q, k, cos, sin, unsqueeze_dim, mrope_section=mrope_section)
 
 
 def liger_swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -243,6 +275,36 @@ def liger_softmax(x: Tensor) -> Tensor:
     return _softmax.softmax(x)
 
 
+def liger_fused_neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """`fused_neighborhood_attention` of (B, H, S, D)."""
+    return _fused_neighborhood_attention.fused_neighborhood_attention(
+        query, key, value, kernel_size, dilation, scale
+    )
+
+
+def liger_multi_token_attention(
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    sparse: bool = False,
+) -> Tensor:
+    """`multi_token_attention` of scores (B, C, L, L)."""
+    return _multi_token_attention.multi_token_attention(
+        scores, weight, bias, stride, padding, dilation, groups, sparse
+    )
+
+
 def liger_sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     """`sparsemax` along `dim`."""
     return _sparsemax.sparsemax(input, dim)
@@ -286,3 +348,28 @@ def liger_modulated_rms_norm(
 ) -> Tensor:
     """`modulated_rms_norm`; `in_place` is accepted and changes nothing."""
     return _modulated_rms_norm.modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode)
+
+
+#: the autograd Functions of all ops are here, too
+__getattr__ = compat_names(__name__, (n for n in dir(_ops) if n.endswith("Function")))
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    tp_group: Any,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tiles_per_reduce: int = 1,
+    return_entropy: bool = False,
+) -> Any:
+    """The negative log-probability (N,) of each token, and with `return_entropy` the entropy, by a head whose classes
+    are spread over the ranks of `tp_group`: see `liger_kernel.distributed.vocab_parallel_logprobs`.
+
+    Args:
+        input: (N, H) and target: (N,), the same on every rank. weight: (classes of this rank, H).
+    """
+    return LigerFusedLinearScaledCrossEntropyTPFunction.apply(
+        input, weight, target, tp_group, temperature, ignore_index, tiles_per_reduce, return_entropy
+    )

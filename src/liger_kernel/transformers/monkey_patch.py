@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -151,6 +152,13 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> None:
     logger.info("No entry point for model type %r; patching by structure.", model_type)
     options = {OPTION_OF[name]: value for name, value in kwargs.items() if name in OPTION_OF}
     patch(model, logits="none", **options)
+
+
+def _bind_method_to_module(
+    module: nn.Module, method_name: str, new_method: Callable[..., Any]
+) -> None:
+    """Give one module a method of its own."""
+    module.__dict__[method_name] = MethodType(new_method, module)
 
 
 def _eps_name(module: nn.Module, default: float) -> str:

@@ -178,6 +178,7 @@ def _assert_told(result: Result) -> None:
         "glu": ("mlp", "experts", "norm"),  # norms with a gate
         "relu_squared": ("mlp",),
         "rope": ("rope",),
+        "qk_norm_rope": ("rope",),
         **dict.fromkeys((*LOSS_OPS, "scale_gradients"), ("loss",)),
     }
     untold = {op for op in result.calls if result.replaced.keys().isdisjoint(kinds[op])}

@@ -39,7 +39,7 @@ _OPS = {
     "norm": ("rms_norm", "layer_norm"),
     "mlp": ("glu", "relu_squared"),
     "experts": ("glu",),
-    "rope": ("rope",),
+    "rope": ("rope", "qk_norm_rope"),
 }
 #: what every reason of its kind says
 _USUAL = (

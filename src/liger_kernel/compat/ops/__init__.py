@@ -1,7 +1,6 @@
 """The incumbent's autograd Functions and helpers, a file per op: `<op>.py`, or `core.py` for the first ones.
 
-A name is served where the incumbent has it, `liger_kernel.ops` and the module of its op, by a row of `ops.OPS` or
-`ops.LINEAR_LOSSES`.
+A name is served where the incumbent has it, `liger_kernel.ops` and the module of its op, by a row of `ops.SERVED`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from liger_kernel.ops import LINEAR_LOSSES, OPS
+from liger_kernel.ops import SERVED
 
 _HERE = Path(__file__).parent
 
@@ -23,7 +22,7 @@ def module_of(op: str) -> ModuleType:
 
 
 def __getattr__(name: str) -> Any:
-    for op, names in (*OPS.items(), *LINEAR_LOSSES.items()):
+    for op, names in SERVED.items():
         if name in names:
             return getattr(module_of(op), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

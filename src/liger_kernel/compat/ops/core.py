@@ -26,7 +26,6 @@ import liger_kernel.ops.modulated_rms_norm as _modulated
 import liger_kernel.ops.poly_norm as _poly
 import liger_kernel.ops.relu_squared as _relu
 import liger_kernel.ops.rms_norm as _rms
-import liger_kernel.ops.rope as _rope
 import liger_kernel.ops.softmax as _softmax
 import liger_kernel.ops.sparsemax as _sparsemax
 import liger_kernel.ops.tvd as _tvd
@@ -113,9 +112,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "LigerSoftmaxFunction": lambda input_: _softmax.softmax(input_),
     "LigerSparsemaxFunction": lambda x, dim: _sparsemax.sparsemax(x, dim),
     "LigerReLUSquaredFunction": lambda X: _relu.relu_squared(X),
-    "LigerRopeFunction": lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None: (
-        _rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim)
-    ),
 }
 globals().update({name: autograd_function(name, call) for name, call in FUNCTIONS.items()})
 
@@ -372,15 +368,3 @@ def liger_dyt_bwd(dy, x, alpha, gamma, beta):
     kernels = kernels_of("dyt", x)
     dx, *others = kernels.backward((as_rows(dy),), saved, options=DyTOptions(), needs=needs)
     return dx.view(dy.shape), *others
-
-
-@torch.no_grad()
-def rope_forward(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
-    """(q', k', cos, sin)."""
-    return *_rope.rope(q, k, cos, sin, unsqueeze_dim, rotary_dim), cos, sin
-
-
-@torch.no_grad()
-def rope_backward(dq, dk, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
-    """(dq', dk'), the inverse rotation of the gradients."""
-    return _rope.rope(dq, dk, cos, -sin, unsqueeze_dim, rotary_dim)

@@ -19,7 +19,7 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
 from liger_kernel.loss_head.node import check_tensors, compute_dtype, linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
-from liger_kernel.ops import LINEAR_LOSSES
+from liger_kernel.ops import LINEAR_LOSSES, SHARDED_LOSSES
 from liger_kernel.ops.logprobs import checked, named, split_temperature
 from liger_kernel.ops.logprobs.contract import LogProbs
 
@@ -136,4 +136,5 @@ def linear_logprobs_loss(
     return value, tuple(t.detach() for t in reported)
 
 
-__getattr__ = compat_names(__name__, LINEAR_LOSSES["linear_logprobs"])
+_NAMES = (*LINEAR_LOSSES["linear_logprobs"], *SHARDED_LOSSES["vocab_parallel_logprobs"])
+__getattr__ = compat_names(__name__, _NAMES)

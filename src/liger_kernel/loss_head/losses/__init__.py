@@ -11,6 +11,10 @@ ROW_LOSSES = {
     "cross_entropy": "liger_kernel.loss_head.losses.cross_entropy:CrossEntropyLoss",
     "jsd": "liger_kernel.loss_head.losses.jsd:JSDLoss",
     "logprobs": "liger_kernel.loss_head.losses.logprobs:LogProbsLoss",
+    "kl_div": "liger_kernel.loss_head.losses.kl_div:KLDivLoss",
+    "tvd": "liger_kernel.loss_head.losses.tvd:TVDLoss",
+    "vocab_parallel_cross_entropy": "liger_kernel.distributed.vocab_parallel_cross_entropy:ShardedCrossEntropyLoss",
+    "vocab_parallel_logprobs": "liger_kernel.distributed.vocab_parallel_logprobs:ShardedLogProbsLoss",
 }
 
 

@@ -19,5 +19,9 @@ class CosineSimilarityLoss(DistillationLoss):
 
     beta: float = 0.5
 
+    @property
+    def form(self) -> tuple[str, float]:
+        return "cosine", self.beta
+
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return self.beta * (1 - F.cosine_similarity(student, teacher, dim=-1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel.loss_head.losses.distillation import DistillationLoss
+from liger_kernel.ops.jsd.contract import JSDOptions
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -27,8 +28,11 @@ class JSDLoss(DistillationLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"beta={self.beta} is not between 0.0 and 1.0.")
+        JSDOptions(self.beta)
+
+    @property
+    def form(self) -> tuple[str, float]:
+        return JSDOptions(self.beta).form
 
     def soft(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         s, t = student.log_softmax(-1), teacher.log_softmax(-1)

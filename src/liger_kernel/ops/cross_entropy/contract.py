@@ -105,3 +105,37 @@ class Kernels(Protocol):
         is free. With p the softmax, the gradient of a row's loss (formula: `reference.terms`) is
         `slope p - smooth w_v - hit [v = y]`, times 1 - tanh^2 under a soft-cap.
         """
+
+    def statistics(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        first: int,
+        options: CrossEntropyOptions,
+        out: Tensor,
+        padded: bool,
+    ) -> None:
+        """Write to `out` (5, N) what one needs of `logits` (N, classes from `first` on) for the loss over all classes.
+
+        Of each row, at least fp32 and after the soft-cap: the largest logit, the sum of exp(x - that), the logit of the
+        label (0 where it is no class here), the sum of the logits, and the first class of the largest logit. The last
+        two are unspecified where no option reads them, and so is a row whose label is ignored.
+        """
+
+    def gradient(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        factors: Tensor,
+        *,
+        first: int,
+        options: CrossEntropyOptions,
+        grad: Tensor,
+        padded: bool,
+    ) -> None:
+        """Write slope exp(x - top) - share - hit [v = y] to `grad`, times 1 - tanh^2 under a soft-cap.
+
+        factors: (4, N) top, slope, hit and share of each row. `grad` may be the logits themselves. Other arguments as
+        in `statistics`; the gradient of a row whose label is ignored is 0.
+        """

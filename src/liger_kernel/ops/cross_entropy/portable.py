@@ -53,13 +53,9 @@ def _step(
     row_scale: Tensor | None,
 ) -> None:
     o, n_classes = options, logits.shape[1]
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x, tanh = _capped(logits, o.softcap)
     ignored = target == o.ignore_index
     label = target.clamp(0, n_classes - 1)
-    tanh = None
-    if o.softcap is not None:
-        tanh = torch.tanh(x / o.softcap)
-        x = o.softcap * tanh
     log_p = x.log_softmax(-1)
     out_of_range = (target < 0) | (target >= n_classes)  # NaN, in loss and gradient
     log_p_y = log_p.gather(1, label[:, None])[:, 0].masked_fill(out_of_range, torch.nan)
@@ -117,3 +113,55 @@ def _step(
         grad.copy_(g)
     if not can_look(ignored) or ignored.any():  # else a pass is saved
         grad.masked_fill_(ignored[:, None], 0)
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    out: Tensor,
+    padded: bool,
+) -> None:
+    x, _ = _capped(logits, options.softcap)
+    top, best = x.max(-1)
+    total = (x - top.masked_fill(top == -torch.inf, 0)[:, None]).exp_().sum(-1)
+    label, is_here = on_shard(target, first, logits.shape[1])
+    x_y = x.gather(1, label[:, None])[:, 0].masked_fill(~is_here, 0)
+    torch.stack((top, total, x_y, x.sum(-1), (best + first).to(x.dtype)), out=out)
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    factors: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    grad: Tensor,
+    padded: bool,
+) -> None:
+    x, tanh = _capped(logits, options.softcap)
+    top, slope, hit, share = factors[:, :, None]
+    g = (x - top).exp_() * slope - share
+    label, is_here = on_shard(target, first, logits.shape[1])
+    g.scatter_add_(1, label[:, None], -hit * is_here[:, None])
+    if tanh is not None:
+        g *= 1 - tanh.square()
+    grad.copy_(g.masked_fill_((target == options.ignore_index)[:, None], 0))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits, at least fp32, and their tanh where there is a soft-cap."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is None:
+        return x, None
+    tanh = torch.tanh(x / softcap)
+    return softcap * tanh, tanh
+
+
+def on_shard(target: Tensor, first: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """The columns of the labels, and whether they are here."""
+    label = target - first
+    return label.clamp(0, n_classes - 1), (label >= 0) & (label < n_classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -73,6 +74,129 @@ def _tanh(z, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _no_gradient(grad_row, n_cols, BLOCK: tl.constexpr):
+    zeros = tl.zeros((BLOCK,), tl.float32).to(grad_row.dtype.element_ty)
+    cols = tl.arange(0, BLOCK)
+    for start in range(0, n_cols, BLOCK):
+        tl.store(grad_row + start + cols, zeros, mask=start + cols < n_cols)
+
+
+@triton.jit
+def _statistics(
+    x_row,
+    weight_ptr,
+    n_cols,
+    n_read,
+    softcap,
+    PADDED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANTS_BEST: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Of a row: its largest logit, the sum of exp(x - that), the sum of w x, and the first column of the largest."""
+    cols = tl.arange(0, BLOCK)
+    top = float("-inf")  # the largest logit so far
+    total = 0.0  # sum of exp(x - top)
+    smooth = 0.0  # sum of w x
+    best = 0  # the first column that holds `top`
+    for start in tl.range(0, n_read, BLOCK, num_stages=STAGES):
+        inside = start + cols < n_read
+        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(
+            tl.float32
+        )
+        mask = start + cols < n_cols if PADDED else inside
+        if HAS_SOFTCAP:
+            x = softcap * _tanh(x / softcap, EXACT)
+        if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+                smooth += tl.sum(tl.where(mask, w * x, 0.0), 0)
+            else:
+                smooth += tl.sum(tl.where(mask, x, 0.0), 0)
+        x = tl.where(mask, x, float("-inf"))
+        block_top = tl.max(x, 0)
+        if WANTS_BEST:
+            first = tl.min(tl.where(x == block_top, start + cols, n_cols), 0)
+            best = tl.where(block_top > top, first, best)
+        new_top = tl.maximum(top, block_top)
+        # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - anchor) + tl.sum(tl.exp(x - anchor), 0)
+        top = new_top
+    return top, total, smooth, best
+
+
+@triton.jit
+def _gradient(
+    x_row,
+    grad_row,
+    weight_ptr,
+    label,
+    is_here,
+    x_y,
+    top,
+    slope,
+    hit,
+    share,
+    n_cols,
+    n_read,
+    softcap,
+    PADDED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """slope exp(x - top) - share w - hit [v = label], times the slope of the soft-cap; `is_here`: None, or a mask."""
+    cols = tl.arange(0, BLOCK)
+    n_blocks = tl.cdiv(n_read, BLOCK)
+    for i in tl.range(0, n_blocks, num_stages=STAGES):
+        # last block first: it is the one most likely still in the cache
+        start = (n_blocks - 1 - i) * BLOCK
+        inside = start + cols < n_read
+        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
+        cap_slope = 1.0
+        if HAS_SOFTCAP:
+            t = _tanh(x / softcap, EXACT)
+            x = softcap * t
+            cap_slope = 1.0 - t * t
+        g = slope * tl.exp(x - top)
+        if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                mask = start + cols < n_cols
+                w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+                g -= share * w
+            else:
+                g -= share
+        g = (g * cap_slope).to(grad_row.dtype.element_ty)
+        # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
+        tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
+    # the label's class again, with what only it has; a select for each class of the row would cost more
+    g = slope * tl.exp(x_y - top) - hit
+    if HAS_SMOOTHING:
+        if HAS_WEIGHT:
+            g -= share * tl.load(weight_ptr + label).to(tl.float32)
+        else:
+            g -= share
+    if HAS_SOFTCAP:
+        g *= 1.0 - (x_y / softcap) * (x_y / softcap)
+    tl.debug_barrier()
+    tl.store(grad_row + label, g.to(grad_row.dtype.element_ty), mask=is_here)
+    if PADDED:
+        beyond = n_cols + tl.arange(0, _VECTOR)
+        none = tl.zeros((_VECTOR,), tl.float32).to(grad_row.dtype.element_ty)
+        tl.store(grad_row + beyond, none, mask=beyond < n_read)
+
+
+@triton.jit
 def _cross_entropy(
     x_ptr,
     grad_ptr,
@@ -120,7 +244,6 @@ def _cross_entropy(
     grad_row = grad_ptr
     if WRITE_GRAD:
         grad_row = grad_ptr + row * grad_stride
-    cols = tl.arange(0, BLOCK)
 
     if y == ignore_index:
         tl.store(loss_ptr + row, 0.0)
@@ -131,9 +254,7 @@ def _cross_entropy(
         if WRITE_PREDICTED:
             tl.store(predicted_ptr + row, -1)
         if WRITE_GRAD:
-            zeros = tl.zeros((BLOCK,), tl.float32).to(grad_ptr.dtype.element_ty)
-            for start in range(0, n_cols, BLOCK):
-                tl.store(grad_row + start + cols, zeros, mask=start + cols < n_cols)
+            _no_gradient(grad_row, n_cols, BLOCK)
         return
 
     # A label out of range reads class 0 and makes loss and gradient NaN.
@@ -144,34 +265,21 @@ def _cross_entropy(
         x_y = softcap * _tanh(x_y / softcap, EXACT)
     x_y = tl.where(in_range, x_y, float("nan"))
 
-    top = float("-inf")  # the largest logit so far
-    total = 0.0  # sum of exp(x - top)
-    smooth = 0.0  # sum of w x
-    best = 0  # the first column that holds `top`
-    for start in tl.range(0, n_read, BLOCK, num_stages=STAGES):
-        inside = start + cols < n_read
-        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(
-            tl.float32
-        )
-        mask = start + cols < n_cols if PADDED else inside
-        if HAS_SOFTCAP:
-            x = softcap * _tanh(x / softcap, EXACT)
-        if HAS_SMOOTHING:
-            if HAS_WEIGHT:
-                w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
-                smooth += tl.sum(tl.where(mask, w * x, 0.0), 0)
-            else:
-                smooth += tl.sum(tl.where(mask, x, 0.0), 0)
-        x = tl.where(mask, x, float("-inf"))
-        block_top = tl.max(x, 0)
-        if WRITE_ACCURACY or WRITE_PREDICTED:
-            first = tl.min(tl.where(x == block_top, start + cols, n_cols), 0)
-            best = tl.where(block_top > top, first, best)
-        new_top = tl.maximum(top, block_top)
-        # as long as every logit is -inf (classes that are masked out), exp(x - top) would be NaN
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - anchor) + tl.sum(tl.exp(x - anchor), 0)
-        top = new_top
+    top, total, smooth, best = _statistics(
+        x_row,
+        weight_ptr,
+        n_cols,
+        n_read,
+        softcap,
+        PADDED,
+        HAS_WEIGHT,
+        HAS_SMOOTHING,
+        HAS_SOFTCAP,
+        WRITE_ACCURACY or WRITE_PREDICTED,
+        EXACT,
+        BLOCK,
+        STAGES,
+    )
     lse = top + tl.log(total)
 
     hit = 1.0 - label_smoothing
@@ -228,45 +336,143 @@ def _cross_entropy(
             share *= row_scale
         # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
         slope = tl.where(in_range, slope / total, float("nan"))
-        n_blocks = tl.cdiv(n_read, BLOCK)
-        for i in tl.range(0, n_blocks, num_stages=STAGES):
-            # last block first: it is the one most likely still in the cache
-            start = (n_blocks - 1 - i) * BLOCK
-            inside = start + cols < n_read
-            x = tl.load(
-                x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
-            cap_slope = 1.0
-            if HAS_SOFTCAP:
-                t = _tanh(x / softcap, EXACT)
-                x = softcap * t
-                cap_slope = 1.0 - t * t
-            g = slope * tl.exp(x - top)
-            if HAS_SMOOTHING:
-                if HAS_WEIGHT:
-                    mask = start + cols < n_cols
-                    w = tl.load(weight_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
-                    g -= share * w
-                else:
-                    g -= share
-            g = (g * cap_slope).to(grad_ptr.dtype.element_ty)
-            # written rows and rows read twice make room in the L2 for those that are still to be read again: 3 %
-            tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
-        # the label's class again, with what only it has; a select for each class of the row would cost more
-        g = slope * tl.exp(x_y - top) - hit
-        if HAS_SMOOTHING:
-            if HAS_WEIGHT:
-                g -= share * tl.load(weight_ptr + label).to(tl.float32)
-            else:
-                g -= share
-        if HAS_SOFTCAP:
-            g *= 1.0 - (x_y / softcap) * (x_y / softcap)
-        tl.debug_barrier()
-        tl.store(grad_row + label, g.to(grad_ptr.dtype.element_ty))
-        if PADDED:
-            beyond = n_cols + tl.arange(0, _VECTOR)
-            none = tl.zeros((_VECTOR,), tl.float32).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_row + beyond, none, mask=beyond < n_read)
+        _gradient(
+            x_row,
+            grad_row,
+            weight_ptr,
+            label,
+            None,
+            x_y,
+            top,
+            slope,
+            hit,
+            share,
+            n_cols,
+            n_read,
+            softcap,
+            PADDED,
+            HAS_WEIGHT,
+            HAS_SMOOTHING,
+            HAS_SOFTCAP,
+            EXACT,
+            BLOCK,
+            STAGES,
+        )
+
+
+@triton.jit
+def _shard_statistics(
+    x_ptr,
+    target_ptr,
+    out_ptr,
+    x_stride,
+    n_rows,
+    n_cols,
+    first,
+    ignore_index,
+    softcap,
+    PADDED: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANTS_BEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A row of some classes, from `first` on: see `contract.Kernels.statistics`. One program owns one row."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + row)
+    if y == ignore_index:
+        return
+    x_row = x_ptr + row * x_stride
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    label = y - first
+    x_y = tl.load(x_row + label, mask=(label >= 0) & (label < n_cols), other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        x_y = softcap * _tanh(x_y / softcap, EXACT)
+    top, total, smooth, best = _statistics(
+        x_row,
+        x_ptr,
+        n_cols,
+        n_read,
+        softcap,
+        PADDED,
+        False,
+        HAS_SMOOTHING,
+        HAS_SOFTCAP,
+        WANTS_BEST,
+        EXACT,
+        BLOCK,
+        STAGES,
+    )
+    out = out_ptr + row
+    step = tl.cast(n_rows, tl.int64)
+    tl.store(out, top)
+    tl.store(out + step, total)
+    tl.store(out + 2 * step, x_y)
+    tl.store(out + 3 * step, smooth)
+    tl.store(out + 4 * step, (best + first).to(tl.float32))
+
+
+@triton.jit
+def _shard_gradient(
+    x_ptr,
+    grad_ptr,
+    target_ptr,
+    factors_ptr,
+    x_stride,
+    grad_stride,
+    n_rows,
+    n_cols,
+    first,
+    ignore_index,
+    softcap,
+    PADDED: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradient of a row of some classes: see `contract.Kernels.gradient`. One program owns one row."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + row)
+    x_row = x_ptr + row * x_stride
+    grad_row = grad_ptr + row * grad_stride
+    if y == ignore_index:
+        _no_gradient(grad_row, n_cols, BLOCK)
+        return
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    label = y - first
+    is_here = (label >= 0) & (label < n_cols)
+    label = tl.where(is_here, label, 0)
+    x_y = tl.load(x_row + label).to(tl.float32)
+    if HAS_SOFTCAP:
+        x_y = softcap * _tanh(x_y / softcap, EXACT)
+    factors = factors_ptr + row
+    step = tl.cast(n_rows, tl.int64)
+    _gradient(
+        x_row,
+        grad_row,
+        x_ptr,
+        label,
+        is_here,
+        x_y,
+        tl.load(factors),
+        tl.load(factors + step),
+        tl.load(factors + 2 * step),
+        tl.load(factors + 3 * step),
+        n_cols,
+        n_read,
+        softcap,
+        PADDED,
+        False,
+        HAS_SMOOTHING,
+        HAS_SOFTCAP,
+        EXACT,
+        BLOCK,
+        STAGES,
+    )
 
 
 def step(
@@ -285,14 +491,7 @@ def step(
     n_rows, n_cols = logits.shape
     if not n_rows:
         return
-    whole = n_cols % _VECTOR.value == 0
-    config = Config.of(
-        n_cols,
-        logits.element_size(),
-        options.softcap is not None,
-        padded or (whole and logits.stride(0) % _VECTOR.value == 0),
-        facts_of(logits.device),
-    )
+    config, pads = tile(logits, options.softcap, padded)
     launch(
         _cross_entropy,
         (n_rows,),
@@ -315,7 +514,7 @@ def step(
         options.lse_square_scale,
         options.label_smoothing,
         options.softcap or 0.0,
-        PADDED=padded and not whole,
+        PADDED=pads,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
         HAS_SMOOTHING=options.label_smoothing != 0,
@@ -330,3 +529,82 @@ def step(
         STAGES=config.stages,
         num_warps=config.warps,
     )
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    out: Tensor,
+    padded: bool,
+) -> None:
+    smooths = options.label_smoothing != 0
+    best = options.return_token_accuracy or options.return_predicted_tokens
+    more = {"HAS_SMOOTHING": smooths, "WANTS_BEST": best}
+    _on_shard(_shard_statistics, logits, (target, out), (), first, options, padded, more)
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    factors: Tensor,
+    *,
+    first: int,
+    options: CrossEntropyOptions,
+    grad: Tensor,
+    padded: bool,
+) -> None:
+    more = {"HAS_SMOOTHING": options.label_smoothing != 0}
+    tensors, strides = (grad, target, factors), (grad.stride(0),)
+    _on_shard(_shard_gradient, logits, tensors, strides, first, options, padded, more)
+
+
+def _on_shard(
+    kernel: Any,
+    logits: Tensor,
+    tensors: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    first: int,
+    options: CrossEntropyOptions,
+    padded: bool,
+    constants: dict[str, bool],
+) -> None:
+    n_rows, n_cols = logits.shape
+    if not n_rows:
+        return
+    config, pads = tile(logits, options.softcap, padded)
+    launch(
+        kernel,
+        (n_rows,),
+        logits,
+        *tensors,
+        logits.stride(0),
+        *strides,
+        n_rows,
+        n_cols,
+        first,
+        options.ignore_index,
+        options.softcap or 0.0,
+        PADDED=pads,
+        HAS_SOFTCAP=options.softcap is not None,
+        **constants,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def tile(logits: Tensor, softcap: float | None, padded: bool) -> tuple[Config, bool]:
+    """The configuration, and whether rows are read beyond their end."""
+    n_cols = logits.shape[1]
+    whole = n_cols % _VECTOR.value == 0
+    config = Config.of(
+        n_cols,
+        logits.element_size(),
+        softcap is not None,
+        padded or (whole and logits.stride(0) % _VECTOR.value == 0),
+        facts_of(logits.device),
+    )
+    return config, padded and not whole

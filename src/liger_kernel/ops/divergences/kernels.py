@@ -58,7 +58,7 @@ def _log2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
+def term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
     """The term of each class in fp32, and its derivative in x. A class of probability 0 adds 0, whatever the other
     distribution has there.
 
@@ -170,12 +170,12 @@ def _divergence(
         y_at = y_ptr + rows[:, None] * y_stride + cols[None, :]
         x = tl.load(x_at, mask=mask, other=nothing, eviction_policy="evict_first").to(tl.float32)
         y = tl.load(y_at, mask=mask, other=nothing, eviction_policy="evict_first").to(tl.float32)
-        term, slope = _term(x, y, number, rest, FORM, EXACT)
+        found, slope = term(x, y, number, rest, FORM, EXACT)
         at = rows[:, None] * n_cols + cols[None, :]
         if REDUCED:
-            total += term
+            total += found
         elif loss_ptr is not None:
-            tl.store(loss_ptr + at, term, mask=inside)
+            tl.store(loss_ptr + at, found, mask=inside)
         if grad_ptr is not None:
             if upstream_ptr is not None:
                 up_at = upstream_ptr + rows[:, None] * upstream_stride + cols[None, :]

@@ -6,6 +6,7 @@ and up makes it once more, over the memory of its own gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from liger_kernel._core.autograd import (
     is_transformed,
     refuse_double_backward,
 )
-from liger_kernel._core.checks import check_choice, check_floating, check_same_device
+from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
@@ -26,7 +27,7 @@ from liger_kernel.backends import host_bound
 from liger_kernel.backends.dispatch import kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
-from liger_kernel.ops.glu import ACTIVATIONS, gated_product
+from liger_kernel.ops.glu import gate_options, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
 
 #: elements of the gate up to which the block is plain PyTorch on a GPU: there the host is the bound, and there is
@@ -41,29 +42,36 @@ def gated_mlp(
     down_weight: Tensor,
     activation: str = "silu",
     gate_multiplier: float = 1.0,
+    limit: float | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
     """`(f(gate_multiplier * x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T`, without its largest saved tensor.
 
     Args:
         x: (..., H), any strides. gate_weight, up_weight: (F, H); down_weight: (O, F); all of one floating dtype.
             `up_weight` None: gate_weight is (2F, H) and holds both, the gate first.
-        activation: "silu", "gelu_tanh" or "gelu". gate_multiplier: a scalar, as in Falcon-H1.
+        activation, gate_multiplier, limit, alpha: as in `liger_kernel.ops.glu`.
 
     Returns: (..., O) in the dtype of x, each matrix product and the gated product rounded once.
     For backward it keeps x, gate and up (T (H + 2F) elements for T tokens), where single ops keep another T F.
     Under autocast and torch.compile, and for DTensors, it is composed of single ops.
-    Raises: ValueError for an unknown activation or shapes that do not fit; TypeError for integers or other dtypes.
+    Raises: ValueError as `glu`, or for shapes that do not fit; TypeError for integers or other dtypes.
     """
-    check_choice("activation", activation, ACTIVATIONS)
+    glu = gate_options(activation, gate_multiplier, limit=limit, alpha=alpha)
+    options: dict[str, Any] = {
+        "activation": activation,
+        "gate_multiplier": glu.gate_multiplier,
+        "limit": glu.limit,
+        "alpha": glu.alpha,
+    }
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
-    _check_tensors(x, *weights, autocast)
-    options = (activation, float(gate_multiplier))
+    check_tensors(x, *weights, autocast)
     transformed = is_transformed()
-    if not transformed and gate_multiplier == 1:
+    if not transformed and glu == GLUOptions(activation):
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
         if elements <= _SMALL and host_bound(x, x.numel()):
-            return reference.gated_mlp(x, *weights, *options)
+            return reference.gated_mlp(x, *weights, **options)
     if (
         transformed
         or autocast
@@ -71,12 +79,10 @@ def gated_mlp(
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
         or any(map(is_dtensor, (x, *weights)))
     ):
-        return reference.gated_mlp(x, *weights, *options, gated_product)
+        return reference.gated_mlp(x, *weights, **options, product=gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
-    glu = GLUOptions(*options)
-    impl = kernels_for(
-        "glu", glu, x, None
-    )  # x stands for the gate, which has its dtype and as many rows
+    # x stands for the gate, which has its dtype and as many rows
+    impl = kernels_for("glu", glu, x, None)
     product = _Product.apply(impl, glu, nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 
@@ -153,6 +159,47 @@ class _Down(torch.autograd.Function):
         return None, product, ddown  # the second is never read
 
 
+class _Gated(Op):
+    """f(gate) * up of tensors that others made. Its gradients are made where the product's is, as in `_Down`."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: Any, options: GLUOptions, *tensors: Any) -> Tensor:
+        nodes, gate, up = tensors
+        product: Tensor = impl.forward(gate, up, options=options, needs=(False, False))[0]
+        ctx.save_for_backward(as_rows(gate), None if up is None else as_rows(up))
+        ctx.of_forward = impl, options, gate.shape
+        nodes.append(ctx)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found, ctx.found = ctx.found, None
+        shape = ctx.of_forward[2]
+        return None, None, None, *(g if g is None else g.view(shape) for g in found)
+
+
+def product_to_make_again(
+    gate: Tensor, up: Tensor | None, options: GLUOptions
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`gated_product`, and a function for the backward of the one op that reads it, in the place of keeping it.
+
+    That takes the gradient of the product (T, F), whose memory it may use, and returns the product.
+    """
+    nodes: list[Any] = []
+    impl = kernels_for("glu", options, gate, up)
+    product = _Gated.apply(impl, options, nodes, gate, up)
+    (node,) = nodes
+
+    def again(grad: Tensor) -> Tensor:
+        impl, options, _ = node.of_forward
+        needs = node.needs_input_grad[3:]
+        saved = node.saved_tensors
+        node.found, made = impl.backward_with_output(grad, saved, options=options, needs=needs)
+        return made
+
+    return product, again
+
+
 def _saved_tensors_are_ours() -> bool:
     """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -160,9 +207,10 @@ def _saved_tensors_are_ours() -> bool:
     return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
-def _check_tensors(
+def check_tensors(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
+    """Of `gated_mlp`."""
     named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
     weights = [w for w in named.values() if w is not None]
     features = down_weight.shape[-1] if down_weight.ndim == 2 else -1

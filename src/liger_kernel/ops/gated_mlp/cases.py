@@ -10,7 +10,7 @@ from liger_kernel.ops.gated_mlp import gated_mlp, reference
 from liger_kernel.testing import Make, OpCase, OpSpec, case
 
 
-def _case(
+def block(
     id: str,
     why: str,
     shape: tuple[int, ...],
@@ -37,21 +37,23 @@ def _case(
 
 
 CASES = (
-    _case("silu", "odd sizes", (37, 24), 40),
-    _case("gelu-tanh", "Gemma", (9, 16), 66, activation="gelu_tanh"),
-    _case("gelu", "exact, with erf", (9, 16), 66, activation="gelu"),
-    _case("multiplier", "Falcon-H1", (5, 16), 24, gate_multiplier=0.7),
-    _case("packed", "gate and up from one weight", (9, 16), 24, packed=True),
-    _case("packed-gelu", "likewise", (7, 16), 25, packed=True, activation="gelu_tanh"),
-    _case("one-row", "one row", (1, 16), 24),
-    _case("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24),
-    _case("3d", "a batch of sequences", (2, 3, 16), 24),
-    _case("vector", "one dimension", (16,), 24),
-    _case("strided", "rows with gaps", (6, 16), 24, Make.strided),
-    _case("transposed", "columns first", (6, 16), 24, Make.transposed),
-    _case("expanded", "stride 0", (6, 16), 24, Make.expanded),
-    _case("8192x4096x14336", "Llama-3-8B", (8192, 4096), 14336, large=True),
-    _case("16384x2048x8192", "Llama-3.2-1B", (16384, 2048), 8192, large=True),
+    block("silu", "odd sizes", (37, 24), 40),
+    block("gelu-tanh", "Gemma", (9, 16), 66, activation="gelu_tanh"),
+    block("gelu", "exact, with erf", (9, 16), 66, activation="gelu"),
+    block("multiplier", "Falcon-H1", (5, 16), 24, gate_multiplier=0.7),
+    block("packed", "gate and up from one weight", (9, 16), 24, packed=True),
+    block("packed-gelu", "likewise", (7, 16), 25, packed=True, activation="gelu_tanh"),
+    block("limit", "DeepSeek-V4", (5, 16), 24, limit=0.5),
+    block("oai", "MiniMax-M3", (5, 16), 24, packed=True, activation="silu_oai", limit=1, alpha=1.7),
+    block("one-row", "one row", (1, 16), 24),
+    block("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24),
+    block("3d", "a batch of sequences", (2, 3, 16), 24),
+    block("vector", "one dimension", (16,), 24),
+    block("strided", "rows with gaps", (6, 16), 24, Make.strided),
+    block("transposed", "columns first", (6, 16), 24, Make.transposed),
+    block("expanded", "stride 0", (6, 16), 24, Make.expanded),
+    block("8192x4096x14336", "Llama-3-8B", (8192, 4096), 14336, large=True),
+    block("16384x2048x8192", "Llama-3.2-1B", (16384, 2048), 8192, large=True),
 )
 SPEC = OpSpec(
     name="gated_mlp",

@@ -17,6 +17,8 @@ def gated_mlp(
     down_weight: Tensor,
     activation: str,
     gate_multiplier: float,
+    limit: float | None = None,
+    alpha: float = 1.0,
     product: Callable[..., Tensor] = glu,
 ) -> Tensor:
     """(f(gate_multiplier * x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T, every product rounded as in eager.
@@ -25,5 +27,5 @@ def gated_mlp(
     what computes `f(gate) * up`.
     """
     up = None if up_weight is None else linear(x, up_weight)
-    gated = product(linear(x, gate_weight), up, activation, gate_multiplier, 1.0)
+    gated = product(linear(x, gate_weight), up, activation, gate_multiplier, 1.0, limit, alpha)
     return linear(gated, down_weight)

@@ -17,6 +17,7 @@ def packed(*shape: int, draw: Any = Make.randn) -> Inputs:
     return lambda make: (draw(make, *shape[:-1], 2 * shape[-1], scale=3), None)
 
 
+OAI = {"activation": "silu_oai", "limit": 2.0, "alpha": 1.702}
 CASES = (
     case("silu", "several tiles of several rows, odd row count", of(67, 96)),
     case("gelu-tanh", "Gemma", of(9, 130), activation="gelu_tanh"),
@@ -40,9 +41,34 @@ CASES = (
     case("packed-strided", "a slice of a wider projection", packed(2, 3, 20, draw=Make.strided)),
     case("large-values", "both tails saturate", of(4, 64, scale=100), activation="gelu_tanh"),
     case("large-values-silu", "exp overflows", of(4, 64, scale=100)),
+    case("limit", "DeepSeek-V4: gate and up on both sides of it", of(9, 40), limit=2.0),
+    case(
+        "limit-frozen-gate", "up tells where its gradient is 0", of(5, 24), limit=2.0, frozen=(0,)
+    ),
+    case(
+        "limit-gelu",
+        "multiplied before",
+        of(5, 24),
+        activation="gelu",
+        limit=1.5,
+        gate_multiplier=2,
+    ),
+    case("oai", "gpt-oss: gate and up alternate", packed(9, 65), **OAI, interleaved=True),
+    case("oai-two-tiles", "alternating in two tiles", packed(3, 1030), **OAI, interleaved=True),
+    case("oai-pair", "of two tensors", of(5, 24), **OAI, down_multiplier=0.5),
+    case("step", "Step-3: f is limited", of(9, 40, scale=4), activation="silu_step", limit=3.0),
+    case("step-no-limit", "silu", packed(3, 20), activation="silu_step"),
     case("8192x14336", "Llama-3-8B", of(8192, 14336), large=True),
     case("8192x14336-gelu", "GeGLU", of(8192, 14336), large=True, activation="gelu_tanh"),
     case("8192x14336-packed", "Phi-3 form", packed(8192, 14336), large=True),
+    case(
+        "65536x2880-oai",
+        "an expert of gpt-oss",
+        packed(65536, 2880),
+        large=True,
+        interleaved=True,
+        **OAI,
+    ),
     case("16384x8192", "Llama-3.2-1B", of(16384, 8192), large=True),
     case("65536x768", "one expert of Qwen3-30B-A3B", of(65536, 768), large=True),
 )

@@ -16,13 +16,16 @@ class GLUOptions(OpOptions):
     activation: str = "silu"
     gate_multiplier: float = 1.0
     down_multiplier: float = 1.0
+    limit: float | None = None
+    alpha: float = 1.0
+    interleaved: bool = False
 
 
 class Kernels(Backward, Protocol):
     def forward(
         self, gate: Tensor, up: Tensor | None, *, options: GLUOptions, needs: Needs
     ) -> tuple[Tensor, Saved]:
-        """y (..., F), and what `backward` is given. Without `up`, gate (..., 2F) holds both halves."""
+        """y (..., F), and what `backward` is given. Without `up`, gate (..., 2F) holds both."""
 
     def backward_with_output(
         self,

@@ -21,10 +21,12 @@ from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends.npu import no_native_call
 from liger_kernel.ops.glu.contract import GLUOptions
 
+_SILU = ("silu", "silu_step")  # without a limit the same
+
 
 def unserved(gate: Tensor, up: Tensor | None, *, options: GLUOptions) -> str | None:
-    if (options.gate_multiplier, options.down_multiplier) != (1.0, 1.0):
-        return "a multiplier"
+    if options != GLUOptions(options.activation) or options.activation == "silu_oai":
+        return "a multiplier, a limit, alpha, or a form that torch_npu has not"
     return no_native_call(gate)
 
 
@@ -44,7 +46,7 @@ def forward(
 
 def _product(packed: Tensor, options: GLUOptions) -> tuple[Tensor, Any]:
     """The product and, which GEGLU's backward needs, f(gate)."""
-    if options.activation == "silu":
+    if options.activation in _SILU:
         return torch_npu.npu_swiglu(packed, dim=-1), None
     return torch_npu.npu_geglu(packed, **_geglu(options))
 
@@ -68,7 +70,7 @@ def _gradients(
     """The gradients of rows, and the product."""
     gate, up = saved
     packed = _packed(as_rows(gate), None if up is None else as_rows(up))
-    silu = options.activation == "silu"
+    silu = options.activation in _SILU
     y, gelu = _product(packed, options) if with_output or not silu else (None, None)
     if silu:
         grad = torch_npu.npu_swiglu_backward(dy.contiguous(), packed, dim=-1)

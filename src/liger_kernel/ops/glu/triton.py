@@ -36,25 +36,59 @@ class Config:
 
 
 @triton.jit
-def _activation(x, ACTIVATION: tl.constexpr):
+def _activation(x, alpha, ACTIVATION: tl.constexpr):
     """f(x) = x P(x) and f'(x) = P + x P', P the normal CDF ("gelu") or sigmoid(z(x)).
 
-    "silu": z = x. "gelu_tanh": z = 2 sqrt(2/pi) (x + 0.044715 x^3), since (1 + tanh u) / 2 = sigmoid(2 u).
+    "silu", "silu_oai", "silu_step": z = alpha x.
+    "gelu_tanh": z = 2 sqrt(2/pi) (x + 0.044715 x^3), since (1 + tanh u) / 2 = sigmoid(2 u).
     sigmoid' is P Q with Q = exp(-z) P; 1 - P for Q cancels (fp32 gelu_tanh: 10 times the error, twice that of torch).
     """
     if ACTIVATION == "gelu":
         p = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         slope = p + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
-        z = x
-        dz = 1.0
-        if ACTIVATION == "gelu_tanh":
+        if ACTIVATION != "gelu_tanh":
+            z = alpha * x
+            dz = alpha
+        else:
             z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             dz = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         e = tl.exp(tl.minimum(-z, 80.0))  # finite, so that e p stays a number
         p = 1.0 / (1.0 + e)
         slope = p + x * p * (e * p) * dz
     return x * p, slope
+
+
+@triton.jit
+def gated(
+    gate,
+    up,
+    limit,
+    alpha,
+    DTYPE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """Of fp32 tiles: f(gate) rounded to DTYPE, f'(gate), and the factor that f is multiplied by, which is up or up + 1.
+
+    Limited, the gate ("silu_step": f) is at most `limit`, up within +-limit, and f' 0 beyond; the
+    derivative by up is the caller's to mask by `tl.abs(up) <= limit`. A NaN is not greater than a limit, and stays.
+    """
+    x = gate
+    if LIMITED and ACTIVATION != "silu_step":
+        x = tl.where(gate > limit, limit, gate)
+    exact, slope = _activation(x, alpha, ACTIVATION)
+    value = exact.to(DTYPE).to(tl.float32)
+    if LIMITED:
+        bounded = gate
+        if ACTIVATION == "silu_step":
+            bounded = exact
+            value = tl.where(value > limit, limit, value)
+        slope = tl.where(bounded <= limit, slope, 0.0)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    if ACTIVATION == "silu_oai":
+        up += 1.0
+    return value, slope, up
 
 
 @triton.jit
@@ -68,6 +102,34 @@ def _tile(n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _load(ptr, stride, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
+    return tl.load(ptr + rows * stride + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_both(
+    gate_ptr,
+    up_ptr,
+    gate_stride,
+    up_stride,
+    n_rows,
+    n_cols,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The tiles of gate and up. Where they alternate, a tile twice as wide, which begins at gate_ptr."""
+    if INTERLEAVED:
+        pairs = _load(gate_ptr, gate_stride, n_rows, 2 * n_cols, ROWS, 2 * COLS)
+        gate, up = tl.split(tl.reshape(pairs, (ROWS, COLS, 2)))
+    else:
+        gate = _load(gate_ptr, gate_stride, n_rows, n_cols, ROWS, COLS)
+        up = _load(up_ptr, up_stride, n_rows, n_cols, ROWS, COLS)
+    return gate, up
+
+
+@triton.jit
 def _glu_fwd(
     gate_ptr,
     up_ptr,
@@ -78,17 +140,22 @@ def _glu_fwd(
     n_cols,
     gate_multiplier,
     down_multiplier,
+    limit,
+    alpha,
     ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """y = f(gate gate_multiplier) up down_multiplier, f rounded before the products. One program owns one tile."""
     rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
     dtype = y_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activation(gate * gate_multiplier, ACTIVATION)
-    y = value.to(dtype).to(tl.float32) * up * down_multiplier
+    gate, up = _load_both(
+        gate_ptr, up_ptr, gate_stride, up_stride, n_rows, n_cols, INTERLEAVED, ROWS, COLS
+    )
+    value, _, factor = gated(gate * gate_multiplier, up, limit, alpha, dtype, ACTIVATION, LIMITED)
+    y = value * factor * down_multiplier
     tl.store(y_ptr + rows * n_cols + cols, y.to(dtype), mask=mask)
 
 
@@ -108,10 +175,14 @@ def _glu_bwd(
     n_cols,
     gate_multiplier,
     down_multiplier,
+    limit,
+    alpha,
     NEEDS_DGATE: tl.constexpr,
     NEEDS_DUP: tl.constexpr,
     WRITE_Y: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -120,26 +191,41 @@ def _glu_bwd(
     """
     rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
     dtype = gate_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    dy *= down_multiplier
-    value, slope = _activation(gate * gate_multiplier, ACTIVATION)
-    rounded = value.to(dtype).to(tl.float32)
-    if NEEDS_DGATE or WRITE_Y:
-        up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if NEEDS_DGATE:
-        dgate = dy * up * slope * gate_multiplier
-        tl.store(dgate_ptr + rows * dgate_stride + cols, dgate.to(dtype), mask=mask)
-    if NEEDS_DUP:
-        tl.store(dup_ptr + rows * dup_stride + cols, (dy * rounded).to(dtype), mask=mask)
+    if NEEDS_DGATE or WRITE_Y or LIMITED:
+        gate, up = _load_both(
+            gate_ptr, up_ptr, gate_stride, up_stride, n_rows, n_cols, INTERLEAVED, ROWS, COLS
+        )
+    else:
+        gate = _load(gate_ptr, gate_stride, n_rows, n_cols, ROWS, COLS)
+        up = gate
+    dy = _load(dy_ptr, dy_stride, n_rows, n_cols, ROWS, COLS) * down_multiplier
+    value, slope, factor = gated(
+        gate * gate_multiplier, up, limit, alpha, dtype, ACTIVATION, LIMITED
+    )
+    dgate = (dy * factor * slope * gate_multiplier).to(dtype)
+    dup = dy * value
+    if LIMITED:
+        dup = tl.where(tl.abs(up) <= limit, dup, 0.0)
+    if INTERLEAVED:
+        pairs = tl.reshape(tl.join(dgate, dup.to(dtype)), (ROWS, 2 * COLS))
+        _, both, inside = _tile(n_rows, 2 * n_cols, ROWS, 2 * COLS)
+        tl.store(dgate_ptr + rows * dgate_stride + both, pairs, mask=inside)
+    else:
+        if NEEDS_DGATE:
+            tl.store(dgate_ptr + rows * dgate_stride + cols, dgate, mask=mask)
+        if NEEDS_DUP:
+            tl.store(dup_ptr + rows * dup_stride + cols, dup.to(dtype), mask=mask)
     if WRITE_Y:
-        y = (rounded * up * down_multiplier).to(dtype)
+        y = (value * factor * down_multiplier).to(dtype)
         tl.store(dy_ptr + rows * dy_stride + cols, y, mask=mask)
 
 
-def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The gate and the up half of (..., 2F), each an (R, F) view with row stride 2F."""
-    gate, up = as_rows(packed).chunk(2, -1)
+def _halves(packed: Tensor, options: GLUOptions) -> tuple[Tensor, Tensor]:
+    """Gate and up of (..., 2F), each an (R, F) view with row stride 2F."""
+    rows = as_rows(packed)
+    if options.interleaved:
+        return rows[:, ::2], rows[:, 1::2]
+    gate, up = rows.chunk(2, -1)
     return gate, up
 
 
@@ -149,10 +235,11 @@ def forward(
     if up is None:
         rows = as_rows(gate)
         saved: Saved = (rows, None)
-        gate_rows, up_rows = _halves(rows)
+        gate_rows, up_rows = _halves(rows, options)
     else:
         gate_rows, up_rows = as_rows(gate), as_rows(up)  # (R, F)
-        saved = (gate_rows, up_rows if needs[0] else None)
+        needs_up = needs[0] or options.limit is not None
+        saved = (gate_rows, up_rows if needs_up else None)
     n_rows, n_cols = gate_rows.shape
     y = gate.new_empty(*gate.shape[:-1], n_cols)
     strides = (gate_rows.stride(0), up_rows.stride(0))
@@ -173,8 +260,12 @@ def _launch(
             n_cols,
             options.gate_multiplier,
             options.down_multiplier,
+            0.0 if options.limit is None else options.limit,
+            options.alpha,
             **flags,
             ACTIVATION=options.activation,
+            LIMITED=options.limit is not None,
+            INTERLEAVED=options.interleaved,
             ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,
@@ -214,8 +305,8 @@ def _backward(
     found = tuple(t if need else None for t, need in zip(into, needs, strict=True))
     if packed:  # one gradient, written in halves
         needs_dup = True
-        gate, up = _halves(gate)
-        dgate, dup = _halves(found[0])
+        gate, up = _halves(gate, options)
+        dgate, dup = _halves(found[0], options)
     else:
         dgate, dup = (None if t is None else as_rows(t) for t in found)
     tensors = (dy, gate, up, dgate, dup)

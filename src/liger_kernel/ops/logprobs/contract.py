@@ -100,3 +100,39 @@ class Kernels(Protocol):
         With z the scaled logits, p their softmax, H the entropy, S the sum of p^2 and a g for each number, the gradient
         of z_v is p_v (g_lse - g_log - g_H (log p_v + H) + 2 g_S (p_v - S)) + g_mean / V + g_log [v = y].
         """
+
+    def statistics(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor | None,
+        *,
+        first: int,
+        options: LogProbsOptions,
+        out: Tensor,
+        padded: bool,
+    ) -> None:
+        """Write to `out` (7, N) what one needs of `logits` (N, classes from `first` on) for the numbers of all classes.
+
+        Of each row, with e = exp(z - the largest z): the largest z, the sum of e, the z of the label (0 where it is no
+        class here), the sum of z, the first class of the largest, and the sums of e (z - largest) and of e^2. What no
+        option reads, and a row whose label is ignored, is unspecified.
+        """
+
+    def gradient(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor | None,
+        factors: Tensor,
+        *,
+        first: int,
+        options: LogProbsOptions,
+        grad: Tensor,
+        padded: bool,
+    ) -> None:
+        """Write e (a + b (z - top) + c e) + mean + own [v = y], with e = exp(z - top), times dz/dx to `grad`.
+
+        factors: (6, N) top, a, b, c, mean and own of each row. `grad` may be the logits themselves. Other arguments as
+        in `statistics`; the gradient of a row whose label is ignored is 0.
+        """

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from liger_kernel.ops.cross_entropy.portable import row_blocks
+from liger_kernel.ops.cross_entropy.portable import on_shard, row_blocks
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
 
 
@@ -39,19 +39,10 @@ def _step(
     row_scale: Tensor | None,
 ) -> None:
     n_classes = logits.shape[1]
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = ids == o.ignore_index
     out_of_range = (ids < 0) | (ids >= n_classes)  # NaN, in the log-probability and in the gradient
     label = ids.clamp(0, n_classes - 1)[:, None]
-    tau = o.temperature if temperature is None else temperature.to(z.dtype)[:, None]
-    tanh = None
-    if o.scale != 1:
-        z = o.scale * z
-    if o.softcap is not None:
-        tanh = torch.tanh(z / o.softcap)
-        z = o.softcap * tanh
-    if temperature is not None or o.temperature != 1:
-        z = z / tau
+    z, tau, tanh = _scaled(logits, o, temperature)
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     found = {"log_prob": log_p.gather(1, label)[:, 0].masked_fill(out_of_range, torch.nan)}
@@ -96,3 +87,66 @@ def _step(
     if tanh is not None:
         d *= 1 - tanh.square()
     grad.copy_(d.masked_fill_(ignored[:, None], 0))
+
+
+def _scaled(
+    logits: Tensor, o: LogProbsOptions, temperature: Tensor | None
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """z, at least fp32, the temperature of each row, and the tanh where there is a soft-cap."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tau = o.temperature if temperature is None else temperature.to(z.dtype)[:, None]
+    tanh = None
+    if o.scale != 1:
+        z = o.scale * z
+    if o.softcap is not None:
+        tanh = torch.tanh(z / o.softcap)
+        z = o.softcap * tanh
+    if temperature is not None or o.temperature != 1:
+        z = z / tau
+    return z, tau, tanh
+
+
+def statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    *,
+    first: int,
+    options: LogProbsOptions,
+    out: Tensor,
+    padded: bool,
+) -> None:
+    z = _scaled(logits, options, temperature)[0]
+    top, best = z.max(-1)
+    below = z - top.masked_fill(top == -torch.inf, 0)[:, None]
+    e = below.exp()
+    label, is_here = on_shard(ids, first, z.shape[1])
+    z_y = z.gather(1, label[:, None])[:, 0].masked_fill(~is_here, 0)
+    weighted = torch.linalg.vecdot(e, below.masked_fill_(below == -torch.inf, 0))
+    class_of_top = (best + first).to(z.dtype)
+    squares = torch.linalg.vecdot(e, e)
+    torch.stack((top, e.sum(-1), z_y, z.sum(-1), class_of_top, weighted, squares), out=out)
+
+
+def gradient(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    factors: Tensor,
+    *,
+    first: int,
+    options: LogProbsOptions,
+    grad: Tensor,
+    padded: bool,
+) -> None:
+    z, tau, tanh = _scaled(logits, options, temperature)
+    top, a, b, c, mean, own = factors[:, :, None]
+    below = z - top
+    e = below.exp()
+    d = e * (a + b * below.masked_fill_(below == -torch.inf, 0) + c * e) + mean
+    label, is_here = on_shard(ids, first, z.shape[1])
+    d.scatter_add_(1, label[:, None], own * is_here[:, None])
+    d *= options.scale / tau
+    if tanh is not None:
+        d *= 1 - tanh.square()
+    grad.copy_(d.masked_fill_((ids == options.ignore_index)[:, None], 0))

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, ones_like
 
-from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import launch
-from liger_kernel.ops.cross_entropy.triton import _FAR, _VECTOR, Config, _tanh
+from liger_kernel.ops.cross_entropy.triton import _FAR, _VECTOR, _no_gradient, _tanh, tile
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
 
 
@@ -100,6 +99,39 @@ def _slope(
 
 
 @triton.jit
+def _gradient(
+    x_row, grad_row, label, is_here, z_y, t_y, top, a, b, c, mean, own, n_cols, n_read, inner, outer, slope,
+    PADDED: tl.constexpr, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_slope` of a row, and `own` more for the label; `is_here`: None, or a mask."""
+    cols = tl.arange(0, BLOCK)
+    n_blocks = tl.cdiv(n_read, BLOCK)
+    for i in tl.range(0, n_blocks, num_stages=STAGES):
+        # last block first: it is the one most likely still in the cache
+        start = (n_blocks - 1 - i) * BLOCK
+        inside = start + cols < n_read
+        x = tl.load(x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
+        z, t = _scaled(x, inner, outer, HAS_SOFTCAP, EXACT)
+        g = _slope(z - top, a, b, c, mean, t, slope, ENTROPY, SUM_P2, HAS_SOFTCAP)
+        g = g.to(grad_row.dtype.element_ty)
+        tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
+    # the label's class again, with what only it has; a select for each class of the row would cost more
+    g = _slope(z_y - top, a, b, c, mean, t_y, slope, ENTROPY, SUM_P2, HAS_SOFTCAP)
+    own *= slope
+    if HAS_SOFTCAP:
+        own *= 1.0 - t_y * t_y
+    tl.debug_barrier()
+    tl.store(grad_row + label, (g + own).to(grad_row.dtype.element_ty), mask=is_here)
+    if PADDED:
+        beyond = n_cols + tl.arange(0, _VECTOR)
+        none = tl.zeros((_VECTOR,), tl.float32).to(grad_row.dtype.element_ty)
+        tl.store(grad_row + beyond, none, mask=beyond < n_read)
+
+
+@triton.jit
 def _logprobs(
     x_ptr,
     grad_ptr,
@@ -146,7 +178,6 @@ def _logprobs(
     grad_row = grad_ptr
     if WRITE_GRAD:
         grad_row = grad_ptr + row * grad_stride
-    cols = tl.arange(0, BLOCK)
 
     if y == ignore_index:
         for i in tl.static_range(COLUMNS):
@@ -156,9 +187,7 @@ def _logprobs(
         if WRITE_LSE:
             tl.store(lse_ptr + row, 0.0)
         if WRITE_GRAD:
-            zeros = tl.zeros((BLOCK,), tl.float32).to(grad_ptr.dtype.element_ty)
-            for start in range(0, n_cols, BLOCK):
-                tl.store(grad_row + start + cols, zeros, mask=start + cols < n_cols)
+            _no_gradient(grad_row, n_cols, BLOCK)
         return
 
     if HAS_TEMPERATURE:
@@ -215,29 +244,112 @@ def _logprobs(
             mean = tl.load(scales + MEAN_LOGIT).to(tl.float32) / n_cols
         # exp(z - top) / total keeps digits that exp(z - lse) loses where lse is large
         a = tl.where(in_range, a / total, float("nan"))
-        n_blocks = tl.cdiv(n_read, BLOCK)
-        for i in tl.range(0, n_blocks, num_stages=STAGES):
-            # last block first: it is the one most likely still in the cache
-            start = (n_blocks - 1 - i) * BLOCK
-            inside = start + cols < n_read
-            x = tl.load(
-                x_row + start + cols, mask=inside, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
-            z, t = _scaled(x, inner, outer, HAS_SOFTCAP, EXACT)
-            g = _slope(z - top, a, b, c, mean, t, slope, ENTROPY > 0, SUM_P2 > 0, HAS_SOFTCAP)
-            g = g.to(grad_ptr.dtype.element_ty)
-            tl.store(grad_row + start + cols, g, mask=inside, eviction_policy="evict_first")
-        # the label's class again, with what only it has; a select for each class of the row would cost more
-        g = _slope(z_y - top, a, b, c, mean, t_y, slope, ENTROPY > 0, SUM_P2 > 0, HAS_SOFTCAP)
-        own = g_label * slope
-        if HAS_SOFTCAP:
-            own *= 1.0 - t_y * t_y
-        tl.debug_barrier()
-        tl.store(grad_row + label, (g + own).to(grad_ptr.dtype.element_ty))
-        if PADDED:
-            beyond = n_cols + tl.arange(0, _VECTOR)
-            none = tl.zeros((_VECTOR,), tl.float32).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_row + beyond, none, mask=beyond < n_read)
+        _gradient(
+            x_row, grad_row, label, None, z_y, t_y, top, a, b, c, mean, g_label, n_cols, n_read, inner, outer, slope,
+            PADDED, ENTROPY > 0, SUM_P2 > 0, HAS_SOFTCAP, EXACT, BLOCK, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _shard_statistics(
+    x_ptr,
+    ids_ptr,
+    temperature_ptr,
+    out_ptr,
+    x_stride,
+    n_rows,
+    n_cols,
+    first,
+    ignore_index,
+    inner,
+    outer,
+    PADDED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SUM_P2: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    BEST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A row of some classes, from `first` on: see `contract.Kernels.statistics`. One program owns one row."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(ids_ptr + row)
+    if y == ignore_index:
+        return
+    if HAS_TEMPERATURE:
+        outer = outer / tl.load(temperature_ptr + row).to(tl.float32)
+    x_row = x_ptr + row * x_stride
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    label = y - first
+    x_y = tl.load(x_row + label, mask=(label >= 0) & (label < n_cols), other=0.0).to(tl.float32)
+    z_y, _ = _scaled(x_y, inner, outer, HAS_SOFTCAP, EXACT)
+    top, total, weighted, squares, summed, best = _statistics(
+        x_row, n_cols, n_read, inner, outer, PADDED, ENTROPY, SUM_P2, MEAN_LOGIT, BEST, HAS_SOFTCAP, EXACT, BLOCK,
+        STAGES,
+    )  # fmt: skip
+    out = out_ptr + row
+    step = tl.cast(n_rows, tl.int64)
+    tl.store(out, top)
+    tl.store(out + step, total)
+    tl.store(out + 2 * step, z_y)
+    tl.store(out + 3 * step, summed)
+    tl.store(out + 4 * step, (best + first).to(tl.float32))
+    tl.store(out + 5 * step, weighted)
+    tl.store(out + 6 * step, squares)
+
+
+@triton.jit
+def _shard_gradient(
+    x_ptr,
+    ids_ptr,
+    temperature_ptr,
+    factors_ptr,
+    grad_ptr,
+    x_stride,
+    grad_stride,
+    n_rows,
+    n_cols,
+    first,
+    ignore_index,
+    inner,
+    outer,
+    slope,
+    PADDED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SUM_P2: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradient of a row of some classes: see `contract.Kernels.gradient`. One program owns one row."""
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(ids_ptr + row)
+    x_row = x_ptr + row * x_stride
+    grad_row = grad_ptr + row * grad_stride
+    if y == ignore_index:
+        _no_gradient(grad_row, n_cols, BLOCK)
+        return
+    if HAS_TEMPERATURE:
+        tau = tl.load(temperature_ptr + row).to(tl.float32)
+        outer = outer / tau
+        slope = slope / tau
+    n_read = tl.cdiv(n_cols, _VECTOR) * _VECTOR if PADDED else n_cols
+    label = y - first
+    is_here = (label >= 0) & (label < n_cols)
+    label = tl.where(is_here, label, 0)
+    z_y, t_y = _scaled(tl.load(x_row + label).to(tl.float32), inner, outer, HAS_SOFTCAP, EXACT)
+    f = factors_ptr + row
+    step = tl.cast(n_rows, tl.int64)
+    _gradient(
+        x_row, grad_row, label, is_here, z_y, t_y, tl.load(f), tl.load(f + step), tl.load(f + 2 * step),
+        tl.load(f + 3 * step), tl.load(f + 4 * step), tl.load(f + 5 * step), n_cols, n_read, inner, outer, slope,
+        PADDED, ENTROPY, SUM_P2, HAS_SOFTCAP, EXACT, BLOCK, STAGES,
+    )  # fmt: skip
 
 
 def step(
@@ -258,12 +370,8 @@ def step(
         return
     if grad is not None and row_scale is None:
         row_scale = ones_like(numbers)
-    whole = n_cols % _VECTOR.value == 0
-    vectors = padded or (whole and logits.stride(0) % _VECTOR.value == 0)
-    capped, facts = o.softcap is not None, facts_of(logits.device)
-    config = Config.of(n_cols, logits.element_size(), capped, vectors, facts)
+    config, pads = tile(logits, o.softcap, padded)
     column = {name: i for i, name in enumerate(o.numbers)}
-    cap = o.softcap or 1.0
     launch(
         _logprobs,
         (n_rows,),
@@ -279,21 +387,107 @@ def step(
         0 if grad is None else grad.stride(0),
         n_cols,
         o.ignore_index,
-        o.scale / cap,
-        (cap if capped else o.scale) / o.temperature,
-        o.scale / o.temperature,
+        *_numbers(o),
         math.log(n_cols) * (1 - 2**-23),  # a sum rounds to more than there can be
-        PADDED=padded and not whole,
+        PADDED=pads,
         COLUMNS=len(column),
         ENTROPY=column.get("entropy", 0),
         LOGSUMEXP=column.get("logsumexp", 0),
         SUM_P2=column.get("sum_p2", 0),
         MEAN_LOGIT=column.get("mean_logit", 0),
-        HAS_SOFTCAP=capped,
+        HAS_SOFTCAP=o.softcap is not None,
         HAS_TEMPERATURE=temperature is not None,
         WRITE_TOP1=is_top1 is not None,
         WRITE_LSE=lse is not None,
         WRITE_GRAD=grad is not None,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def _numbers(o: LogProbsOptions) -> tuple[float, float, float]:
+    """inner, outer and slope: z = outer tanh(inner x), or outer x; dz/dx = slope (1 - tanh^2)."""
+    cap = o.softcap or 1.0
+    outer = (o.scale if o.softcap is None else cap) / o.temperature
+    return o.scale / cap, outer, o.scale / o.temperature
+
+
+def statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    *,
+    first: int,
+    options: LogProbsOptions,
+    out: Tensor,
+    padded: bool,
+) -> None:
+    o, (n_rows, n_cols) = options, logits.shape
+    if not n_rows:
+        return
+    config, pads = tile(logits, o.softcap, padded)
+    launch(
+        _shard_statistics,
+        (n_rows,),
+        logits,
+        ids,
+        temperature,
+        out,
+        logits.stride(0),
+        n_rows,
+        n_cols,
+        first,
+        o.ignore_index,
+        *_numbers(o)[:2],
+        PADDED=pads,
+        ENTROPY=o.entropy,
+        SUM_P2=o.sum_p2,
+        MEAN_LOGIT=o.mean_logit,
+        BEST=o.top1,
+        HAS_SOFTCAP=o.softcap is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        BLOCK=config.block,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def gradient(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    factors: Tensor,
+    *,
+    first: int,
+    options: LogProbsOptions,
+    grad: Tensor,
+    padded: bool,
+) -> None:
+    o, (n_rows, n_cols) = options, logits.shape
+    if not n_rows:
+        return
+    config, pads = tile(logits, o.softcap, padded)
+    launch(
+        _shard_gradient,
+        (n_rows,),
+        logits,
+        ids,
+        temperature,
+        factors,
+        grad,
+        logits.stride(0),
+        grad.stride(0),
+        n_rows,
+        n_cols,
+        first,
+        o.ignore_index,
+        *_numbers(o),
+        PADDED=pads,
+        ENTROPY=o.entropy,
+        SUM_P2=o.sum_p2,
+        HAS_SOFTCAP=o.softcap is not None,
+        HAS_TEMPERATURE=temperature is not None,
         BLOCK=config.block,
         STAGES=config.stages,
         num_warps=config.warps,

@@ -20,6 +20,12 @@ def _packed(make: Make, batch: int, heads: int, seq: int, dim: int) -> Tensor:
     return make.strided(batch, seq, heads * dim).unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
+def _complex(make: Make, *shape: int) -> tuple[Tensor, Tensor]:
+    """The real and the imaginary part of complex angles."""
+    pairs = make.randn(*shape, 2)
+    return pairs[..., 0], pairs[..., 1]
+
+
 def _case(
     id: str,
     why: str,
@@ -29,6 +35,7 @@ def _case(
     dim: int,
     angles: tuple[int, ...] | None = None,
     layout: Any = _transposed,
+    complex: bool = False,
     **options: Any,
 ) -> OpCase:
     """`heads`: of q and of k, 0 for no k; `angles`: the shape of cos, by default (1, S, D)."""
@@ -39,12 +46,24 @@ def _case(
         q, k = (layout(make, batch, n, seq, dim) if n else None for n in heads)
         if heads_third:
             q, k = (None if t is None else t.transpose(1, 2) for t in (q, k))
+        if complex:
+            return q, k, *_complex(make, *shape)
         return q, k, make.randn(*shape), make.randn(*shape)
 
     return case(id, why, inputs, **options)
 
 
 HALF: dict[str, Any] = {"rotary_dim": 12, "interleaved": True}
+COMPLEX: dict[str, Any] = {
+    "rotary_dim": 16,
+    "interleaved": True,
+    "complex": True,
+    "unsqueeze_dim": 2,
+}
+LLAMA4: dict[str, Any] = {**COMPLEX, "rotary_dim": 128, "large": True}
+QWEN2_VL: dict[str, Any] = {"mrope_section": (16, 24, 24), "large": True}
+TURNS: dict[str, Any] = {"mrope_section": (5, 2, 1), "mrope_interleaved": True}
+MIXED: dict[str, Any] = {"mrope_section": (1, 2, 3), "rotary_dim": 12, "interleaved": True}
 CASES = (
     _case("llama", "grouped heads, several programs, odd sequence", 2, 37, (4, 2), 16),
     _case("contiguous", "heads contiguous", 2, 5, (4, 2), 16, layout=Make.randn),
@@ -61,6 +80,10 @@ CASES = (
     _case("partial-explicit", "less than cos is wide", 2, 7, (2, 1), 24, rotary_dim=6),
     _case("interleaved", "neighbours, full-width cos", 2, 7, (2, 1), 16, interleaved=True),
     _case("interleaved-half", "half-width cos, odd sizes", 2, 7, (3, 1), 21, (2, 7, 6), **HALF),
+    _case("complex", "two parts in turns, partial", 2, 7, (3, 1), 18, (2, 7, 8), **COMPLEX),
+    _case("mrope", "tables by section", 2, 7, (2, 1), 16, (3, 2, 7, 16), mrope_section=(2, 1, 5)),
+    _case("mrope-turns", "Qwen3-VL, one batch axis", 2, 7, (2, 1), 16, (3, 1, 7, 16), **TURNS),
+    _case("mrope-pairs", "GLM-4V: neighbours, partial", 2, 7, (2, 1), 21, (3, 2, 7, 6), **MIXED),
     _case("no-k", "one tensor", 2, 7, (3, 0), 16),
     _case("k-unused", "no gradient for k", 2, 7, (2, 1), 16, unused=(1,)),
     _case("q-unused", "no gradient for q", 2, 7, (2, 1), 16, unused=(0,)),
@@ -69,6 +92,8 @@ CASES = (
     _case("no-tokens", "empty batch", 0, 4, (2, 1), 8),
     _case("llama-8b", "B4 S2048 32/8 D128", 4, 2048, (32, 8), 128, large=True),
     _case("llama-1b", "B8 S2048 32/8 D64", 8, 2048, (32, 8), 64, large=True),
+    _case("llama4", "B4 S2048 32/8 D128", 4, 2048, (32, 8), 128, (4, 2048, 64), **LLAMA4),
+    _case("qwen2-vl", "B4 S2048 32/8 D128", 4, 2048, (32, 8), 128, (3, 4, 2048, 128), **QWEN2_VL),
     _case("long", "one sequence of 32768", 1, 32768, (32, 8), 128, large=True),
 )
 SPEC = OpSpec(
@@ -77,6 +102,12 @@ SPEC = OpSpec(
     reference=reference.rope,
     cases=CASES,
     differentiable=(0, 1),
-    defaults={"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False},
+    defaults={
+        "unsqueeze_dim": 1,
+        "rotary_dim": None,
+        "interleaved": False,
+        "mrope_section": None,
+        "mrope_interleaved": False,
+    },
     traffic=(4, (0, 1)),
 )

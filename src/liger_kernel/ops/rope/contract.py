@@ -16,6 +16,8 @@ class RopeOptions(OpOptions):
     unsqueeze_dim: int = 1
     rotary_dim: int = 0  # even, at most the head dimension
     interleaved: bool = False
+    mrope_section: tuple[int, ...] | None = None
+    mrope_interleaved: bool = False
 
 
 class Kernels(Backward, Protocol):
@@ -31,5 +33,6 @@ class Kernels(Backward, Protocol):
     ) -> tuple[Grads, Saved]:
         """(q', k'), and what `backward` is given as `saved`.
 
-        cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension.
+        cos and sin: (1 or B, S, R), or (3, 1 or B, S, R) with an `mrope_section`; one layout, a stride of 1 or 2 in the
+        last dimension.
         """

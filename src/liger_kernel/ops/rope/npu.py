@@ -27,6 +27,8 @@ def unserved(
 ) -> str | None:
     heads, batch, head_dim = options.unsqueeze_dim, q.shape[0], q.shape[-1]
     most_heads = max(q.shape[heads], 0 if k is None else k.shape[heads])
+    if options.mrope_section is not None:
+        return "the angles are selected by section"
     if options.rotary_dim != head_dim:
         return "the columns after rotary_dim pass through"
     if torch.float64 in (cos.dtype, sin.dtype):

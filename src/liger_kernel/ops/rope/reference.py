@@ -12,17 +12,23 @@ def rope(
     unsqueeze_dim: int,
     rotary_dim: int | None,
     interleaved: bool,
+    mrope_section: tuple[int, ...] | None = None,
+    mrope_interleaved: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotates each pair (a, b) of the first R = `rotary_dim` columns to (a cos - b sin, b cos + a sin); (q', k').
 
     Pair i is columns (i, i + R/2), or (2i, 2i + 1) if interleaved. Its angle is column i of cos and sin, or column 2i
-    where they are interleaved and at least R wide. Computed in fp32 (float64 for float64), rounded once.
+    where they are interleaved and at least R wide; with an `mrope_section`, of the table that it selects. Computed in
+    fp32 (float64 for float64), rounded once.
     """
     if rotary_dim is None:
         rotary_dim = min(cos.shape[-1], q.shape[-1])
     half = rotary_dim // 2
     step = 2 if interleaved and cos.shape[-1] >= rotary_dim else 1
-    cos, sin = (_at_heads(t, unsqueeze_dim)[..., : half * step : step] for t in (cos, sin))
+    cos, sin = (t[..., : half * step : step] for t in (cos, sin))
+    if mrope_section is not None:
+        cos, sin = (_selected(t, mrope_section, mrope_interleaved) for t in (cos, sin))
+    cos, sin = (_at_heads(t, unsqueeze_dim) for t in (cos, sin))
 
     def rotated(x: Tensor) -> Tensor:
         compute = torch.promote_types(x.dtype, torch.float32)
@@ -47,3 +53,16 @@ def _at_heads(angles: Tensor, unsqueeze_dim: int) -> Tensor:
     if angles.ndim == 2:
         angles = angles.unsqueeze(0)
     return angles.unsqueeze(unsqueeze_dim)
+
+
+def _selected(angles: Tensor, section: tuple[int, ...], interleaved: bool) -> Tensor:
+    """(3, B, S, R/2) -> (B, S, R/2): the table of time, height or width for each column."""
+    time, height, width = section
+    column = torch.arange(angles.shape[-1], device=angles.device)
+    if interleaved:  # t h w t h w ..., then t where height or width have no more
+        axis = column % 3
+        more = column < 3 * torch.where(axis == 1, height, width)
+        table = torch.where(more, axis, 0)
+    else:
+        table = (column >= time).long() + (column >= time + height).long()
+    return angles.gather(0, table.expand(1, *angles.shape[1:]))[0]

@@ -29,15 +29,110 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def of(n_heads: tuple[int, ...], head_dim: int, rotary_dim: int) -> Config:
+    def of(
+        n_heads: tuple[int, ...],
+        head_dim: int,
+        rotary_dim: int,
+        elements: int = 4096,
+        whole: tuple[bool, ...] = (False, False),
+    ) -> Config:
+        """`elements`: of a tile, unless it has to hold `whole` tokens of one of the tensors."""
         block_half = next_power_of_2(rotary_dim // 2)
         rest = head_dim - rotary_dim
         block_rest = next_power_of_2(rest) if rest else 0
         widest = max(2 * block_half, block_rest)
-        budget = max(1, 4096 // widest)  # (token, head) rows in one tile
-        heads = tuple(min(next_power_of_2(n), budget) for n in n_heads)
+        budget = max(1, elements // widest)  # (token, head) rows in one tile
+        most = (1 << 16 if w else budget for w in whole)
+        heads = tuple(min(next_power_of_2(n), m) for n, m in zip(n_heads, most, strict=False))
         tokens = min(16, max(1, budget // max(heads)))
-        return Config(tokens, heads, block_half, block_rest)
+        warps = min(16, max(4, tokens * max(heads) * widest // 1024))
+        return Config(tokens, heads, block_half, block_rest, warps)
+
+
+@triton.jit
+def load_angles(
+    cos_ptr,
+    sin_ptr,
+    batch,
+    position,
+    token_mask,
+    cos_table,
+    cos_batch,
+    cos_token,
+    ROTARY: tl.constexpr,
+    COS_STEP: tl.constexpr,
+    TIME: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_TURNS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """(TOKENS, 1, BLOCK_HALF) cosines and sines.
+
+    TIME, HEIGHT, WIDTH: numbers of columns that read the first, second and third table; all 0 where there is one table.
+    """
+    half = tl.arange(0, BLOCK_HALF)[None, None, :]
+    at = (batch * cos_batch + position * cos_token)[:, None, None] + half * COS_STEP
+    if TIME + HEIGHT + WIDTH:
+        if IN_TURNS:
+            more = half < 3 * tl.where(half % 3 == 1, HEIGHT, WIDTH)
+            table = tl.where(more, half % 3, 0)
+        else:
+            table = (half >= TIME).to(tl.int32) + (half >= TIME + HEIGHT).to(tl.int32)
+        at += table.to(tl.int64) * cos_table
+    mask = token_mask[:, None, None] & (half < ROTARY // 2)
+    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_pairs(
+    rows,
+    row_mask,
+    stride,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Both columns of each pair, (TOKENS, HEADS, BLOCK_HALF) in fp32, of the rows that `rows` points to."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        x = tl.load(rows + cols * stride, mask=row_mask & (cols < ROTARY), other=0.0)
+        a, b = tl.split(tl.reshape(x.to(tl.float32), (TOKENS, HEADS, BLOCK_HALF, 2)))
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        mask = row_mask & (cols < ROTARY // 2)
+        a = tl.load(rows + cols * stride, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(rows + (cols + ROTARY // 2) * stride, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def store_pairs(
+    rows,
+    row_mask,
+    stride,
+    a,
+    b,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """What `load_pairs` loads, in the dtype of the pointers."""
+    dtype = rows.dtype.element_ty
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        x = tl.reshape(tl.join(a, b), (TOKENS, HEADS, 2 * BLOCK_HALF))
+        tl.store(rows + cols * stride, x.to(dtype), mask=row_mask & (cols < ROTARY))
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        mask = row_mask & (cols < ROTARY // 2)
+        tl.store(rows + cols * stride, a.to(dtype), mask=mask)
+        tl.store(rows + (cols + ROTARY // 2) * stride, b.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -67,7 +162,6 @@ def _rotate(
     BLOCK_REST: tl.constexpr,
 ):
     """out = x rotated by (TOKENS, 1, BLOCK_HALF) cosines and sines, for all heads of TOKENS tokens."""
-    dtype = out_ptr.dtype.element_ty
     x_tokens = x_ptr + (batch * x_batch + position * x_token)[:, None, None]
     out_tokens = out_ptr + (batch * out_batch + position * out_token)[:, None, None]
     for start in range(0, N_HEADS, HEADS):
@@ -75,22 +169,19 @@ def _rotate(
         row_mask = token_mask[:, None, None] & (heads < N_HEADS)[None, :, None]
         x_rows = x_tokens + (heads * x_head)[None, :, None]
         out_rows = out_tokens + (heads * out_head)[None, :, None]
-        if INTERLEAVED:
-            cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-            mask = row_mask & (cols < ROTARY)
-            x = tl.load(x_rows + cols * x_col, mask=mask, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (TOKENS, HEADS, BLOCK_HALF, 2)))
-            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-            turned = tl.reshape(turned, (TOKENS, HEADS, 2 * BLOCK_HALF))
-            tl.store(out_rows + cols * out_col, turned.to(dtype), mask=mask)
-        else:
-            cols = tl.arange(0, BLOCK_HALF)[None, None, :]
-            mask = row_mask & (cols < ROTARY // 2)
-            a = tl.load(x_rows + cols * x_col, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(x_rows + (cols + ROTARY // 2) * x_col, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_rows + cols * out_col, (a * cos - b * sin).to(dtype), mask=mask)
-            out_rows_b = out_rows + (cols + ROTARY // 2) * out_col
-            tl.store(out_rows_b, (b * cos + a * sin).to(dtype), mask=mask)
+        a, b = load_pairs(x_rows, row_mask, x_col, ROTARY, INTERLEAVED, TOKENS, HEADS, BLOCK_HALF)
+        store_pairs(
+            out_rows,
+            row_mask,
+            out_col,
+            a * cos - b * sin,
+            b * cos + a * sin,
+            ROTARY,
+            INTERLEAVED,
+            TOKENS,
+            HEADS,
+            BLOCK_HALF,
+        )
         if BLOCK_REST:
             cols = ROTARY + tl.arange(0, BLOCK_REST)[None, None, :]
             mask = row_mask & (cols < D)
@@ -109,6 +200,7 @@ def _rope(
     sign,
     n_tokens,
     seq,
+    cos_table,
     cos_batch,
     cos_token,
     q_batch,
@@ -133,6 +225,10 @@ def _rope(
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     COS_STEP: tl.constexpr,
+    TIME: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -144,11 +240,24 @@ def _rope(
     token_mask = tokens < n_tokens
     batch = (tokens // seq).to(tl.int64)
     position = (tokens % seq).to(tl.int64)
-    half = tl.arange(0, BLOCK_HALF)[None, None, :]
-    angle_at = (batch * cos_batch + position * cos_token)[:, None, None] + half * COS_STEP
-    mask = token_mask[:, None, None] & (half < ROTARY // 2)
-    cos = tl.load(cos_ptr + angle_at, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle_at, mask=mask, other=0.0).to(tl.float32) * sign
+    cos, sin = load_angles(
+        cos_ptr,
+        sin_ptr,
+        batch,
+        position,
+        token_mask,
+        cos_table,
+        cos_batch,
+        cos_token,
+        ROTARY,
+        COS_STEP,
+        TIME,
+        HEIGHT,
+        WIDTH,
+        IN_TURNS,
+        BLOCK_HALF,
+    )
+    sin *= sign
     _rotate(
         q_ptr,
         q_out_ptr,
@@ -202,7 +311,7 @@ def _rope(
         )
 
 
-def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, ...]:
+def strides_of(x: Tensor, unsqueeze_dim: int) -> tuple[int, ...]:
     """Strides of (batch, token, head, column)."""
     batch, second, third, column = x.stride()
     return (batch, third, second, column) if unsqueeze_dim == 1 else (batch, second, third, column)
@@ -214,6 +323,7 @@ def _rotated(
     """Each of the one or two tensors rotated by sign * the angles, in its own memory layout."""
     unsqueeze_dim, rotary_dim = options.unsqueeze_dim, options.rotary_dim
     interleaved = options.interleaved
+    section = options.mrope_section or (0, 0, 0)
     given = [x for x in tensors if x is not None]
     outs = [torch.empty_like(x) for x in given]
     first, last = given[0], given[-1]
@@ -223,7 +333,7 @@ def _rotated(
     config = Config.of(heads, head_dim, rotary_dim)
     strides: tuple[int, ...] = ()
     for x, out in zip(given, outs, strict=True):
-        strides += _strides(x, unsqueeze_dim) + _strides(out, unsqueeze_dim)
+        strides += strides_of(x, unsqueeze_dim) + strides_of(out, unsqueeze_dim)
     if n_tokens:
         launch(
             _rope,
@@ -237,8 +347,9 @@ def _rotated(
             sign,
             n_tokens,
             seq,
-            0 if cos.shape[0] == 1 else cos.stride(0),
-            cos.stride(1),
+            cos.stride(0),
+            0 if cos.shape[-3] == 1 else cos.stride(-3),
+            cos.stride(-2),
             *strides,
             *(() if len(given) == 2 else (0,) * 8),
             Q_HEADS=heads[0],
@@ -246,7 +357,11 @@ def _rotated(
             D=head_dim,
             ROTARY=rotary_dim,
             INTERLEAVED=interleaved,
-            COS_STEP=2 if interleaved and cos.shape[2] >= rotary_dim else 1,
+            COS_STEP=cos.stride(-1) * (2 if interleaved and cos.shape[-1] >= rotary_dim else 1),
+            TIME=section[0],
+            HEIGHT=section[1],
+            WIDTH=section[2],
+            IN_TURNS=options.mrope_interleaved,
             TOKENS=config.tokens,
             Q_BLOCK=config.heads[0],
             K_BLOCK=config.heads[-1],
@@ -261,7 +376,6 @@ def _rotated(
 def forward(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, options: RopeOptions, needs: Needs
 ) -> tuple[Grads, Saved]:
-    """cos and sin: (1 or B, S, R), one layout, unit stride in the last dimension."""
     outs = _rotated((q, k), cos, sin, 1.0, options)
     return tuple(outs), (cos, sin)
 

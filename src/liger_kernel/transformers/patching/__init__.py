@@ -1,8 +1,8 @@
 """`patch(model)`: fused kernels in place of the slow parts of a HuggingFace model, proven, reported, reversible.
 
 The model's own forward stays as HF wrote it. What changes are instance attributes of that one model: the class of its
-head, the `forward` of norms, gated MLPs and attention modules, the gate between the products of experts. Each of these
-is a site, a file in `sites/`.
+head, the `forward` of norms, gated MLPs, attention modules and Linears with adapters, the gate between the products of
+experts. Each of these is a site, a file in `sites/`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
         chunk_size, memory_budget, accum_dtype, strict: see `PatchOptions`.
 
     Returns: a `PatchReport`; print it for a table. A model that is patched already with the same options is left as it
-        is, unless something was put in the place of ours since; with other options it is unpatched first.
+        is, unless something was put in the place of ours since, or adapters came; with other options it is unpatched
+        first.
     Raises: TypeError for something that is no module or an unknown option; ValueError for options that exclude each
         other, and with `strict=True` if nothing could be replaced; whatever one of our ops raises in a proof. The
         model is then not patched.
@@ -54,7 +55,8 @@ if patch.__doc__:
 def _patch(model: nn.Module, wanted: PatchOptions) -> PatchReport:
     before = state_of(model)
     if before is not None:
-        if before.options == wanted and before.is_in_place():
+        whole = before.is_in_place() and all(site.is_complete(model, before) for site in SITES)
+        if before.options == wanted and whole:
             before.renew()
             return before.report
         unpatch(model)

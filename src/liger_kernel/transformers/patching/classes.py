@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from liger_kernel.transformers.modules import rope as rope_module
@@ -38,6 +39,7 @@ class GlobalPatch:
 
     _holds: dict[tuple[str, str], list[Any]] = {}  # noqa: RUF012 - shared on purpose: (original, count)
     _own: list[Any] | None = None  # the one that this patch counts in
+    _late: list[GlobalPatch] = []  # noqa: RUF012 - shared on purpose: those that died while Dynamo compiled
 
     def __init__(self, module: types.ModuleType, name: str, value: Any):
         self._key, self._module, self._value = (module.__name__, name), module, value
@@ -49,6 +51,11 @@ class GlobalPatch:
         self._own[1] += 1
 
     def remove(self) -> None:
+        late, self._late[:] = [*self._late], []
+        for patch in (*late, self):
+            patch._give_back()
+
+    def _give_back(self) -> None:
         hold, self._own = self._own, None
         if hold is None or self._holds.get(self._key) is not hold:
             return
@@ -58,7 +65,16 @@ class GlobalPatch:
                 setattr(self._module, self._key[1], hold[0])
             del self._holds[self._key]
 
-    __del__ = remove  # with the last reference to the model that held it
+    def __del__(self) -> None:
+        """With the last reference to the model that held it.
+
+        The collector runs at any time, also while Dynamo compiles another model that reads these globals: its guards
+        would be about a function that is gone. Ours computes the same, so it may stay until the next `remove`.
+        """
+        if torch._guards.CompileContext.try_get() is None:
+            self.remove()
+        else:
+            self._late.append(self)
 
     def __reduce__(self) -> Any:
         """A copy, and what is unpickled in another process, is a hold of its own."""

@@ -258,9 +258,9 @@ def parts_of(module: nn.Module, slot: str, path: tuple[str, ...] = ()) -> Iterat
             yield from parts_of(child, "forward", (*path, name))
 
 
-def numbers(module: nn.Module, kind: type) -> dict[str, Any]:
-    """The numbers of a type that the forward of a module names, and that the module or its class holds."""
-    part = Part.of(module, "forward", ())
+def numbers(module: nn.Module, kind: type, slot: str = "forward") -> dict[str, Any]:
+    """The numbers of a type that a method of a module names, and that the module or its class holds."""
+    part = Part.of(module, slot, ())
     return {n: v for n, v in (*part.members, *part.plain) if type(v) is kind}
 
 

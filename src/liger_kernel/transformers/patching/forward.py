@@ -32,7 +32,8 @@ from liger_kernel.transformers.patching.state import Ours, State, is_replaced
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
-CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS)
+_OF_THE_LOSS = ("accum_dtype", "ce_weight", "label_smoothing", "lse_square_scale")
+CALL_OPTIONS = ("skip_logits", "use_token_scaling", *METRICS, *_OF_THE_LOSS)
 _EXPORTS = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 cannot tell
 KEY = "_liger_loss"  # where the FusedForward of a model hangs
 
@@ -98,8 +99,7 @@ class ForwardCall:
             weight,
             request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
             bias,
-            **request.arguments,
-            **self.loss_options,
+            **{**request.arguments, **self.loss_options},
             label_count=self._count_for(request),
         )
         if not isinstance(result, functional.CrossEntropyOutput):
@@ -225,7 +225,7 @@ class FusedForward:
         cast(State, self.state).bind(self.model, _replicate_for_data_parallel=_replica)
         attributes = self.model.__dict__
         attributes[KEY] = self
-        if not leads_here(attributes.get("forward")):
+        if not leads_here(self.model.forward):
             if is_replaced(self.model):
                 self.beneath = attributes["forward"]
             attributes["forward"] = BoundForward(self)
@@ -234,7 +234,8 @@ class FusedForward:
         """Taken back; what somebody set around ours stays, and ours calls what is beneath it from now on."""
         attributes = self.model.__dict__
         del attributes[KEY]
-        if is_ours(attributes.get("forward")):
+        own: Any = attributes.get("forward")
+        if is_ours(own) and own._liger:
             del attributes["forward"]
             if self.beneath is not None:
                 attributes["forward"] = self.beneath
@@ -253,7 +254,7 @@ class FusedForward:
 
     def is_in_place(self) -> bool:
         attributes = self.model.__dict__
-        return leads_here(attributes.get("_old_forward", attributes.get("forward")))
+        return leads_here(attributes.get("_old_forward", self.model.forward))
 
     def verdict(self, path: str) -> str | None:
         """Why the loss of this head is not fused as things are now; None if it is."""
@@ -278,7 +279,9 @@ class FusedForward:
         if labels is None and shift_labels is not None:
             # HF's forward asks only `labels` whether to compute a loss
             kwargs["labels"] = labels = shift_labels
-        wanted = {name: value for name, value in given.items() if value}
+        wanted = {
+            n: value for n, value in given.items() if value is not None and value is not False
+        }
         # Without labels no loss takes the place of the logits, so they come, `skip_logits` or not: for label smoothing
         # and `compute_loss_func` HF's Trainer takes the labels away, and `evaluate()` sends `skip_logits=True` still.
         asked = model.training if skip_logits is None else bool(skip_logits)
@@ -290,7 +293,7 @@ class FusedForward:
         for name in LOSS_OPTIONS:
             value = getattr(options, name)
             if value is not None:
-                wanted[name] = value
+                wanted.setdefault(name, value)
         call = ForwardCall(self, True, skip_logits, wanted, options.logits, self.around())
         if not torch.compiler.is_compiling():
             self.adopt()
@@ -307,6 +310,10 @@ class FusedForward:
         """The forward of the model; once the patch is taken back, HF's."""
         model: Any = self.model
         beneath = self.beneath or functools.partial(type(model).forward, model)
+        return self.call(beneath, *args, **kwargs)
+
+    def call(self, beneath: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """`beneath(*args, **kwargs)`, a forward of the model, with its loss fused."""
         if self.state is None:
             return beneath(*args, **kwargs)
         call, kwargs = self.begin(args, kwargs)
@@ -366,7 +373,7 @@ def function_of(cls: Any) -> Callable[..., Any]:
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(forward, name, getattr(cls.forward, name))
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    forward._liger = True  # type: ignore[attr-defined]
+    forward._liger = True  # type: ignore[attr-defined] # False: the user put it there
     return forward
 
 

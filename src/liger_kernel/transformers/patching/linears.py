@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-_FORWARDS: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Dropout)}
+_FORWARDS: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}
 _F_LINEAR = F.linear
+_OF_TORCH = (nn.Parameter, torch.Tensor)  # sharded and quantised weights are subclasses
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, f"_global{name}") for name in _HOOKS)
 
 
-def _is_hooked(attributes: dict[str, Any]) -> bool:
+def is_hooked(attributes: dict[str, Any]) -> bool:
+    """Whether somebody sees the calls of the module that has these attributes."""
     return any(map(attributes.get, _HOOKS)) or any(_GLOBAL_HOOKS)
 
 
@@ -26,7 +28,7 @@ def _is_plain(module: nn.Module, cls: Any) -> bool:
         type(module) is cls
         and cls.forward is _FORWARDS[cls]
         and "forward" not in attributes
-        and not _is_hooked(attributes)
+        and not is_hooked(attributes)
     )
 
 
@@ -36,17 +38,25 @@ def matmul_weight(linear: Any) -> Tensor | None:
     That is so for adapters and quantised layers (classes of their own), for hooks, for sharded weights (subclasses of
     Tensor), for biases, and where `forward` was replaced. Looked at in every call.
     """
+    found = weight_and_bias(linear)
+    return found[0] if found is not None and found[1] is None else None
+
+
+def weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None] | None:
+    """As `matmul_weight`, of a Linear that may have a bias."""
     if F.linear is not _F_LINEAR or not _is_plain(linear, nn.Linear):
         return None
     parameters = linear.__dict__["_parameters"]
-    weight: Tensor | None = parameters.get("weight")
-    if type(weight) not in (nn.Parameter, torch.Tensor) or parameters.get("bias") is not None:
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in _OF_TORCH or (bias is not None and type(bias) not in _OF_TORCH):
         return None
-    return weight
+    return weight, bias
 
 
 def drops_nothing(dropout: Any) -> bool:
-    """Whether the call of a dropout may be left out now."""
+    """Whether the call of a dropout, or of what stands in for one, may be left out now."""
+    if _is_plain(dropout, nn.Identity):
+        return True
     return _is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
 
 
@@ -64,7 +74,7 @@ def is_inert(child: nn.Module) -> bool:
 
 def is_watched(attributes: dict[str, Any]) -> bool:
     """Whether somebody has to see the call of an inert child; ZeRO-3 hooks every module, and has no use for these."""
-    if not _is_hooked(attributes):
+    if not is_hooked(attributes):
         return False
     hooks = (h for table in (*map(attributes.get, _HOOKS), *_GLOBAL_HOOKS) for h in table.values())
     return any(not str(getattr(h, "__module__", "")).startswith("deepspeed.") for h in hooks)

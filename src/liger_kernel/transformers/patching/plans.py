@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
 from liger_kernel.transformers.patching.facts import Facts
+from liger_kernel.transformers.patching.linears import is_hooked
 from liger_kernel.transformers.patching.state import OWNER, Bound, State
 
 
@@ -90,6 +91,13 @@ def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
     if ours_runs() and plan.holds(module):
         return plan.call(module, *args, **kwargs)
     return getattr(type(module), plan.slot)(module, *args, **kwargs)
+
+
+def runs_bare(module: nn.Module, plan: MethodPlan) -> bool:
+    """Whether a call of the module made now is that of its plan, and nobody else sees it."""
+    attributes = module.__dict__
+    ours = getattr(attributes.get(plan.slot), "func", None) is call
+    return ours and not is_hooked(attributes) and ours_runs() and plan.holds(module)
 
 
 def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None:

@@ -158,7 +158,7 @@ class Theirs:
         try:
             for training in modes:
                 low = _Run(function, *self._given, training, backward)
-                with _InFloat64():
+                with InFloat64():
                     high = _Run(function, *self._in_float64, training, backward)
                 self._runs[training] = low, high
         except Exception as error:  # foreign code may raise anything
@@ -210,7 +210,12 @@ def _within(
     )
 
 
-class _InFloat64(TorchDispatchMode):
+def within(ours: Sequence[Tensor], high: Sequence[Tensor]) -> bool:
+    """Whether both, in float64, are the same but for rounding."""
+    return _within(ours, high, high, 2.0)
+
+
+class InFloat64(TorchDispatchMode):
     """What a module converts to float32, whatever it is given, becomes float64: the truth needs no other code."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -37,6 +37,7 @@ class Site:
         prove: the plan for a module; or the reason why there is none; or None for a module that deserves no row.
         install: carries out a plan.
         slot: the method that is replaced, if it is one. Where an instance has it already, the report says so.
+        grows: whether others add places to a model that is patched, for the next `patch` to visit.
     """
 
     options: tuple[Option, ...]
@@ -45,10 +46,21 @@ class Site:
     prove: Callable[[nn.Module, State], plans.Plan | str | None]
     install: Callable[[nn.Module, Any, State], None] = plans.install
     slot: str | None = "forward"
+    grows: bool = False
+
+    def is_complete(self, model: nn.Module, state: State) -> bool:
+        """Whether all of its places in `model` are in the report, which those that came after patching are not."""
+        if not self.grows or not self._is_on(state):
+            return True
+        known = {row.path for row in state.report.rows if row.kind == self.kind}
+        return all(path in known for path, _ in self.candidates(model))
+
+    def _is_on(self, state: State) -> bool:
+        return any(option.name in state.options.enabled for option in self.options)
 
     def patch(self, model: nn.Module, state: State) -> None:
         """Replace what can be replaced in `model`, and report all of it."""
-        if not any(option.name in state.options.enabled for option in self.options):
+        if not self._is_on(state):
             return
         for path, module in self.candidates(model):
             found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch

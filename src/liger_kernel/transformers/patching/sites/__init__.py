@@ -16,6 +16,7 @@ _FILES = (
     "relu_squared",
     "experts",
     "rope",
+    "lora",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

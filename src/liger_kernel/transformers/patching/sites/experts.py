@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import product, starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liger_kernel.ops import glu as glu_op
-from liger_kernel.transformers.patching import proof
+from liger_kernel.transformers.patching import facts, proof
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
-from liger_kernel.transformers.patching.sites.mlps import ACTIVATIONS, MLP
+from liger_kernel.transformers.patching.sites.mlps import MLP, Gate, far, gates
 from liger_kernel.transformers.patching.state import State
 
 _GATE = "_apply_gate"
@@ -26,18 +27,26 @@ _GATE = "_apply_gate"
 
 @dataclass(frozen=True)
 class ExpertsPlan(MethodPlan):
-    """`act(gate) * up` of (S, 2I) rows, the gate in the first half."""
+    """`act(gate) * up` of (S, 2I) rows, the gate in the first half, or in the even places."""
 
     kind = "experts"
     slot = _GATE
 
-    activation: str
+    form: Gate
+    interleaved: bool
 
     def __str__(self) -> str:
-        return f"{ACTIVATIONS[self.activation]}(fused gate_up)"
+        return self.form.named("interleaved gate_up" if self.interleaved else "fused gate_up")
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        return glu_op.glu_packed(x, self.activation)
+        form = self.form
+        return glu_op.glu_packed(
+            x,
+            form.activation,
+            limit=form.limit,
+            alpha=form.alpha,
+            interleaved=self.interleaved,
+        )
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -54,12 +63,13 @@ def find_plan(module: nn.Module) -> ExpertsPlan | None:
     twin = proof.clone(module, {}, {})
     gate_up = 3 * torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     gate = getattr(type(module), _GATE)
-    exact = proof.Theirs(gate, twin, [gate_up])
+    exact = [proof.Theirs(gate, twin, [x]) for x in (gate_up, far(gate_up))]
     rounded = proof.Theirs(gate, twin, [gate_up.bfloat16()], backward=False)
-    plans = map(ExpertsPlan, ACTIVATIONS)
-    return next(
-        (p for p in plans if exact.agrees(p.compute) and rounded.rounds_like(p.compute)), None
-    )
+    numbers = (v for kind in (float, int) for v in facts.numbers(module, kind, _GATE).values())
+    for plan in starmap(ExpertsPlan, product(gates(numbers), (False, True))):
+        if all(t.agrees(plan.compute) for t in exact) and rounded.rounds_like(plan.compute):
+            return plan
+    return None
 
 
 def _prove(module: nn.Module, state: State) -> ExpertsPlan | str:

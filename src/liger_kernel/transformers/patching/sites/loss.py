@@ -66,27 +66,28 @@ def language_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", model
 
 
+def fuse(model: nn.Module, state: State) -> None:
+    """Whether a head can be fused is looked at in every forward, and where the report is read."""
+    found = list(language_models(model))
+    if not found:
+        state.report.add(SITE.kind, type(model).__name__, reason="no head onto the vocabulary")
+    for prefix, inner in found:
+        site: FusedForward | None = inner.__dict__.get(KEY)
+        if site is None or site.state is None:  # not of an enclosing or earlier patch
+            site = FusedForward(inner, state, tuple(head_paths(inner)))
+            site.install()
+            state.handles.append(site)
+        for path in site.paths:
+            check = functools.partial(FusedForward.verdict, site, path)
+            state.report.add(SITE.kind, prefix + path, by="fused linear cross entropy", check=check)
+    state.report.forecast = saved_bytes
+
+
 @dataclass(frozen=True)
 class _FusedLoss(Site):
     def patch(self, model: nn.Module, state: State) -> None:
-        """Whether a head can be fused is looked at in every forward, and where the report is read."""
-        if not any(option.name in state.options.enabled for option in self.options):
-            return
-        found = list(language_models(model))
-        if not found:
-            state.report.add(self.kind, type(model).__name__, reason="no head onto the vocabulary")
-        for prefix, inner in found:
-            site: FusedForward | None = inner.__dict__.get(KEY)
-            if site is None or site.state is None:  # not of an enclosing or earlier patch
-                site = FusedForward(inner, state, tuple(head_paths(inner)))
-                site.install()
-                state.handles.append(site)
-            for path in site.paths:
-                check = functools.partial(FusedForward.verdict, site, path)
-                state.report.add(
-                    self.kind, prefix + path, by="fused linear cross entropy", check=check
-                )
-        state.report.forecast = saved_bytes
+        if any(option.name in state.options.enabled for option in self.options):
+            fuse(model, state)
 
 
 def loss_sites(model: nn.Module, tokens: int) -> Iterator[LossSite]:

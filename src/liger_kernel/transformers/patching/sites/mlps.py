@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -14,15 +14,54 @@ from torch import Tensor, nn
 
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import glu as glu_op
+from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.transformers.patching import facts, proof
 from liger_kernel.transformers.patching.linears import drops_nothing, maps_features, matmul_weight
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
+from liger_kernel.transformers.patching.sites import lora
 from liger_kernel.transformers.patching.state import State
 
 MLP = Option("mlp", True, "gated MLPs, the gates of experts, and squared ReLUs.")
-ACTIVATIONS = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGeGLU", "gelu": "LigerGeGLU(erf)"}
+ACTIVATIONS = {
+    "silu": ("LigerSwiGLU",),
+    "gelu_tanh": ("LigerGeGLU",),
+    "gelu": ("LigerGeGLU", "erf"),
+    "silu_oai": ("LigerSwiGLU", "up + 1"),
+    "silu_step": ("LigerSwiGLU", "limit after silu"),
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What of two projections is the product: options of `glu`."""
+
+    activation: str
+    limit: float | None = None
+    alpha: float = 1.0
+
+    def named(self, *more: str) -> str:
+        """In the report."""
+        name, *form = ACTIVATIONS[self.activation]
+        form += [f"limit={self.limit:g}"] if self.limit is not None else []
+        form += [f"alpha={self.alpha:g}"] if self.alpha != 1 else []
+        return f"{name}({', '.join((*form, *more))})" if form or more else name
+
+
+def gates(numbers: Iterable[float]) -> Iterator[Gate]:
+    """Those that a module may have that names `numbers`, the plain ones first."""
+    yield from map(Gate, ACTIVATIONS)
+    limits = [float(n) for n in numbers if n > 0]
+    for limit, alpha in product(limits, dict.fromkeys((1.0, *limits))):
+        for activation in ACTIVATIONS:
+            if alpha == 1 or not activation.startswith("gelu"):
+                yield Gate(activation, limit, alpha)
+
+
+def far(rows: Tensor) -> Tensor:
+    """`rows` up to a ten-thousandfold, so that no limit goes unseen."""
+    return rows * torch.logspace(0, 4, len(rows))[:, None]
 
 
 @dataclass(frozen=True)
@@ -38,17 +77,17 @@ class MLPPlan(MethodPlan):
     gate: str
     up: str | None
     down: str
-    activation: str
+    form: Gate
     multipliers: tuple[float, float] = (1.0, 1.0)
     dropouts: tuple[str | float | None, str | float | None] = (None, None)
     up_first: bool = False  # the order in which adapters draw their dropout
 
     def __str__(self) -> str:
-        return ACTIVATIONS[self.activation] + ("" if self.up else "(fused gate_up)")
+        return self.form.named(*(() if self.up else ("fused gate_up",)))
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         children: Any = module.__dict__["_modules"]
-        into_act, scale = self.multipliers
+        form, (into_act, scale) = self.form, self.multipliers
         inner, last = (_dropout(module, d) for d in self.dropouts)
         up = None if self.up is None else children[self.up]
         gate, down = children[self.gate], children[self.down]
@@ -57,13 +96,20 @@ class MLPPlan(MethodPlan):
         whole = (up is None) == (w_up is None) and inner is None
         if whole and w_gate is not None and w_down is not None and x.dtype == w_gate.dtype:
             # one op, which keeps a third less for backward
-            y = gated_mlp_op.gated_mlp(x, w_gate, w_up, w_down, self.activation, into_act)
+            y = gated_mlp_op.gated_mlp(
+                x, w_gate, w_up, w_down, form.activation, into_act, form.limit, form.alpha
+            )
         else:
             ups = up(x) if up is not None and self.up_first else None
             gated = gate(x)
             ups = up(x) if up is not None and not self.up_first else ups
-            product = glu_op.gated_product(gated, ups, self.activation, into_act)
-            y = down(product if inner is None else inner(product))
+            glu = GLUOptions(form.activation, into_act, limit=form.limit, alpha=form.alpha)
+            fused = lora.down_of_product(down, gated, ups, glu) if inner is None else None
+            if fused is not None:
+                y = fused
+            else:
+                product = glu_op.gated_product(gated, ups, **glu.named())
+                y = down(product if inner is None else inner(product))
         y = y if scale == 1 else y * scale
         return y if last is None else last(y)
 
@@ -94,7 +140,9 @@ def _candidates(module: nn.Module) -> Iterator[tuple[dict[str, tuple[int, int]],
     """Plans that fit the Linears, and small sizes for them that are equal where the real ones are."""
     linears = _linears(module)
     floats = dict.fromkeys((1.0, *facts.numbers(module, float).values()))
-    rest = list(product(ACTIVATIONS, product(floats, floats)))
+    numbers = (*floats, *facts.numbers(module, int).values())
+    rest = list(product(map(Gate, ACTIVATIONS), product(floats, floats)))
+    rest += [(gate, (1.0, 1.0)) for gate in gates(numbers) if gate.limit is not None]
     for down, last in linears.items():
         others = [name for name in linears if name != down]
         first, inner = linears[others[0]], last.in_features
@@ -133,6 +181,7 @@ def _theirs(
     features: int,
     linear: type[nn.Linear],
     training: bool,
+    spread: Callable[[Tensor], Tensor] = torch.clone,
 ) -> proof.Theirs:
     """The module's own results in one mode, with small Linears."""
     children: dict[str, nn.Module] = {}
@@ -140,7 +189,7 @@ def _theirs(
         bias = getattr(module._modules[name], "bias", None) is not None
         children[name] = linear(n_in, n_out, bias=bias)
     twin = proof.clone(module, {}, children)
-    x = 3 * torch.randn(5, features)
+    x = spread(3 * torch.randn(5, features))
     return proof.Theirs(type(module).forward, twin, [x], modes=[training])
 
 
@@ -149,8 +198,8 @@ def find_plan(module: nn.Module) -> MLPPlan | None:
     """The proven plan for this module, or why there is none."""
     for sizes, plans in _candidates(module):
         theirs = partial(_theirs, module, sizes, sizes[plans[0].gate][0])
-        quiet = theirs(nn.Linear, False)
-        plan = next((plan for plan in plans if quiet.agrees(plan.compute)), None)
+        quiet = theirs(nn.Linear, False), theirs(nn.Linear, False, far)
+        plan = next((p for p in plans if all(t.agrees(p.compute) for t in quiet)), None)
         if plan is None:
             continue
         loud = theirs(nn.Linear, True), theirs(_Adapted, True)

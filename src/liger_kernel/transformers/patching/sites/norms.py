@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import layer_norm as layer_norm_op
 from liger_kernel.ops import rms_norm as rms_norm_op
-from liger_kernel.transformers.patching import facts, proof
+from liger_kernel.transformers.patching import facts, proof, unnormed
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
@@ -69,6 +69,11 @@ class NormPlan(MethodPlan):
         return (False,) * self.ungated + (True,) * (self.gate is not None)
 
     @property
+    def can_wait(self) -> bool:
+        """Whether `qk_norm_rope` computes it."""
+        return self.op == "rms_norm" and not self.group_size and self.ungated
+
+    @property
     def label(self) -> str:
         return "LigerRMSNorm" if self.op == "rms_norm" else "LigerLayerNorm"
 
@@ -83,7 +88,7 @@ class NormPlan(MethodPlan):
         but = f", except with {self.unproven}" if self.unproven else ""
         return (f"{self.label}({text})" if text else self.label) + but
 
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             x, gate = args[0], None
         elif len(args) == 2 and not kwargs:
@@ -95,6 +100,10 @@ class NormPlan(MethodPlan):
         weight = self._weight(module)
         if not self._takes(weight, x, gate):
             return type(module).forward(module, *args, **kwargs)
+        if gate is None and self.can_wait and unnormed.may_wait(module, x, weight):
+            norm = unnormed.Norm(self._eps(module), self.offset, self.casting_mode)
+            compute = functools.partial(self.compute, module, x, None, weight)
+            return unnormed.Unnormed(norm, module, weight, x, compute)
         return self.compute(module, x, gate, weight)
 
     def _takes(self, weight: Tensor | None, x: Tensor, gate: Any) -> bool:
@@ -131,9 +140,12 @@ class NormPlan(MethodPlan):
         normed = self._norm(module, weight, x if self.casting_mode == "llama" else _wide(x))
         return gated.apply(gate, normed).to(x.dtype)
 
+    def _eps(self, module: nn.Module) -> float:
+        return getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+
     def _norm(self, module: nn.Module, weight: Tensor | None, x: Tensor) -> Tensor:
         """In the dtype of x."""
-        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        eps = self._eps(module)
         if self.op == "layer_norm":
             weight = weight + self.offset if weight is not None and self.offset else weight
             return layer_norm_op.layer_norm(x, weight, getattr(module, "bias", None), eps)
@@ -258,7 +270,7 @@ def _size(module: nn.Module) -> int:
     return shape[-1] if isinstance(shape, tuple) and shape else 64
 
 
-def _twin(module: nn.Module, dtype: torch.dtype, rounded_to: torch.dtype) -> nn.Module:
+def twin_of(module: nn.Module, dtype: torch.dtype, rounded_to: torch.dtype) -> nn.Module:
     """A clone with random parameters in `dtype`, whose values `rounded_to` holds exactly."""
     generator = torch.Generator().manual_seed(0)
     drawn: dict[str, Tensor | None] = dict(module._parameters)
@@ -284,7 +296,7 @@ def _theirs(
     """The module's own results in these dtypes, for values that the narrower of them holds."""
     narrow = min((x, weights), key=lambda dtype: dtype.itemsize)
     inputs = [t.to(x) for t in _inputs(module, gated, narrow)]
-    twin = _twin(module, weights, narrow)
+    twin = twin_of(module, weights, narrow)
     return proof.Theirs(type(module).forward, twin, inputs, backward)
 
 

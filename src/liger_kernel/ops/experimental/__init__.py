@@ -1,0 +1,1 @@
+"""What the incumbent calls experimental; both modules are aliases, in `liger_kernel.compat`."""

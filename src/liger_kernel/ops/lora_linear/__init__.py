@@ -1,0 +1,244 @@
+"""Linears with low-rank adapters (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685), a node for each.
+
+An adapter adds two thin products, whose FLOPs are few, and then costs by what it moves: scaling and adding its result
+are two passes over the output, and its share of the input's gradient is one more. Here all of them are the beta of a
+matrix product. Linears that read the same input, as query, key and value do, add up its gradient in one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liger_kernel._core.autograd import autocast_dtype, is_transformed, refuse_double_backward
+from liger_kernel._core.checks import check_floating, check_same_device
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.shapes import as_rows
+from liger_kernel.ops.lora_linear import reference
+
+_MET = "_liger_met"
+
+
+class Adapter(NamedTuple):
+    """lora_a: (r, H). lora_b: (O, r). dropped: what it reads in the place of x, where a dropout lies before it."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropped: Tensor | None = None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+) -> Tensor:
+    """`x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T`, without a pass over memory for the adapter.
+
+    Args:
+        x: (..., H), any strides. weight: (O, H), bias: (O,) or None, in the dtype of x. lora_a: (r, H), lora_b: (O, r),
+            in one dtype, that of x or a wider one, in which the adapter is computed then.
+        scaling: in PEFT `lora_alpha / r`.
+
+    Returns: (..., O) in the dtype of x; under autocast all is computed in its dtype. For backward it keeps x and
+    `x @ lora_a.T`; Linears that are given the same tensor keep it once, and add their gradients up in place.
+    Under torch.compile and other transforms, and for DTensors, PyTorch's own ops compute.
+    Raises: ValueError for shapes that do not fit, TypeError for integers and other mixes of dtypes.
+    """
+    _check(x, weight, bias, lora_a, lora_b)
+    if is_transformed() or any(map(is_dtensor, (x, weight, bias, lora_a, lora_b))):
+        return reference.lora_linear(x, weight, bias, lora_a, lora_b, float(scaling))
+    return adapted(x, weight, bias, [Adapter(lora_a, lora_b, float(scaling))])
+
+
+def adapted(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    again: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`lora_linear` of several adapters; of tensors that fit.
+
+    again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
+        gradient goes no other way.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    meeting = None
+    if again is None:
+        x, meeting = _met(x, dtype)
+    flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
+    scalings = [a.scaling for a in adapters]
+    y: Tensor = _Adapted.apply((dtype, scalings, again), meeting, x, weight, bias, *flat)
+    return y
+
+
+class _Meeting(torch.autograd.Function):
+    """Where the gradients of an input of several products add up, in one buffer, before they go on to it.
+
+    It returns an empty tensor, which only ties the products to this node: one that shared the memory of x would keep x
+    alive, which keeps it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.of_task = None
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: None) -> Tensor | None:
+        refuse_double_backward()
+        total, ctx.of_task = _total(ctx), None
+        return total
+
+
+def _total(node: Any) -> Tensor | None:
+    """What this backward has added up; one that stopped before this node may have left its own."""
+    task, total = node.of_task or (None, None)
+    return total if task == _task() else None
+
+
+def _task() -> int:
+    return int(torch._C._current_graph_task_id())
+
+
+def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The numbers of x in `dtype`, and where its gradients meet: once for all that read x as it is now."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x.to(dtype), None
+    key = (x._version, dtype)
+    before = None if x.is_leaf else x.__dict__.get(_MET)
+    if before is None or before[0] != key:
+        before = key, _Meeting.apply(x), None if x.dtype == dtype else x.detach().to(dtype)
+        if not x.is_leaf:  # the node of a leaf holds it: what it held in turn would never be freed
+            x.__dict__[_MET] = before
+    _, meeting, converted = before
+    return x.detach() if converted is None else converted, meeting
+
+
+class _Adapted(torch.autograd.Function):
+    """options: the dtype of the products, the scalings, `again`.
+
+    Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
+        dtype, scalings, again = options
+        x, weight, bias, *flat = tensors
+        ctx.set_materialize_grads(False)
+        autocast = autocast_dtype(x) is not None
+        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        rows, out = as_rows(x), y.view(-1, weight.shape[0])
+        middles, products, reads = [], [], list(flat[2::3])
+        for i, scaling in enumerate(scalings):
+            lora_a, lora_b, dropped = flat[3 * i : 3 * i + 3]
+            wide = dtype if autocast else lora_a.dtype
+            read = (rows if dropped is None else as_rows(dropped)).to(wide)
+            if dropped is not None:
+                reads[i] = read
+            middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
+            middles.append(middle)
+            products.append((middle, lora_b.to(wide).t(), scaling))
+        _add_products(out, products)
+        ctx.of_forward = options, x.shape, None if meeting is None else meeting.grad_fn
+        ctx.save_for_backward(
+            None if again else rows, weight, *flat[0::3], *flat[1::3], *reads, *middles
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        refuse_double_backward()
+        (dtype, scalings, again), shape, meeting = ctx.of_forward
+        needs = ctx.needs_input_grad[2:]
+        if grads[0] is None:
+            return (None,) * (2 + len(needs))
+        rows, weight, *rest = ctx.saved_tensors
+        n = len(scalings)
+        lora_as, lora_bs, reads, middles = (rest[i * n : i * n + n] for i in range(4))
+        dy = as_rows(grads[0])
+        dx = None
+        if meeting is not None or needs[0]:
+            dx = None if meeting is None else _total(meeting)
+            w = weight.to(dtype)
+            dx = torch.mm(dy, w) if dx is None else dx.view(-1, w.shape[1]).addmm_(dy, w)
+        found: list[Tensor | None] = [None] * (3 * n)
+        inner, products = [], []
+        for i, scaling in enumerate(scalings):
+            wide = dy.to(middles[i].dtype)
+            lora_a, lora_b = lora_as[i].to(wide.dtype), lora_bs[i].to(wide.dtype)
+            g = torch.mm(wide, lora_b).mul_(scaling)  # (T, r)
+            inner.append(g)
+            if reads[i] is not None and needs[5 + 3 * i]:
+                found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
+            elif reads[i] is None and dx is not None:
+                products.append((g, lora_a, 1.0))
+            if needs[4 + 3 * i]:
+                found[3 * i + 1] = torch.mm(wide.t(), middles[i]).mul_(scaling)
+        if dx is not None:
+            _add_products(dx, products)
+        if again is not None:
+            rows = again(dx)
+        for i, g in enumerate(inner):
+            if needs[3 + 3 * i]:
+                read = rows.to(g.dtype) if reads[i] is None else reads[i]
+                found[3 * i] = torch.mm(g.t(), read)
+        dw = torch.mm(dy.t(), rows.to(dtype)) if needs[1] else None
+        db = dy.sum(0) if needs[2] else None
+        if meeting is not None and dx is not None:
+            meeting.of_task, dx = (_task(), dx.view(shape)), None
+        elif dx is not None:
+            dx = dx.new_zeros(()).expand(shape)  # never read
+        return None, None, dx, dw, db, *found
+
+
+def _add_products(into: Tensor, products: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """into += the sum of scaling * a @ b, rounded once where the products are wider than `into` (T, O)."""
+    for dtype in dict.fromkeys(a.dtype for a, _, _ in products):
+        total = into
+        if dtype != into.dtype:
+            total = into.new_zeros(into.shape, dtype=dtype)
+        for a, b, scaling in products:
+            if a.dtype == dtype:
+                total.addmm_(a, b, alpha=scaling)
+        if total is not into:
+            into.add_(total)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    named = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    check_floating(**named)
+    check_same_device(**named)
+    n_in, (n_out, rank) = x.shape[-1] if x.ndim else -1, (weight.shape[:1] + lora_a.shape[:1])
+    wanted: dict[str, tuple[int, ...]] = {
+        "weight": (n_out, n_in),
+        "lora_a": (rank, n_in),
+        "lora_b": (n_out, rank),
+    }
+    wanted |= {} if bias is None else {"bias": (n_out,)}
+    shapes = {name: tuple(named[name].shape) for name in wanted}  # type: ignore[union-attr]
+    if shapes != wanted:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{told} do not fit each other and x {tuple(x.shape)}; pass weight (O, H), bias (O,), lora_a (r, H) and "
+            f"lora_b (O, r) for x (..., H)."
+        )
+    if autocast_dtype(x) is not None:
+        return
+    widened = torch.promote_types(x.dtype, lora_a.dtype)
+    base = {t.dtype for t in (x, weight, bias) if t is not None}
+    if len(base) > 1 or lora_a.dtype != lora_b.dtype or widened != lora_a.dtype:
+        dtypes = ", ".join(f"{name} {t.dtype}" for name, t in named.items() if t is not None)
+        raise TypeError(
+            f"dtypes do not fit: {dtypes}; weight and bias have that of x, the adapter one, as wide or wider. "
+            f"Convert them with .to(), or use torch.autocast."
+        )

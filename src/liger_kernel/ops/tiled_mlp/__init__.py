@@ -1,0 +1,257 @@
+"""A feed-forward block computed one tile of tokens after the other (Bekman et al. 2025, Arctic long sequence training,
+https://arxiv.org/abs/2506.13996): what a tile needs for backward is computed there once more, and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from liger_kernel._core.autograd import (
+    autocast_dtype,
+    in_torch_func,
+    is_transformed,
+    refuse_double_backward,
+)
+from liger_kernel._core.checks import check_choice, check_floating
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel._core.lazy import compat_names
+from liger_kernel._core.shapes import as_rows, cdiv
+from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.backends.products import ProductSum
+from liger_kernel.ops import OPS
+from liger_kernel.ops.gated_mlp import check_tensors
+from liger_kernel.ops.gated_mlp.reference import gated_mlp
+from liger_kernel.ops.glu import ACTIVATIONS, gated_product
+from liger_kernel.ops.glu.contract import GLUOptions
+
+#: bytes of the outputs of all products for one tile, and the rows below which products become slow
+_TILE_BYTES, _MIN_ROWS = 2**28, 1024
+
+
+def tiled_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor | None,
+    down_weight: Tensor,
+    activation: str = "silu",
+    num_tiles: int | None = None,
+) -> Tensor:
+    """`gated_mlp` in tiles of tokens: backward keeps x alone, and computes gate and up once more.
+
+    Args: x, the weights and the activation as in `gated_mlp`, but x of two dimensions or more. num_tiles: None for as
+        many as keep the outputs of the products within 256 MiB a tile, but for no less than 1024 tokens each.
+
+    Returns: (..., O), as by `gated_mlp`. With more than two tiles the gradients of 16-bit weights are summed in fp32.
+    Raises: as `gated_mlp`; ValueError for less than one tile.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    weights = (gate_weight, up_weight, down_weight)
+    autocast = autocast_dtype(x) is not None
+    check_tensors(x, *weights, autocast)
+    num_tiles = _checked(x, num_tiles, weights)
+    if not is_transformed() and not autocast and not any(map(is_dtensor, (x, *weights))):
+        glu = GLUOptions(activation)
+        return _TiledMLP.apply(kernels_for("glu", glu, x, None), glu, num_tiles, x, *weights)
+
+    def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
+        gate, up, down = (of_tile.get(name) for name in names)
+        return gated_mlp(tile, gate, up, down, activation, 1.0, product=gated_product)  # type: ignore[arg-type]
+
+    names = ("gate", "up", "down")
+    named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
+    return _in_tiles(block, x, num_tiles, named)
+
+
+def apply_tiled_mlp(
+    fn: Callable[..., Tensor],
+    mlp_module: nn.Module,
+    x: Tensor,
+    num_shards: int | None = None,
+    compute_params: Sequence[nn.Parameter] | None = None,
+) -> Tensor:
+    """`fn(mlp_module, x)`, computed in tiles of x along its second to last dimension.
+
+    Args:
+        fn: computes each token on its own, from the module and from any other tensor. It runs twice for each tile, the
+            second time in backward, under the same autocast and with the same random numbers.
+        x: (..., T, H).
+        num_shards: the number of tiles; None as in `tiled_mlp`, by the linear layers of the module.
+        compute_params: not needed. Every tensor that requires a gradient gets it by autograd, and whole: DDP and FSDP
+            reduce it once.
+
+    Returns: (..., T, O).
+    With more than two tiles the gradients of the module's parameters are summed in fp32; those of DTensors, under
+    ZeRO-3 or torch.compile, and of tensors that only `fn` knows, are summed in their own dtype.
+    Raises: ValueError for less than one tile, or an x of one dimension; TypeError for an x of integers.
+    """
+    check_floating(x=x)
+    num_shards = _checked(x, num_shards, mlp_module.parameters())
+    if torch.compiler.is_compiling():  # which does not follow the exchange of parameters
+        return _in_tiles(lambda tile, _: fn(mlp_module, tile), x, num_shards, {})
+    block = _Block(fn, mlp_module)
+    replaceable: dict[str, Tensor] = {
+        name: p
+        for name, p in block.named_parameters()
+        if type(p) in (nn.Parameter, Tensor) and not hasattr(p, "ds_id")  # ZeRO-3 wants its own
+    }
+    return _in_tiles(
+        lambda tile, of_tile: functional_call(block, of_tile, (tile,)), x, num_shards, replaceable
+    )
+
+
+class _Block(nn.Module):
+    """Gives the parameters of `module` names, by which `functional_call` puts others in their place."""
+
+    def __init__(self, fn: Callable[..., Tensor], module: nn.Module):
+        super().__init__()
+        self.fn = fn
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.module, x)
+
+
+def _checked(x: Tensor, num_tiles: int | None, weights: Iterable[Tensor | None]) -> int:
+    """`num_tiles`, or the default for a block whose products have these weights."""
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but tiles are cut along T of (..., T, H).")
+    if num_tiles is None:
+        outputs = sum(w.shape[0] for w in weights if w is not None and w.ndim == 2)
+        n_rows = x.numel() // max(1, x.shape[-1])
+        needed = n_rows * max(outputs, x.shape[-1]) * x.element_size()
+        return max(1, min(cdiv(needed, _TILE_BYTES), n_rows // _MIN_ROWS))
+    if num_tiles < 1:
+        raise ValueError(
+            f"The number of tiles is {num_tiles}, but at least 1; pass None for the default."
+        )
+    return num_tiles
+
+
+def _in_tiles(
+    run: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    x: Tensor,
+    num_tiles: int,
+    weights: dict[str, Tensor],
+) -> Tensor:
+    """`run(tile, weights)` of each tile by PyTorch's checkpointing; their gradients are summed in fp32."""
+    tiles = x.chunk(num_tiles, -2)
+    if (
+        not torch.is_grad_enabled() or in_torch_func()
+    ):  # which would not let anything be computed again
+        return torch.cat([run(tile, weights) for tile in tiles], -2)
+    summed = {
+        name: (w.detach(), _Sum.apply(w))
+        for name, w in weights.items()
+        if w.requires_grad and not is_dtensor(w) and len(tiles) > 2
+    }
+    found = []
+    for tile in tiles:
+        of_tile = {name: _OfTile.apply(*pair) for name, pair in summed.items()}
+        found.append(checkpoint(run, tile, {**weights, **of_tile}, use_reentrant=False))
+    return torch.cat(found, -2)
+
+
+class _Sum(torch.autograd.Function):
+    """Stands for a weight where autograd sums its gradient: of fp32 or wider, and without memory."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros((), dtype=wide).expand(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to(ctx.dtype)
+
+
+class _OfTile(torch.autograd.Function):
+    """The weight as one tile uses it; its gradient goes to `total`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.dtype = total.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
+
+
+class _TiledMLP(torch.autograd.Function):
+    """`tiled_mlp` of plain tensors; the implementation is that of `glu`."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: Any, options: GLUOptions, num_tiles: int, *tensors: Any) -> Tensor:
+        x, *weights = tensors
+        rows, down_weight = as_rows(x), weights[2]
+        y = x.new_empty(*x.shape[:-1], down_weight.shape[0])
+        y_rows = y.view(rows.shape[0], y.shape[-1])
+        for at in _slices(rows.shape[0], num_tiles):
+            gate, up = _projected(rows[at], *weights)
+            product = impl.forward(gate, up, options=options, needs=(False, False))[0]
+            torch.mm(product, down_weight.t(), out=y_rows[at])
+        ctx.save_for_backward(*tensors)
+        ctx.of_forward = impl, options, num_tiles
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        x, *weights = ctx.saved_tensors
+        impl, options, num_tiles = ctx.of_forward
+        needs_dx, *needs = ctx.needs_input_grad[3:]
+        gate_weight, up_weight, down_weight = weights
+        inner = (needs_dx or needs[0], up_weight is not None and (needs_dx or needs[1]))
+        rows, dy_rows = as_rows(x), as_rows(grads[0])
+        tiles = _slices(rows.shape[0], num_tiles)
+        dx = x.new_empty(x.shape) if needs_dx else None
+        dx_rows = None if dx is None else dx.view(rows.shape)
+        sums = [
+            ProductSum(
+                w, torch.promote_types(w.dtype, torch.float32) if len(tiles) > 2 else w.dtype
+            )
+            if need
+            else None
+            for w, need in zip(weights, needs, strict=True)
+        ]
+        for at in tiles:
+            x_tile, dy = rows[at], dy_rows[at]
+            gate, up = _projected(x_tile, *weights)
+            if any(inner):
+                dproduct, saved = torch.mm(dy, down_weight), (gate, up)
+                found, product = impl.backward_with_output(
+                    dproduct, saved, options=options, needs=inner, into=saved
+                )
+            else:
+                product = impl.forward(gate, up, options=options, needs=inner)[0]
+                found = None, None
+            if dx_rows is not None:
+                torch.mm(found[0], gate_weight, out=dx_rows[at])
+                if up_weight is not None:
+                    dx_rows[at].addmm_(found[1], up_weight)
+            for total, d, of in zip(sums, (*found, dy), (x_tile, x_tile, product), strict=True):
+                if total is not None:
+                    total.add(d.t(), of)
+        return None, None, None, dx, *(None if s is None else s.result() for s in sums)
+
+
+def _slices(n_rows: int, num_tiles: int) -> list[slice]:
+    size = max(1, cdiv(n_rows, num_tiles))
+    return [slice(start, start + size) for start in range(0, n_rows, size)]
+
+
+def _projected(
+    rows: Tensor, gate_weight: Tensor, up_weight: Tensor | None, _: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gate and up of a tile."""
+    up = None if up_weight is None else torch.mm(rows, up_weight.t())
+    return torch.mm(rows, gate_weight.t()), up
+
+
+__getattr__ = compat_names(__name__, OPS["tiled_mlp"])

@@ -1,0 +1,1 @@
+"""Modules that the incumbent calls experimental."""

@@ -1,0 +1,117 @@
+"""The kernel of the row losses of distillation: hard and soft loss in one walk, against all logits in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from liger_kernel.backends import use_implementation
+from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
+from liger_kernel.loss_head.losses.distillation import DistillationLoss
+from liger_kernel.loss_head.node import linear_loss
+from liger_kernel.testing import assert_draws_no_worse
+from tests.loss_head.test_row_losses import V, eager, in_double, inputs, run
+
+NAMES = [name for name in ROW_LOSSES if issubclass(row_loss_class(name), DistillationLoss)]
+each_loss = pytest.mark.parametrize("name", NAMES)
+JSD = row_loss_class("jsd")
+
+
+def assert_exact(loss: Any, dtype: torch.dtype, classes: int = V + 2, **more: Any) -> None:
+    """By the kernel, no worse than eager."""
+
+    def draw(seed: int) -> Any:
+        i = {**inputs(dtype, seed=seed), **more}
+        for t_name in ("t_weight", "t_bias"):
+            i[t_name] = torch.cat([i[t_name], i[t_name]])[:classes]
+        with use_implementation("triton"):
+            ours, grads = run(loss, i)
+        high, high_grads = eager(loss, in_double(i))
+        low, low_grads = eager(loss, i)
+        return [
+            {**{f"output {n}": t.detach() for n, t in enumerate(found)}, **of_inputs}
+            for found, of_inputs in ((ours, grads), (high, high_grads), (low, low_grads))
+        ]
+
+    assert_draws_no_worse(draw)
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("dtype", "classes", "options"),
+    [
+        (torch.float32, V, {"reduction": "none", "temperature": 2.0, "hard_weight": 0.75}),
+        (torch.float32, V + 2, {}),
+        (torch.bfloat16, V - 4, {"temperature": 0.5, "reduction": "sum"}),
+        (torch.float16, V, {"hard": False, "hard_weight": 0.0, "soft_weight": 2.0}),
+    ],
+    ids=["cooled-none", "more-classes", "fewer-classes-sum", "soft-alone"],
+)
+def test_by_the_kernel(name: str, dtype: torch.dtype, classes: int, options: Any) -> None:
+    assert_exact(row_loss_class(name)(**options), dtype, classes)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_jsd_of_every_kind(beta: float, temperature: float) -> None:
+    assert_exact(JSD(beta=beta, temperature=temperature), torch.float32)
+
+
+@each_loss
+def test_a_row_of_several_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walked forwards and backwards; the gradient replaces the logits on the way."""
+    from liger_kernel.ops.fused_ce_tvd import triton as kernels
+
+    config = kernels.Config(block=16, warps=4, stages=1)
+    monkeypatch.setattr(kernels.Config, "of", staticmethod(lambda *_: config))
+    assert_exact(row_loss_class(name)(temperature=2.0), torch.float32)
+    assert_exact(row_loss_class(name)(hard=False), torch.float32, V)
+
+
+def test_far_from_zero() -> None:
+    """Logits that all are thousands, and that all are -1000 beside a class that only the teacher has."""
+    shift = inputs(torch.float32)["bias"]
+    assert_exact(JSD(), torch.float32, V, bias=shift + 2000)
+    assert_exact(JSD(hard_weight=1.0), torch.float32, V + 2, bias=shift - 1000)
+
+
+@each_loss
+def test_no_gradient_is_made_of_nothing(name: str) -> None:
+    i, loss = inputs(torch.float32), row_loss_class(name)()
+    with use_implementation("triton"):
+        alone, _ = run(loss, i, wanted=())
+        found, _ = run(loss, i)
+    for a, b in zip(alone, found, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "by torch.func"])
+def test_rows_of_a_teacher_that_are_given(how: str) -> None:
+    """Logits, of any strides, of a row that is left out as well."""
+    i, loss = inputs(torch.float32), JSD(temperature=2.0)
+    hidden, weight, target = i["hidden"], i["weight"].requires_grad_(), i["target"]
+    logits = (
+        torch.nn.functional.linear(i["t_hidden"], i["t_weight"], i["t_bias"]).t().contiguous().t()
+    )
+    before = logits.clone()
+
+    def of(function: Any, teacher: Any) -> Any:
+        value = lambda w: function(loss, hidden, w, target, teacher=teacher)[0]  # noqa: E731
+        if how == "by torch.func":
+            return torch.func.grad_and_value(value)(weight)[::-1]
+        found = value(weight)
+        return found, torch.autograd.grad(found, weight)[0]
+
+    function = linear_loss
+    if how == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(linear_loss, fullgraph=True, backend="aot_eager")
+    given = of(function, (logits, None, None))
+    made = of(linear_loss, (i["t_hidden"], i["t_weight"], i["t_bias"]))
+    assert all(torch.allclose(a, b) for a, b in zip(given, made, strict=True))
+    assert torch.equal(logits, before)
+    for wrong in ((logits[:3], None, None), (logits, None, i["t_bias"])):
+        with pytest.raises(ValueError, match=r"A teacher without a weight.*no bias"):
+            linear_loss(loss, hidden, weight, target, teacher=wrong)

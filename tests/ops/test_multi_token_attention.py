@@ -1,0 +1,85 @@
+"""Multi-token attention beyond the cases: the module, causality, extreme scores, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from liger_kernel.functional import multi_token_attention
+from liger_kernel.ops.multi_token_attention import reference
+from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.transformers import LigerMultiTokenAttention
+from liger_kernel.transformers.functional import liger_multi_token_attention
+
+
+def test_the_module() -> None:
+    torch.manual_seed(0)
+    module = LigerMultiTokenAttention(4, 6, 3, padding=1, groups=2, sparse=True)
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    assert module.weight.shape == conv.weight.shape
+    assert module.weight.abs().max() <= conv.weight.abs().max() * 1.2
+    assert not module.bias.any()
+    scores = Make(torch.float32).randn(2, 4, 7, 7)
+    found = liger_multi_token_attention(scores, module.weight, module.bias, 1, 1, 1, 2, True)
+    assert torch.equal(module(scores), found)
+    assert LigerMultiTokenAttention(2, 2, 3, bias=False).bias is None
+    assert "4, 6, kernel_size=(3, 3)" in repr(module)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scores_of_later_keys_have_no_effect(sparse: bool) -> None:
+    """Nor any that is no number; and a score far below the others is no mask."""
+    scores = Make(torch.float32).randn(1, 2, 6, 6)
+    weight = Make(torch.float32, seed=1).randn(2, 2, 3, 3)
+    scores[..., 0, 0] = -2e9
+    other = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), float("inf"))
+    leaf = other.requires_grad_()
+    found = multi_token_attention(leaf, weight, padding=1, sparse=sparse)
+    assert torch.equal(found, multi_token_attention(scores, weight, padding=1, sparse=sparse))
+    found.square().sum().backward()
+    assert leaf.grad.isfinite().all()
+    assert not leaf.grad.triu(1).any()
+    assert not found.triu(1).any()
+
+
+def test_autocast() -> None:
+    """The convolution runs in 16 bits, and gradients come in the dtype of what they are of."""
+    make = Make(torch.float32)
+    tensors = [make.randn(*s).requires_grad_() for s in ((1, 2, 9, 9), (2, 2, 3, 3), (2,))]
+
+    def run(function: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        y = function(*leaves, padding=1)
+        return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    def composed(scores: Tensor, *parameters: Tensor, padding: int) -> Tensor:
+        options = (1, padding, 1, 1, False)
+        return reference.multi_token_attention(scores, *parameters, *options)
+
+    high = run(composed, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, low = run(multi_token_attention), run(composed)
+    for i, t in enumerate(found):
+        assert_no_worse(f"{i}", t, high[i], low[i])
+
+
+def test_settings_of_the_process_stay() -> None:
+    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
+    y = multi_token_attention(torch.ones(1, 1, 3, 3), weight)
+    before = torch.backends.cudnn.deterministic
+    y.sum().backward()
+    assert torch.backends.cudnn.deterministic == before
+    assert weight.grad.item() == 3.0
+
+
+def test_refused() -> None:
+    scores, weight = torch.ones(1, 2, 5, 5), torch.ones(2, 2, 3, 5)
+    with pytest.raises(ValueError, match=r"makes \(1, 2, 3, 1\) of scores \(1, 2, 5, 5\)"):
+        multi_token_attention(scores, weight)
+    with pytest.raises(ValueError, match=r"scores has shape \(1, 2, 5, 4\); pass \(B, C, L, L\)"):
+        multi_token_attention(scores[..., :4], weight)
+    with pytest.raises(TypeError, match="floating"):
+        multi_token_attention(scores.long(), weight)
