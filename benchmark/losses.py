@@ -91,6 +91,39 @@ def fused_grpo() -> Callable[[Inputs], Tensor]:
     return lambda i: module(i.hidden, i.weight, i.target, mask(i.target), i.advantages)[0]
 
 
+def policy(found: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+    """A policy gradient with an entropy bonus."""
+    ratio = (found - found.detach()).exp()
+    return -(ratio * advantages[:, None] + 0.01 * entropy).mean()
+
+
+def eager_policy(i: Inputs) -> Tensor:
+    logits = i.hidden @ i.weight.t()
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    found = log_p.gather(-1, i.target[..., None])[..., 0]
+    return policy(found, -(log_p.exp() * log_p).sum(-1), i.advantages)
+
+
+def fused_policy() -> Callable[[Inputs], Tensor]:
+    """By the one-pass form where there is one; by verl's call of the Function else."""
+    import liger_kernel.ops
+    from liger_kernel import functional
+
+    once = getattr(functional, "linear_logprobs_loss", None)
+
+    def fused(i: Inputs) -> Tensor:
+        if once is not None:
+            of = lambda f: (policy(f.log_prob, f.entropy, i.advantages), ())  # noqa: E731
+            loss: Tensor = once(of, i.hidden, i.weight, i.target, entropy=True)[0]
+            return loss
+        apply = liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction.apply
+        flat = i.hidden.flatten(0, 1), i.weight, i.target.flatten()
+        nll, entropy = (t.view(i.target.shape) for t in apply(*flat, 1.0, -100, 1, True))
+        return policy(-nll, entropy, i.advantages)
+
+    return fused
+
+
 class Loss(NamedTuple):
     eager: Callable[[Inputs], Tensor]
     fused: Callable[[], Callable[[Inputs], Tensor]]  # from whichever liger_kernel is imported
@@ -100,6 +133,7 @@ class Loss(NamedTuple):
 LOSSES = {
     "dpo": Loss(eager_dpo, fused_dpo, 4),  # with a reference model
     "grpo": Loss(eager_grpo, fused_grpo, 3),
+    "policy-entropy": Loss(eager_policy, fused_policy, 3),
 }
 
 

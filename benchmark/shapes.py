@@ -61,7 +61,11 @@ STEPS = (
 )
 
 #: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
-LOSSES = {"8x1024x4096x128256": (8, 1024, 4096, 128256), "tiny": (4, 8, 16, 64)}
+LOSSES = {
+    "8x1024x4096x128256": (8, 1024, 4096, 128256),
+    "8x1024x4096x151936": (8, 1024, 4096, 151936),
+    "tiny": (4, 8, 16, 64),
+}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross
 from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
 from liger_kernel.loss_head.fused_linear_kl_div import fused_linear_kl_div
 from liger_kernel.loss_head.label_count import LabelCount
-from liger_kernel.loss_head.linear_logprobs import linear_logprobs
+from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -65,6 +65,7 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "linear_logprobs",
+    "linear_logprobs_loss",
     "logprobs",
     "lora_linear",
     "mm_int8int2",

@@ -92,6 +92,13 @@ def cross_entropy(rows: int, classes: int) -> Huge:
     return Huge("cross_entropy", f"{rows}x{classes}", inputs, (0, 0, None), {"reduction": "none"})
 
 
+def logprobs(rows: int, classes: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        return make.randn(rows, classes), make.labels(rows, classes), None
+
+    return Huge("logprobs", f"{rows}x{classes}", inputs, (0, 0, None), {"entropy": True})
+
+
 def linear_cross_entropy(rows: int, hidden: int, classes: int) -> Huge:
     """Summed: all but the last rows are ignored."""
 
@@ -182,6 +189,8 @@ HUGE = (
     rope("heads", 1, 262_148, 64, 128, axis=1),
     cross_entropy(515, 4_194_307),
     cross_entropy(16_650_001, 129),
+    logprobs(515, 4_194_307),
+    logprobs(16_650_001, 129),
     linear_cross_entropy(524_291, 4_100, 64),
     linear_cross_entropy(64, 8_200, 262_145),
     divergence("kl_div", *WIDE, True, False, reduction="none"),
@@ -198,6 +207,8 @@ MANY = (
     cross_entropy(70_001, 16),
     divergence("jsd", 3, 70_001 * 4096, True, True),
     divergence("tvd", 70_001, 16, False, False, reduction="none"),
+    logprobs(3, 70_001 * 16),
+    logprobs(70_001, 16),
     linear_cross_entropy(70_001, 16, 24),
     linear_cross_entropy(8, 16, 70_001),
     rows_of("rms_norm", (3, 65_536 * 16 + 1), 1, **NORM),

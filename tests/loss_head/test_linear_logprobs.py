@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel import backends
-from liger_kernel.functional import LogProbs, linear_logprobs, logprobs
+from liger_kernel.functional import LogProbs, linear_logprobs, linear_logprobs_loss, logprobs
 from liger_kernel.loss_head.linear_logprobs.cases import SPEC
 from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
 from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as ScaledCrossEntropy
@@ -131,6 +131,46 @@ def test_a_temperature_for_each_token(implementation: str) -> None:
         assert_no_worse("gradient", a, b.double(), c)
 
 
+def test_a_loss_of_all_numbers_makes_the_logits_once() -> None:
+    """A policy loss with an entropy bonus and temperatures: gradients as from the numbers one by one."""
+    rows: list[int] = []
+    each = torch.linspace(0.5, 1.5, 12, device=DEVICE).view(3, 4)
+
+    def loss_of(found: LogProbs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert found.entropy is not None
+        ratio = (found.log_prob - found.log_prob.detach()).exp()
+        return -(ratio + 0.3 * found.entropy).square().sum(), (found.entropy.mean(),)
+
+    def run(function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        states, weight, ids = drawn(12, dtype=dtype)
+        inputs = states.view(3, 4, 8), weight, ids.view(3, 4)
+        with Watch() as watch:
+            loss, reported = function(*inputs, entropy=True, temperature=each)
+            rows.append(watch.products)
+            grads = torch.autograd.grad(loss, (states, weight))
+        assert not reported[0].requires_grad
+        return dict(
+            zip(("loss", "reported", "dX", "dW"), (loss.detach(), *reported, *grads), strict=True)
+        )
+
+    def once(*inputs: Tensor, **options: Any) -> Any:
+        return linear_logprobs_loss(loss_of, *inputs, **options)
+
+    def twice(*inputs: Tensor, **options: Any) -> Any:
+        loss, reported = loss_of(linear_logprobs(*inputs, **options))
+        return loss, [t.detach() for t in reported]
+
+    with backends.use_implementation("reference"):
+        ours, high, low = (
+            run(once, torch.float32),
+            run(twice, torch.float64),
+            run(twice, torch.float32),
+        )
+    assert rows[0] == 3 * rows[1]  # the products of both gradients, too, before backward
+    for name, found in ours.items():
+        assert_no_worse(name, found, high[name], low[name])
+
+
 def test_any_leading_shape_and_dtype_of_ids() -> None:
     states, weight, ids = drawn(6)
     flat = linear_logprobs(states, weight, ids, top1=True, top_k=3, **EVERY)
@@ -225,6 +265,25 @@ def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
         assert torch.equal(a, b)
 
 
+def test_one_graph_for_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w, ids: linear_logprobs(x, w, ids, entropy=True, top_k=2),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for rows in (6, 4):
+        states, weight, ids = drawn(rows)
+        ours, plain = (
+            compiled(states, weight, ids),
+            linear_logprobs(states, weight, ids, entropy=True),
+        )
+        assert torch.equal(ours.entropy, plain.entropy)
+        grads = (gradients(found, NUMBERS[:2], (states, weight)) for found in (ours, plain))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_transforms_of_torch_func() -> None:
     states, weight, ids = (t.detach() for t in drawn())
 
@@ -262,6 +321,7 @@ def test_bad_input_is_refused() -> None:
         ({"temperature": 0.0}, "temperature=0.0 is not a finite number above 0.0"),
         ({"temperature": math.inf}, "temperature=inf"),
         ({"temperature": torch.ones(3)}, r"\(3,\) and ids \(7,\)"),
+        ({"temperature": torch.ones(7).requires_grad_()}, "temperature requires a gradient"),
         ({"softcap": -1.0}, "softcap=-1.0 is not above 0.0"),
         ({"scale": math.nan}, "scale=nan"),
         ({"top_k": 51}, "top_k=51 is not between 0 and the 50 classes"),
@@ -272,6 +332,12 @@ def test_bad_input_is_refused() -> None:
             linear_logprobs(states, weight, ids, **options)
     with pytest.raises(ValueError, match=r"hidden has shape \(7, 8\) and ids \(3,\)"):
         linear_logprobs(states, weight, ids[:3])
+    with pytest.raises(
+        ValueError, match="top1=True and top_k=0 are nothing that a loss depends on"
+    ):
+        linear_logprobs_loss(
+            lambda found: (found.log_prob.sum(), ()), states, weight, ids, top1=True
+        )
     with pytest.raises(IndexError, match="50 is out of bounds for 50 classes"):
         linear_logprobs(states, weight, torch.full_like(ids, 50))
     with pytest.raises(TypeError, match="temperature must have a floating dtype"):

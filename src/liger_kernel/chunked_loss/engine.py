@@ -1,7 +1,7 @@
 """From hidden states to log-probabilities of tokens and sequences, with memory for one chunk of logits.
 
-All losses on log-probabilities stand on these functions; `fused_linear_cross_entropy` sizes the chunks, runs the
-matrix products and computes gradients only for tensors that require one.
+All losses on log-probabilities stand on these functions; the loss head sizes the chunks, runs the matrix products and
+computes gradients only for tensors that require one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import is_transformed
-from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
-from liger_kernel.loss_head.groups import RowGroups
-from liger_kernel.loss_head.losses.cross_entropy import CrossEntropyLoss
-from liger_kernel.loss_head.node import check_tensors, compute_dtype, linear_loss
-from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
+from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
 
 #: (hidden, weight, bias) of a frozen reference model
 Reference = tuple[Tensor, Tensor, Tensor | None]
@@ -36,25 +31,9 @@ def token_logps(
 
     hidden: (B, T, H). weight: (V, H). target: (B, T). bias: (V,). Returns (B, T), at least fp32.
     """
-    hidden, bias = _cooled(hidden, bias, temperature)
-    loss = fused_linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        target.reshape(-1),
-        bias,
-        ignore_index=ignore_index,
-        reduction="none",
-    )[0]
-    assert loss is not None
-    return -loss.view(target.shape)
-
-
-def _cooled(
-    hidden: Tensor, bias: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor | None]:
-    if temperature == 1.0:
-        return hidden, bias
-    return hidden / temperature, None if bias is None else bias / temperature
+    return linear_logprobs(
+        hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index
+    ).log_prob
 
 
 def loss_of_logps(
@@ -69,36 +48,18 @@ def loss_of_logps(
     group_size: int,
     order: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`loss_fn` of the `token_logps` of these arguments, with the logits made once where that is possible.
-
-    The loss must be a sum over groups of `group_size` tokens each, no term of which reads the log-probability of a
-    token of another group; `order` (B * T,) lists the tokens group by group, None: they are so already. `loss_fn` is
-    called for every chunk, with arbitrary numbers for the tokens of others. What it gives beside the loss has no
-    gradient.
-
-    The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
-    torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
-    """
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    ]
-    if any(needs) and target.numel() and not is_transformed():
-        flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-        check_tensors(flat, weight, labels, bias)
-        dtype = compute_dtype(flat, weight)
-        plan = ChunkPlan.of(labels.numel(), weight, dtype, ChunkOptions(), needs[1])
-        if dtype != torch.float16 and group_size <= 2 * plan.rows:
-            wide = torch.promote_types(dtype, torch.float32)
-            # a log-probability at which every loss is smooth: that of 0 is a singular point of the odds ratio
-            neutral = (labels != ignore_index).to(wide)
-            of_rows = CrossEntropyLoss(ignore_index, reduction="none")
-            groups = RowGroups(group_size, order, lambda x: loss_fn(-x.view(target.shape)), neutral)
-            x, b = _cooled(flat, bias, temperature)
-            loss, *reported = linear_loss(of_rows, x, weight, labels, b, groups=groups)
-            return loss, tuple(reported)
-    loss, found = loss_fn(token_logps(hidden, weight, target, bias, ignore_index, temperature))
-    return loss, tuple(t.detach() for t in found)
+    """`loss_fn` of the `token_logps` of these arguments: see `linear_logprobs_loss`."""
+    return linear_logprobs_loss(
+        lambda found: loss_fn(found.log_prob),
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        group_size=group_size,
+        order=order,
+    )
 
 
 @torch.no_grad()

@@ -6,16 +6,19 @@ distribution, and more, each with its gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.lazy import compat_names
+from liger_kernel.loss_head.groups import RowGroups
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.losses.logprobs import LogProbsLoss
-from liger_kernel.loss_head.node import linear_loss
-from liger_kernel.loss_head.plan import ChunkOptions
+from liger_kernel.loss_head.node import check_tensors, compute_dtype, linear_loss
+from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.ops import LINEAR_LOSSES, SHARDED_LOSSES
 from liger_kernel.ops.logprobs import checked, named, split_temperature
 from liger_kernel.ops.logprobs.contract import LogProbs
@@ -74,6 +77,63 @@ def linear_logprobs(
         chunks=ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count),
     )
     return named(found, loss, ids.shape)
+
+
+def linear_logprobs_loss(
+    loss_of: Callable[[LogProbs], tuple[Tensor, Sequence[Tensor]]],
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    group_size: int = 1,
+    order: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`loss_of` of the `linear_logprobs` of these arguments, with the logits made once where that is possible.
+
+    Args:
+        loss_of: from the numbers of all tokens to the loss, and what is reported beside it, without gradient. The loss
+            is a sum over groups, no term of which reads a token of another group. It is called for every chunk, with
+            arbitrary numbers for the tokens of others.
+        group_size: tokens of a group; with 1, a token stands for itself. order: (ids.numel(),) the tokens group by
+            group; None: they are so already.
+        options: of `linear_logprobs`, but the largest classes and how the work is done.
+
+    The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
+    torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
+    """
+    number, of_rows = split_temperature(options.get("temperature", 1.0), ids)
+    own = {**options, "temperature": number}
+    bias = own.pop("bias", None)
+    loss = checked(LogProbsLoss(**own), weight.shape[0])
+    if loss.top1 or loss.top_k:
+        raise ValueError(
+            f"top1={loss.top1} and top_k={loss.top_k} are nothing that a loss depends on; ask linear_logprobs."
+        )
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+    inputs = (hidden, weight, bias)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    if any(needs) and ids.numel() and not is_transformed():
+        check_tensors(flat, weight, labels, bias)
+        dtype = compute_dtype(flat, weight)
+        plan = ChunkPlan.of(labels.numel(), weight, dtype, ChunkOptions(), needs[1])
+        if dtype != torch.float16 and group_size <= 2 * plan.rows:
+            wide = torch.promote_types(dtype, torch.float32)
+            # numbers at which every loss is smooth: a log-probability of 0 is a singular point of the odds ratio
+            neutral = torch.ones(labels.numel(), len(loss.numbers), dtype=wide, device=ids.device)
+            neutral[:, 0] = -1
+            neutral.masked_fill_((labels == loss.ignore_index)[:, None], 0)
+
+            def of_numbers(numbers: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+                return loss_of(named((numbers, None, None, None), loss, ids.shape))
+
+            groups = RowGroups(group_size, order, of_numbers, neutral)
+            found: Any = linear_loss(
+                loss, flat, weight, labels, bias, class_weight=of_rows, groups=groups
+            )
+            return found[0], tuple(found[1:])
+    value, reported = loss_of(linear_logprobs(hidden, weight, ids, **options))
+    return value, tuple(t.detach() for t in reported)
 
 
 _NAMES = (*LINEAR_LOSSES["linear_logprobs"], *SHARDED_LOSSES["vocab_parallel_logprobs"])

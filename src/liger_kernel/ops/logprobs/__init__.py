@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from liger_kernel.ops.cross_entropy import (
 )
 from liger_kernel.ops.logprobs import reference
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbs, LogProbsOptions
+
+Options = TypeVar("Options", bound=LogProbsOptions)
 
 
 def logprobs(
@@ -82,7 +84,7 @@ def logprobs(
 def split_temperature(temperature: float | Tensor, ids: Tensor) -> tuple[float, Tensor | None]:
     """The temperature of all rows, and those of the rows as a tensor (N,), of which one is neutral."""
     if not isinstance(temperature, Tensor):
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0.0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} is not a finite number above 0.0.")
         return float(temperature), None
     check_floating(temperature=temperature)
@@ -91,13 +93,17 @@ def split_temperature(temperature: float | Tensor, ids: Tensor) -> tuple[float, 
             f"temperature has shape {tuple(temperature.shape)} and ids {tuple(ids.shape)}; pass a number, or expand it "
             f"with .expand(ids.shape)."
         )
-    return 1.0, temperature.detach().reshape(-1).contiguous()
+    if temperature.requires_grad:
+        raise ValueError(
+            "temperature requires a gradient, but is a constant here; pass temperature.detach()."
+        )
+    return 1.0, temperature.reshape(-1).contiguous()
 
 
-def checked(options: LogProbsOptions, n_classes: int) -> LogProbsOptions:
+def checked(options: Options, n_classes: int) -> Options:
     if options.softcap is not None and options.softcap <= 0:
         raise ValueError(f"softcap={options.softcap} is not above 0.0; pass None for no soft-cap.")
-    if not math.isfinite(options.scale):
+    if not -math.inf < options.scale < math.inf:
         raise ValueError(f"scale={options.scale} is not a finite number.")
     if not 0 <= options.top_k <= n_classes:
         raise ValueError(f"top_k={options.top_k} is not between 0 and the {n_classes} classes.")
