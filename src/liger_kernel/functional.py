@@ -98,7 +98,4 @@ def geglu(a: Tensor, b: Tensor) -> Tensor:
 
 __getattr__ = compat_names(
     __name__, ("declare_op_locations", "dispatch"), "liger_kernel.compat.dispatch"
-    __name__,
-    ("declare_op_locations", "dispatch", "geglu", "swiglu"),
-    "liger_kernel.compat.dispatch",
 )
