@@ -17,6 +17,9 @@ from liger_kernel.ops.group_norm import group_norm
 from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
+from liger_kernel.ops.mhc_mix import mhc_mix, mhc_post_res, mhc_pre
+from liger_kernel.ops.mhc_project import mhc_project
+from liger_kernel.ops.mhc_sinkhorn import mhc_coeffs, mhc_sinkhorn
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
@@ -39,6 +42,12 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "mhc_coeffs",
+    "mhc_mix",
+    "mhc_post_res",
+    "mhc_pre",
+    "mhc_project",
+    "mhc_sinkhorn",
     "modulated_rms_norm",
     "poly_norm",
     "relu_squared",

@@ -33,6 +33,16 @@ OPS: dict[str, tuple[str, ...]] = {
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
+    "mhc_mix": (
+        "LigerMHCPostResFunction",
+        "LigerMHCPreFunction",
+        "mhc_post_res_bwd",
+        "mhc_post_res_fwd",
+        "mhc_pre_bwd",
+        "mhc_pre_fwd",
+    ),
+    "mhc_project": ("mhc_mm_norm_bwd", "mhc_mm_norm_fwd"),
+    "mhc_sinkhorn": ("LigerMHCCoeffsFunction", "mhc_sinkhorn_bwd", "mhc_split_sinkhorn_fwd"),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",
