@@ -8,6 +8,7 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.ops.attn_res import attn_res
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -31,6 +32,7 @@ from liger_kernel.ops.tvd import tvd
 
 __all__ = [
     "LabelCount",
+    "attn_res",
     "cross_entropy",
     "dyt",
     "fused_add_rms_norm",

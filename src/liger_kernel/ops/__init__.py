@@ -6,6 +6,7 @@ from liger_kernel._core.lazy import compat_names
 
 #: op -> the incumbent's names that `liger_kernel.ops.<op>` serves
 OPS: dict[str, tuple[str, ...]] = {
+    "attn_res": ("LigerAttnResFunction", "attn_res_backward", "attn_res_forward"),
     "cross_entropy": (
         "LigerCrossEntropyFunction",
         "cross_entropy_backward",

@@ -5,7 +5,7 @@ Every op is looked up in its module at the call, so that replacing it there take
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_entropy
+import liger_kernel.ops.attn_res as _attn_res
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
@@ -369,3 +370,10 @@ def liger_mhc_forward(
     f_out = layer(x_in if first is None else x_in.to(first.dtype))
     x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
     return (x_out, coeffs) if return_coeffs else x_out
+
+
+def liger_attn_res(
+    V: Tensor | Sequence[Tensor], w_query: Tensor, w_norm: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """`attn_res` of blocks, stacked or in a list."""
+    return _attn_res.attn_res(V, w_query, w_norm, eps)

@@ -29,7 +29,8 @@ class Config:
     def of(n_cols: int, pairs: int) -> Config:
         """`pairs`: sums that a thread holds for each column."""
         of_thread = 1 << (max(1, min(8, 64 // pairs)).bit_length() - 1)
-        return Config(cols=min(128 * of_thread, max(32, next_power_of_2(n_cols))))
+        cols = min(128 * of_thread, max(32, next_power_of_2(n_cols)))
+        return Config(cols, warps=4 if pairs <= 128 else 8)
 
 
 @triton.jit
