@@ -25,7 +25,7 @@ def attn_res_forward(blocks, w_query, w_norm, eps=1e-6):
 
 def attn_res_backward(dh, V_3d, w_query, w_norm, Alpha, RSTD, eps=1e-6):
     """The gradients of the blocks (N, T, D), of w_query and of w_norm; weights and norms are computed anew."""
-    leaves = [t.detach().requires_grad_() for t in (V_3d, w_query, w_norm)]
+    leaves = v, query, norm = [t.detach().requires_grad_() for t in (V_3d, w_query, w_norm)]
     with torch.enable_grad():
-        h = attn_res(*leaves, eps)
+        h = attn_res(v, query, norm, eps)
     return torch.autograd.grad(h, leaves, dh.reshape(h.shape))
