@@ -14,6 +14,7 @@ from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
 from liger_kernel.loss_head.fused_linear_kl_div import fused_linear_kl_div
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
+from liger_kernel.ops.attn_res import attn_res
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
@@ -29,6 +30,9 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.logprobs import logprobs
 from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.ops.lora_linear import lora_linear
+from liger_kernel.ops.mhc_mix import mhc_mix, mhc_post_res, mhc_pre
+from liger_kernel.ops.mhc_project import mhc_project
+from liger_kernel.ops.mhc_sinkhorn import mhc_coeffs, mhc_sinkhorn
 from liger_kernel.ops.mm_int8int2 import mm_int8int2
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
 from liger_kernel.ops.multi_token_attention import multi_token_attention
@@ -46,6 +50,7 @@ __all__ = [
     "LabelCount",
     "LogProbs",
     "apply_tiled_mlp",
+    "attn_res",
     "complex_rope",
     "cross_entropy",
     "dyt",
@@ -68,6 +73,12 @@ __all__ = [
     "linear_logprobs_loss",
     "logprobs",
     "lora_linear",
+    "mhc_coeffs",
+    "mhc_mix",
+    "mhc_post_res",
+    "mhc_pre",
+    "mhc_project",
+    "mhc_sinkhorn",
     "mm_int8int2",
     "modulated_rms_norm",
     "multi_token_attention",

@@ -93,6 +93,13 @@ def arguments(name: str) -> Arguments:
         "LigerSiLUMulFunction": (*of_glu, 0.5, 2.0),
         "LigerGELUMulFunction": of_glu,
         "LigerFusedGateUpSiLUMulFunction": (leaf(5, 12),),
+        "LigerMHCCoeffsFunction": (
+            *(leaf(5, 2, 6), leaf(12, 8), leaf(8), leaf(), leaf(), leaf()),
+            *(False, 3, 1e-6, 0.0, 1e-6, 2.0),
+        ),
+        "LigerAttnResFunction": (leaf(3, 5, 6), leaf(6), leaf(6), 1e-6),
+        "LigerMHCPreFunction": (leaf(5, 2, 6), leaf(5, 2)),
+        "LigerMHCPostResFunction": (leaf(5, 2, 6), leaf(5, 6), leaf(5, 2), leaf(5, 2, 2)),
         "LigerDyTFunction": (leaf(5, 12), leaf(1), leaf(12), leaf(12)),
         "LigerSoftmaxFunction": (leaf(5, 12),),
         "LigerSparsemaxFunction": (leaf(5, 12), 0),

@@ -6,6 +6,7 @@ from liger_kernel._core.lazy import compat_names
 
 #: op -> the incumbent's names that `liger_kernel.ops.<op>` serves
 OPS: dict[str, tuple[str, ...]] = {
+    "attn_res": ("LigerAttnResFunction", "attn_res_backward", "attn_res_forward"),
     "cross_entropy": (
         "LigerCrossEntropyFunction",
         "cross_entropy_backward",
@@ -42,6 +43,16 @@ OPS: dict[str, tuple[str, ...]] = {
     "mm_int8int2": (),
     "lora_linear": (),
     "logprobs": (),
+    "mhc_mix": (
+        "LigerMHCPostResFunction",
+        "LigerMHCPreFunction",
+        "mhc_post_res_bwd",
+        "mhc_post_res_fwd",
+        "mhc_pre_bwd",
+        "mhc_pre_fwd",
+    ),
+    "mhc_project": ("mhc_mm_norm_bwd", "mhc_mm_norm_fwd"),
+    "mhc_sinkhorn": ("LigerMHCCoeffsFunction", "mhc_sinkhorn_bwd", "mhc_split_sinkhorn_fwd"),
     "modulated_rms_norm": (
         "LigerModulatedRMSNormFunction",
         "modulated_rms_norm_backward",

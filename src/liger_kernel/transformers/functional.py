@@ -5,7 +5,7 @@ Every op is looked up in its module at the call, so that replacing it there take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import liger_kernel.loss_head.fused_linear_cross_entropy as _fused_linear_cross_
 import liger_kernel.loss_head.fused_linear_jsd as _fused_linear_jsd
 import liger_kernel.loss_head.fused_linear_kl_div as _fused_linear_kl_div
 import liger_kernel.ops as _ops
+import liger_kernel.ops.attn_res as _attn_res
 import liger_kernel.ops.cross_entropy as _cross_entropy
 import liger_kernel.ops.dyt as _dyt
 import liger_kernel.ops.fused_add_rms_norm as _fused_add_rms_norm
@@ -25,6 +26,8 @@ import liger_kernel.ops.group_norm as _group_norm
 import liger_kernel.ops.jsd as _jsd
 import liger_kernel.ops.kl_div as _kl_div
 import liger_kernel.ops.layer_norm as _layer_norm
+import liger_kernel.ops.mhc_mix as _mhc_mix
+import liger_kernel.ops.mhc_sinkhorn as _mhc_sinkhorn
 import liger_kernel.ops.modulated_rms_norm as _modulated_rms_norm
 import liger_kernel.ops.multi_token_attention as _multi_token_attention
 import liger_kernel.ops.poly_norm as _poly_norm
@@ -373,3 +376,90 @@ def liger_fused_linear_scaled_cross_entropy_tp(
     return LigerFusedLinearScaledCrossEntropyTPFunction.apply(
         input, weight, target, tp_group, temperature, ignore_index, tiles_per_reduce, return_entropy
     )
+
+
+def liger_mhc_coeffs(
+    x: Tensor,
+    phi: Tensor,
+    b: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    *,
+    allow_fp32: bool = False,
+    tmax: int = 20,
+    rms_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h_pre, h_post, h_res) of streams x (..., HC, C), in fp32: `mhc_coeffs`. fp32 streams need no `allow_fp32`."""
+    options = {"tmax": tmax, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps}
+    return _mhc_sinkhorn.mhc_coeffs(
+        x, phi, b, alpha_pre, alpha_post, alpha_res, rms_eps, post_mult=post_mult, **options
+    )
+
+
+def liger_mhc_pre(x: Tensor, h_pre: Tensor) -> Tensor:
+    """What the layer gets, (..., C): `mhc_pre`."""
+    return _mhc_mix.mhc_pre(x, h_pre)
+
+
+def liger_mhc_post_res(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """The next streams, (..., HC, C): `mhc_post_res`."""
+    return _mhc_mix.mhc_post_res(x, f_out, h_post, h_res)
+
+
+def liger_mhc_apply(
+    x: Tensor,
+    f_out: Tensor,
+    h_pre: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    *,
+    return_x_in: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The next streams; with `return_x_in` also what the layer gets."""
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, liger_mhc_pre(x, h_pre)) if return_x_in else x_out
+
+
+def liger_mhc_forward(
+    x: Tensor,
+    layer: Callable[[Tensor], Tensor],
+    phi: Tensor,
+    b: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    *,
+    allow_fp32: bool = False,
+    tmax: int = 20,
+    rms_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 2.0,
+    return_coeffs: bool = False,
+) -> Any:
+    """The next streams `h_res x + h_post layer(h_pre x)`; with `return_coeffs` also (h_pre, h_post, h_res).
+
+    `layer` gets one stream, in the dtype of its first parameter if it has one.
+    """
+    options = {"tmax": tmax, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps}
+    coeffs = _mhc_sinkhorn.mhc_coeffs(
+        x, phi, b, alpha_pre, alpha_post, alpha_res, rms_eps, post_mult=post_mult, **options
+    )
+    h_pre, h_post, h_res = coeffs
+    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else iter(())
+    first = next(parameters, None)
+    x_in = liger_mhc_pre(x, h_pre)
+    f_out = layer(x_in if first is None else x_in.to(first.dtype))
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, coeffs) if return_coeffs else x_out
+
+
+def liger_attn_res(
+    V: Tensor | Sequence[Tensor], w_query: Tensor, w_norm: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """`attn_res` of blocks, stacked or in a list."""
+    return _attn_res.attn_res(V, w_query, w_norm, eps)

@@ -191,6 +191,29 @@ def _patch_rms_norm_module(
         install(norm, plan, _unrecorded())
 
 
+def _patch_muse_glimmer_text_centered_rms_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
+    _patch_rms_norm_module(module, offset=1.0, eps=eps, casting_mode="gemma")
+
+
+def _patch_muse_glimmer_scale_free_rms_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
+    """Make one module an RMSNorm without a weight by decree. Raises: ValueError if it has one."""
+    for norm in _copies(module):
+        if getattr(norm, "weight", None) is not None:
+            raise ValueError(
+                f"{type(norm).__name__} has a weight, but the norm has none; use _patch_rms_norm_module."
+            )
+        install(
+            norm, norms.NormPlan("rms_norm", _eps_name(norm, eps), weighted=False), _unrecorded()
+        )
+
+
+def _bind_method_to_module(
+    module: nn.Module, method_name: str, new_method: Callable[..., Any]
+) -> None:
+    """`new_method(self, ...)` as a method of one module."""
+    module.__dict__[method_name] = MethodType(new_method, module)
+
+
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
     for norm in _copies(module):

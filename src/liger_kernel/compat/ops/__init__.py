@@ -1,4 +1,5 @@
-"""The incumbent's autograd Functions and helpers, a file per op: `<op>.py`, or `core.py` for the first ones.
+"""The incumbent's autograd Functions and helpers, a file per op: `<op>.py`, that of a family of ops, as `mhc.py` for
+`mhc_...`, or `core.py` for the first ones.
 
 A name is served where the incumbent has it, `liger_kernel.ops` and the module of its op, by a row of `ops.SERVED`.
 """
@@ -17,8 +18,9 @@ _HERE = Path(__file__).parent
 
 def module_of(op: str) -> ModuleType:
     """The file that defines the incumbent's names for `op`."""
-    own = (_HERE / f"{op}.py").is_file()
-    return importlib.import_module(f"{__name__}.{op if own else 'core'}")
+    files = (op, op.split("_")[0])
+    own = next((name for name in files if (_HERE / f"{name}.py").is_file()), "core")
+    return importlib.import_module(f"{__name__}.{own}")
 
 
 def __getattr__(name: str) -> Any:

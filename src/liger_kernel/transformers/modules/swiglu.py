@@ -13,9 +13,10 @@ from liger_kernel.ops.glu import LigerFusedGateUpSiLUMulFunction, LigerSiLUMulFu
 
 
 def check_hidden_act(config: Any) -> None:
-    if config.hidden_act not in ("silu", "swish"):
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation not in ("silu", "swish"):
         raise ValueError(
-            f"Activation function {config.hidden_act!r} not supported: a SwiGLU block needs 'silu' or 'swish'."
+            f"Activation function {activation!r} not supported: a SwiGLU block needs 'silu' or 'swish'."
         )
 
 
@@ -51,6 +52,13 @@ class LigerSwiGLUMLP(GatedMLP):
 
 class LigerQwen3MoeSwiGLUMLP(LigerSwiGLUMLP):
     """`LigerSwiGLUMLP` under the name that Qwen3-MoE is patched with."""
+
+
+class LigerSwiGLUMLPForMuseGlimmer(LigerSwiGLUMLP):
+    """`LigerSwiGLUMLP` of a config that may call its activation `hidden_activation`."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
 
 
 class LigerHunyuanV1SwiGLUMLP(LigerSwiGLUMLP):

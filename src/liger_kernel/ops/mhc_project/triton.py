@@ -1,0 +1,255 @@
+"""Kernels of the normalised projection. Forward moves T K elements, backward 2 T K; the weight stays in the caches."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.contract import Grads, Needs, Saved
+from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.kernels import column_sums, launch
+from liger_kernel.backends.records import SIXTEEN_BITS, DeviceFacts
+from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.ops.mhc_project.contract import MHCProjectOptions
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of (rows, k) elements of x. `programs`: one wave; the reduced dimension is parted until there are as many.
+
+    `precision`: of products in fp32; "tf32x3" is as exact on NVIDIA, and not measured.
+    """
+
+    rows: int
+    k: int
+    programs: int
+    stages: int
+    precision: str = "ieee"
+    warps: int = 4
+
+    @staticmethod
+    @functools.cache
+    def forward(facts: DeviceFacts, itemsize: int) -> Config:
+        return Config(64, 64, 2 * facts.processors, facts.stages(4, 64 * (64 + 32) * itemsize))
+
+    @staticmethod
+    @functools.cache
+    def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
+        k = max(
+            16, min(64, 2048 // m)
+        )  # its sums (k, m) and the weight's columns stay in registers
+        stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
+        return Config(32, k, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
+
+    def parts(self, tiles: int, length: int, step: int) -> int:
+        """In how many the reduced dimension is parted, each of four steps or more."""
+        return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
+
+
+@triton.jit
+def _mhc_project_fwd(
+    x_ptr,
+    w_ptr,
+    raw_ptr,
+    squares_ptr,
+    x_stride,
+    w_k,
+    w_m,
+    n_rows,
+    n_k,
+    n_out,
+    n_parts,
+    NARROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums of x w and of x^2 over the tiles of K that are `part` modulo the parts. One program owns ROWS tokens."""
+    part = tl.program_id(0) % n_parts
+    rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, M)
+    raw = tl.zeros((ROWS, M), tl.float32)
+    squares = tl.zeros((ROWS, K), tl.float32)
+    for tile in tl.range(part, tl.cdiv(n_k, K), n_parts, num_stages=STAGES):
+        k = tile * K + tl.arange(0, K)
+        mask = (rows < n_rows)[:, None] & (k < n_k)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+        at = w_ptr + k.to(tl.int64)[:, None] * w_k + m[None, :] * w_m
+        w = tl.load(at, mask=(k < n_k)[:, None] & (m < n_out)[None, :], other=0.0)
+        wide = x.to(tl.float32)
+        squares += wide * wide
+        if NARROW:
+            raw = tl.dot(x, w, raw)  # products of 16 bits are exact in fp32
+        else:
+            raw = tl.dot(wide, w.to(tl.float32), raw, input_precision=PRECISION)
+    first = part.to(tl.int64) * n_rows
+    mask = (rows < n_rows)[:, None] & (m < n_out)[None, :]
+    tl.store(raw_ptr + (first + rows)[:, None] * n_out + m[None, :], raw, mask=mask)
+    tl.store(squares_ptr + first + rows, tl.sum(squares, 1), mask=rows < n_rows)
+
+
+@triton.jit
+def _mhc_project_end(
+    raw_ptr,
+    squares_ptr,
+    y_ptr,
+    rstd_ptr,
+    n_rows,
+    n_k,
+    n_out,
+    n_parts,
+    eps,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+):
+    """y = rstd sum of raw, rstd = 1 / sqrt(sum of squares / K + eps), over the parts. One program owns ROWS tokens."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, M)
+    mask = (rows < n_rows)[:, None] & (m < n_out)[None, :]
+    at = rows[:, None] * n_out + m[None, :]
+    raw = tl.zeros((ROWS, M), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for _ in range(0, n_parts):
+        raw += tl.load(raw_ptr + at, mask=mask, other=0.0)
+        squares += tl.load(squares_ptr + rows, mask=rows < n_rows, other=0.0)
+        raw_ptr += n_rows * n_out
+        squares_ptr += n_rows
+    rstd = 1.0 / tl.sqrt(squares / n_k + eps)
+    tl.store(y_ptr + at, raw * rstd[:, None], mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _mhc_project_bwd(
+    dy_ptr,
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    dy_stride,
+    x_stride,
+    w_k,
+    w_m,
+    n_rows,
+    n_k,
+    n_out,
+    n_parts,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """With dz = rstd dy: dx = dz w^T - (sum of dy y) rstd^2 / K x, and dw = x^T dz.
+
+    One program owns K columns of the tiles of tokens that are `part` modulo the parts, and its sum of dw over them.
+    """
+    part = tl.program_id(0) % n_parts
+    k = (tl.program_id(0) // n_parts) * K + tl.arange(0, K)
+    m = tl.arange(0, M)
+    if NEEDS_DX:
+        of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
+        w = tl.load(of_w, mask=(k < n_k)[None, :] & (m < n_out)[:, None], other=0.0).to(tl.float32)
+    dw = tl.zeros((K, M), tl.float32)
+    for tile in tl.range(part, tl.cdiv(n_rows, ROWS), n_parts, num_stages=STAGES):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        narrow = (rows < n_rows)[:, None] & (m < n_out)[None, :]
+        mask = (rows < n_rows)[:, None] & (k < n_k)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + m[None, :], mask=narrow, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+        dz = dy * rstd[:, None]
+        if NEEDS_DX:
+            y = tl.load(y_ptr + rows[:, None] * n_out + m[None, :], mask=narrow, other=0.0)
+            along = tl.sum(dz * y, 1) * rstd / n_k
+            dx = tl.dot(dz, w, input_precision=PRECISION) - along[:, None] * x
+            to = dx_ptr + rows[:, None] * n_k + k[None, :]
+            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DW:
+            dw = tl.dot(tl.trans(x), dz, dw, input_precision=PRECISION)
+    if NEEDS_DW:
+        at = (part.to(tl.int64) * n_k + k[:, None]) * n_out + m[None, :]
+        tl.store(partial_ptr + at, dw, mask=(k < n_k)[:, None] & (m < n_out)[None, :])
+
+
+def forward(
+    x: Tensor, weight: Tensor, *, options: MHCProjectOptions, needs: Needs
+) -> tuple[Tensor, Saved]:
+    rows = as_rows(x)  # (T, K)
+    (n_rows, n_k), n_out = rows.shape, weight.shape[1]
+    y, rstd = (x.new_empty(s, dtype=torch.float32) for s in ((*x.shape[:-1], n_out), n_rows))
+    config = Config.forward(facts_of(x.device), max(x.element_size(), weight.element_size()))
+    tiles = cdiv(n_rows, config.rows)
+    if y.numel():
+        parts = config.parts(tiles, n_k, config.k)
+        raw = y.new_empty(parts, n_rows, n_out)
+        squares = y.new_empty(parts, n_rows)
+        launch(
+            _mhc_project_fwd,
+            (tiles * parts,),
+            *(rows, weight, raw, squares, rows.stride(0), *weight.stride()),
+            *(n_rows, n_k, n_out, parts),
+            NARROW=x.dtype == weight.dtype and x.dtype in SIXTEEN_BITS and not INTERPRET,
+            **_tile(config, n_out),
+        )
+        launch(
+            _mhc_project_end,
+            (cdiv(n_rows, 32),),
+            *(raw, squares, y, rstd, n_rows, n_k, n_out, parts, options.eps),
+            ROWS=32,
+            M=next_power_of_2(n_out),
+            num_warps=4,
+        )
+    return y, (rows, weight, y if needs[0] else None, rstd)
+
+
+def _padded(n_out: int) -> int:
+    return max(16, next_power_of_2(n_out))  # the least that `tl.dot` takes
+
+
+def _tile(config: Config, n_out: int) -> dict[str, Any]:
+    return {
+        "PRECISION": config.precision,
+        "ROWS": config.rows,
+        "K": config.k,
+        "M": _padded(n_out),
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+    }
+
+
+def backward(grads: Any, saved: Any, *, options: MHCProjectOptions, needs: Needs) -> Grads:
+    rows, weight, y, rstd = saved
+    dy = as_rows(grads[0])
+    (n_rows, n_k), n_out = rows.shape, weight.shape[1]
+    needs_dx, needs_dw = needs
+    dx = rows.new_empty(*grads[0].shape[:-1], n_k) if needs_dx else None
+    config = Config.backward(facts_of(rows.device), rows.element_size(), _padded(n_out))
+    tiles = cdiv(n_k, config.k)
+    parts = config.parts(tiles, n_rows, config.rows)
+    partial = dy.new_empty(1, parts, n_k * n_out) if needs_dw else None
+    launch(
+        _mhc_project_bwd,
+        (tiles * parts,),
+        *(dy, rows, weight, y, rstd, dx, partial, dy.stride(0), rows.stride(0)),
+        *(*weight.stride(), n_rows, n_k, n_out, parts),
+        NEEDS_DX=needs_dx,
+        NEEDS_DW=needs_dw,
+        **_tile(config, n_out),
+    )
+    dw = None if partial is None else column_sums(partial, [weight.dtype])[0].view(n_k, n_out)
+    return dx, dw
