@@ -11,6 +11,7 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_moe import fused_moe
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.group_norm import group_norm
@@ -32,6 +33,7 @@ __all__ = [
     "dyt",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_moe",
     "gated_mlp",
     "glu",
     "glu_packed",

@@ -29,6 +29,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "fused_add_rms_norm_backward",
         "fused_add_rms_norm_forward",
     ),
+    "fused_moe": ("BLOCK_M_TOKEN", "LigerFusedMoEFunction", "compute_routing_metadata"),
     "group_norm": ("LigerGroupNormFunction", "group_norm_backward", "group_norm_forward"),
     "jsd": ("LigerJSDFunction", "jsd_backward", "jsd_forward"),
     "kl_div": ("LigerKLDivLossFunction", "kldiv_backward_triton", "kldiv_forward_triton"),

@@ -11,6 +11,7 @@ _EXPORTS = {
     "LigerBlockSparseTop2MLP": "modules.swiglu",
     "LigerCrossEntropyLoss": "modules.cross_entropy",
     "LigerDyT": "modules.dyt",
+    "LigerExperts": "modules.swiglu",
     "LigerFalconH1MLP": "modules.mlp",
     "LigerFalconH1SwiGLUMLP": "modules.swiglu",
     "LigerFusedAddRMSNorm": "modules.fused_add_rms_norm",

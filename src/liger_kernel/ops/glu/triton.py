@@ -36,7 +36,7 @@ class Config:
 
 
 @triton.jit
-def _activation(x, ACTIVATION: tl.constexpr):
+def activation(x, ACTIVATION: tl.constexpr):
     """f(x) = x P(x) and f'(x) = P + x P', P the normal CDF ("gelu") or sigmoid(z(x)).
 
     "silu": z = x. "gelu_tanh": z = 2 sqrt(2/pi) (x + 0.044715 x^3), since (1 + tanh u) / 2 = sigmoid(2 u).
@@ -87,7 +87,7 @@ def _glu_fwd(
     dtype = y_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activation(gate * gate_multiplier, ACTIVATION)
+    value, _ = activation(gate * gate_multiplier, ACTIVATION)
     y = value.to(dtype).to(tl.float32) * up * down_multiplier
     tl.store(y_ptr + rows * n_cols + cols, y.to(dtype), mask=mask)
 
@@ -123,7 +123,7 @@ def _glu_bwd(
     gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     dy *= down_multiplier
-    value, slope = _activation(gate * gate_multiplier, ACTIVATION)
+    value, slope = activation(gate * gate_multiplier, ACTIVATION)
     rounded = value.to(dtype).to(tl.float32)
     if NEEDS_DGATE or WRITE_Y:
         up = tl.load(up_ptr + rows * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
