@@ -41,6 +41,7 @@ _PATCHING = {
     "AutoLigerKernelForCausalLM": "auto_model",
     "_apply_liger_kernel": "monkey_patch",
     "_apply_liger_kernel_to_instance": "monkey_patch",
+    "register_experts": "patching.sites.experts",
     "register_kernels": "hub",
 }
 _APPLY = "apply_liger_kernel_to_"

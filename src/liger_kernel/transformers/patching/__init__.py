@@ -1,8 +1,7 @@
 """`patch(model)`: fused kernels in place of the slow parts of a HuggingFace model, proven, reported, reversible.
 
 The model's own forward stays as HF wrote it. What changes are instance attributes of that one model: the class of its
-head, the `forward` of norms, gated MLPs and attention modules, the gate between the products of experts. Each of these
-is a site, a file in `sites/`.
+head, the `forward` of norms, gated MLPs, experts and attention modules. Each of these is a site, a file in `sites/`.
 """
 
 from __future__ import annotations
