@@ -19,6 +19,8 @@ from liger_kernel.ops.jsd import jsd
 from liger_kernel.ops.kl_div import kl_div
 from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
+from liger_kernel.ops.moe_router import moe_router
+from liger_kernel.ops.moe_router.losses import load_balancing_loss, router_z_loss
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
@@ -41,11 +43,14 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "load_balancing_loss",
     "modulated_rms_norm",
+    "moe_router",
     "poly_norm",
     "relu_squared",
     "rms_norm",
     "rope",
+    "router_z_loss",
     "softmax",
     "sparsemax",
     "tvd",

@@ -39,6 +39,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "modulated_rms_norm_backward",
         "modulated_rms_norm_forward",
     ),
+    "moe_router": (),
     "poly_norm": ("LigerPolyNormFunction", "poly_norm_backward", "poly_norm_forward"),
     "relu_squared": ("LigerReLUSquaredFunction", "relu_squared_backward", "relu_squared_forward"),
     "rms_norm": ("LigerRMSNormFunction", "rms_norm_backward", "rms_norm_forward"),
