@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernel import backends, ops
 from liger_kernel.ops.fused_moe import fused_moe, portable, reference
@@ -98,6 +100,43 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert out.dtype == torch.float32
     assert_no_worse("output", out.bfloat16(), high, low)
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
+
+
+def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
+    """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""
+    drawn_inputs, grads = drawn(SPEC, CASES["silu"], Make(torch.float32))
+    inputs = leaves(drawn_inputs, {0})
+    sizes = []
+    with backends.use_implementation("triton"):
+        for held in (False, True):
+            seen: list[Tensor] = []
+            keep = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, seen=seen: seen.append(t) or t, lambda t: t
+            )
+            with keep if held else contextlib.nullcontext():
+                out = fused_moe(*inputs)
+            before = [t.detach().clone() for t in seen]
+            with Allocated() as allocated:
+                found = torch.autograd.grad(out, inputs[0], grads[0])[0]
+            sizes.append(allocated.largest)
+            assert all(torch.equal(*pair) for pair in zip(seen, before, strict=True))
+            expected = torch.autograd.grad(
+                fused_moe(*inputs), inputs[0], grads[0], retain_graph=True
+            )
+            assert torch.equal(found, expected[0])
+    assert sizes[0] < sizes[1]
+
+
+class Allocated(TorchDispatchMode):
+    """Elements of the largest tensor made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "empty" in str(func) and isinstance(found, Tensor):
+            self.largest = max(self.largest, found.numel())
+        return found
 
 
 def test_leading_dimensions() -> None:

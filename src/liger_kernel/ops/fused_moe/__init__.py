@@ -6,10 +6,19 @@ expert has. `pipeline.py` has the steps; for backward only x and the output of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import Op, autocast_dtype, in_torch_func
+from liger_kernel._core.autograd import (
+    Op,
+    autocast_dtype,
+    graph_is_kept,
+    in_torch_func,
+    refuse_double_backward,
+    saved_tensors_are_ours,
+)
 from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends.dispatch import Dispatch, no_shards
 from liger_kernel.ops import OPS
@@ -24,7 +33,22 @@ from liger_kernel.ops.fused_moe.contract import MoEOptions
 
 
 class _FusedMoE(Op):
-    """The tensors are those of `fused_moe`, in its order."""
+    """The tensors are those of `fused_moe`, in its order. Backward may write over what forward saved for it alone."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: Any, options: Any, *tensors: Tensor | None) -> Any:
+        ctx.held_by_us_alone = saved_tensors_are_ours()
+        return Op.forward(ctx, impl, options, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        impl, options, needs = ctx.of_forward
+        if grads[0] is None:
+            return (None,) * (2 + len(needs))
+        alone = ctx.held_by_us_alone and not graph_is_kept()
+        run = impl.backward_over if alone else impl.backward
+        return None, None, *run(grads, ctx.saved_tensors, options=options, needs=needs)
 
 
 _dispatch = Dispatch(

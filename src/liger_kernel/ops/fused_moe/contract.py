@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Needs, Saved
+from liger_kernel._core.contract import Backward, Grads, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -38,3 +38,8 @@ class Kernels(Backward, Protocol):
     ) -> tuple[Tensor, Saved]:
         """The output (T, H) like x, and what `backward` is given: the tensors without the index, the output of the
         first product if somebody needs it, and three tensors of `pipeline.Routing`; `library.py` hands them on."""
+
+    def backward_over(
+        self, grads: Grads, saved: Saved, *, options: MoEOptions, needs: Needs
+    ) -> Grads:
+        """`backward`, which may write over the output of the first product in `saved`."""

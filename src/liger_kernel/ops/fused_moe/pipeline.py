@@ -65,8 +65,10 @@ class Steps(Protocol):
         routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
+        into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dh (S, N), w act (S, I), which may take the memory of da, and dw (T, K) in fp32, zero for no expert."""
+        """dh (S, N), w act (S, I), which may take the memory of `into` and da, and dw (T, K) in fp32, zero for no
+        expert."""
 
     def combine(
         self,
@@ -132,12 +134,14 @@ def forward(
 
 def backward(
     steps_for: StepsFor,
+    overwrites: bool,
     grads: Grads,
     saved: Saved,
     *,
     options: MoEOptions,
     needs: Needs,
 ) -> Grads:
+    """`overwrites`: dh may take the memory of h."""
     given: Any = (*saved, grads[0])
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, hidden, *routed, dy = given
     slots, rows, starts = routed
@@ -154,7 +158,8 @@ def backward(
         return None, None, None, None, None, None, db2
     da = steps.product(dy, w2.mT, None, routing, top_k)  # (S, I)
     wanted = (needs_dx or needs_dw1 or needs_db1, needs_dw2, needs_dw)
-    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted)
+    into = hidden if overwrites else None
+    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
     del da
     if act is not None:
         dw2 = _weight_gradient(steps, act, dy, routing, (0, top_k), options.transposed)

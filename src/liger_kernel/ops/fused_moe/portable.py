@@ -90,6 +90,7 @@ class Portable:
         routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
+        into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         needs_dh, needs_act, needs_dw = needs
         act = _Activation(hidden, options)
@@ -168,4 +169,5 @@ _SLOPES: dict[str, Any] = {
 }
 _STEPS = Portable()
 forward = partial(pipeline.forward, lambda *tensors: _STEPS)
-backward = partial(pipeline.backward, lambda *tensors: _STEPS)
+backward = partial(pipeline.backward, lambda *tensors: _STEPS, False)
+backward_over = partial(pipeline.backward, lambda *tensors: _STEPS, True)

@@ -592,10 +592,13 @@ class Kernels:
         routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
+        into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         needs_dh, needs_act, needs_dw = needs
         n_rows, n_cols = da.shape
-        dhidden = torch.empty_like(hidden) if needs_dh else None
+        dhidden = None
+        if needs_dh:
+            dhidden = torch.empty_like(hidden) if into is None else into
         dw = weights.new_zeros(weights.shape, dtype=torch.float32) if needs_dw else None
         numbers, constants = _of_activation(options)
         cols = min(512, next_power_of_2(n_cols))
@@ -657,4 +660,5 @@ class Kernels:
 
 
 forward = partial(pipeline.forward, Kernels.of)
-backward = partial(pipeline.backward, Kernels.of)
+backward = partial(pipeline.backward, Kernels.of, False)
+backward_over = partial(pipeline.backward, Kernels.of, True)
