@@ -45,6 +45,25 @@ def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
         assert_as_exact(SPEC, CASES["silu"], inputs, grads)
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="an older torch")
+@pytest.mark.parametrize("sentinels", [False, True])
+def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the configuration of a device prefers them; also with an expert without rows."""
+    kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
+    make = Make(torch.bfloat16)
+    index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
+    inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
+    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library=True)
+    monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
+    used = []
+    original = kernels._grouped_mm
+    monkeypatch.setattr(kernels, "_grouped_mm", lambda *args: used.append(1) or original(*args))
+    with backends.use_implementation("triton"):
+        given = (*inputs, make.randn(9, 2), None, None)
+        assert_as_exact(SPEC, CASES["silu"], given, {0: make.randn(9, 16)})
+    assert len(used) == 6
+
+
 def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
     """Also behind the clamp, and also from a weight, whose expert all tokens but the last avoid."""
     drawn_inputs: Any = SPEC.cases[1].inputs(Make(torch.float32))

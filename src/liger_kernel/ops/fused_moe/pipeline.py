@@ -81,8 +81,8 @@ class Steps(Protocol):
         """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
 
 
-#: of x and the second weight
-StepsFor = Callable[[Tensor, Tensor], Steps]
+#: of x and the weights
+StepsFor = Callable[[Tensor, Tensor, Tensor], Steps]
 
 
 def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def forward(
     options: MoEOptions,
     needs: Needs,
 ) -> tuple[Tensor, Saved]:
-    steps, weights = steps_for(x, down_weight), top_k_weights.contiguous()
+    steps, weights = steps_for(x, gate_up_weight, down_weight), top_k_weights.contiguous()
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     sorted_ = sort_by_expert(top_k_index, w1.shape[0])
     routing = Routing(*sorted_, steps.tiles(sorted_[2], top_k_index.numel()))
@@ -145,7 +145,7 @@ def backward(
     given: Any = (*saved, grads[0])
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, hidden, *routed, dy = given
     slots, rows, starts = routed
-    steps = steps_for(x, down_weight)
+    steps = steps_for(x, gate_up_weight, down_weight)
     routing = Routing(slots, rows, starts, steps.tiles(starts, slots.numel()))
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2 = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)

@@ -42,6 +42,7 @@ class Config:
     inner: int
     warps: int
     stages: int
+    library: bool = False  # PyTorch's grouped product, which needs gathered rows, where it serves
     group: int = 8  # tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache
 
     @staticmethod
@@ -465,9 +466,11 @@ class Kernels:
     config: Config
 
     @staticmethod
-    def of(x: Tensor, down_weight: Tensor) -> Kernels:
-        even = all(size % 64 == 0 for size in down_weight.shape[1:])
-        return Kernels(Config.of(facts_of(x.device), x.dtype, even))
+    def of(x: Tensor, *weights: Tensor) -> Kernels:
+        even = all(size % 64 == 0 for weight in weights for size in weight.shape[1:])
+        config = Config.of(facts_of(x.device), x.dtype, even)
+        by_library = config.library and _library_serves(x, *weights)
+        return (LibraryProducts if by_library else Kernels)(config)
 
     def _sizes(self) -> dict[str, Any]:
         c = self.config
@@ -657,6 +660,39 @@ class Kernels:
                 num_warps=4,
             )
         return out
+
+
+class LibraryProducts(Kernels):
+    """With the products of PyTorch, which wants bf16 and rows of whole vectors of 16 bytes."""
+
+    def product(
+        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+    ) -> Tensor:
+        if bias is not None:  # it would be added to rounded rows, and rounded again
+            return super().product(a, weight, bias, routing, gathered)
+        return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
+
+    def weight_gradient(
+        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+    ) -> Tensor:
+        a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+        return _grouped_mm(a.t(), b, routing)
+
+
+def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:
+    return a.index_select(0, routing.slots // gathered) if gathered else a
+
+
+def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:
+    function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    found: Tensor = function(a, b, offs=routing.starts[1:])
+    return found
+
+
+def _library_serves(x: Tensor, *weights: Tensor) -> bool:
+    there = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
+    aligned = all(w.is_contiguous() and w.shape[1] % 8 == w.shape[2] % 8 == 0 for w in weights)
+    return there and aligned and x.dtype == torch.bfloat16
 
 
 forward = partial(pipeline.forward, Kernels.of)
