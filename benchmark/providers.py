@@ -192,6 +192,14 @@ def _liger_rope(o: Options) -> Function | None:
     return _liger("liger_rope") if _plain(o, "unsqueeze_dim") and o["unsqueeze_dim"] == 1 else None
 
 
+def _liger_moe(o: Options) -> Function | None:
+    plain = {"activation": "silu", "gated": True, "alpha": 1.0}
+    if any(value != plain.get(name) and value for name, value in o.items()):
+        return None
+    apply = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction.apply
+    return lambda x, w1, w2, index, weights, *biases: apply(x, w1, w2, index.int(), weights)
+
+
 def _liger_sparsemax(o: Options) -> Function:
     function = _liger("liger_sparsemax")
     return lambda x: function(x, o["dim"])
@@ -224,6 +232,7 @@ LIGER: Table = {
     "softmax": lambda o: _liger("liger_softmax"),
     "sparsemax": _liger_sparsemax,
     "dyt": lambda o: _liger("liger_dyt"),
+    "fused_moe": _liger_moe,
     "group_norm": _liger_group_norm,
     "poly_norm": _liger_with_eps("liger_poly_norm"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),

@@ -45,6 +45,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "rope": {"npu_rotary_mul": 4},
     "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
     "softmax": {"_softmax_backward_data": 1},
+    "moe_router": {"_softmax_backward_data": 1},
 }
 
 WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope")
