@@ -215,6 +215,14 @@ def _liger_qk_norm_rope(o: Options) -> Function | None:
     return function
 
 
+def _liger_moe(o: Options) -> Function | None:
+    plain = {"activation": "silu", "gated": True, "alpha": 1.0}
+    if any(value != plain.get(name) and value for name, value in o.items()):
+        return None
+    apply = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction.apply
+    return lambda x, w1, w2, index, weights, *biases: apply(x, w1, w2, index.int(), weights)
+
+
 def _liger_sparsemax(o: Options) -> Function:
     function = _liger("liger_sparsemax")
     return lambda x: function(x, o["dim"])
@@ -268,6 +276,7 @@ LIGER: Table = {
     "softmax": lambda o: _liger("liger_softmax"),
     "sparsemax": _liger_sparsemax,
     "dyt": lambda o: _liger("liger_dyt"),
+    "fused_moe": _liger_moe,
     "group_norm": _liger_group_norm,
     "poly_norm": _liger_with_eps("liger_poly_norm"),
     "fused_neighborhood_attention": _liger_divergence("liger_fused_neighborhood_attention"),

@@ -19,6 +19,7 @@ from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
+from liger_kernel.ops.fused_moe import fused_moe
 from liger_kernel.ops.fused_neighborhood_attention import fused_neighborhood_attention
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
@@ -35,6 +36,8 @@ from liger_kernel.ops.mhc_project import mhc_project
 from liger_kernel.ops.mhc_sinkhorn import mhc_coeffs, mhc_sinkhorn
 from liger_kernel.ops.mm_int8int2 import mm_int8int2
 from liger_kernel.ops.modulated_rms_norm import modulated_rms_norm
+from liger_kernel.ops.moe_router import moe_router
+from liger_kernel.ops.moe_router.losses import load_balancing_loss, router_z_loss
 from liger_kernel.ops.multi_token_attention import multi_token_attention
 from liger_kernel.ops.poly_norm import poly_norm
 from liger_kernel.ops.qk_norm_rope import qk_norm_rope
@@ -59,6 +62,7 @@ __all__ = [
     "fused_linear_cross_entropy",
     "fused_linear_jsd",
     "fused_linear_kl_div",
+    "fused_moe",
     "fused_neighborhood_attention",
     "gated_mlp",
     "geglu",
@@ -71,6 +75,7 @@ __all__ = [
     "layer_norm",
     "linear_logprobs",
     "linear_logprobs_loss",
+    "load_balancing_loss",
     "logprobs",
     "lora_linear",
     "mhc_coeffs",
@@ -81,12 +86,14 @@ __all__ = [
     "mhc_sinkhorn",
     "mm_int8int2",
     "modulated_rms_norm",
+    "moe_router",
     "multi_token_attention",
     "poly_norm",
     "qk_norm_rope",
     "relu_squared",
     "rms_norm",
     "rope",
+    "router_z_loss",
     "softmax",
     "sparsemax",
     "swiglu",

@@ -48,6 +48,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "fused_neighborhood_attention": {"_softmax_backward_data": 1},
     "multi_token_attention": {"_softmax_backward_data": 1},
     "softmax": {"_softmax_backward_data": 1},
+    "moe_router": {"_softmax_backward_data": 1},
 }
 
 WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope")

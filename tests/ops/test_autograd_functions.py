@@ -87,6 +87,10 @@ def arguments(name: str) -> Arguments:
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),
         "LigerModulatedRMSNormFunction": (leaf(5, 12), leaf(12), leaf(12), leaf(12), 1e-6),
+        "LigerFusedMoEFunction": (
+            *(leaf(5, 8), leaf(3, 12, 8), leaf(3, 8, 6)),
+            *(make.integers(3, 5, 2), leaf(5, 2)),
+        ),
         "LigerGroupNormFunction": (leaf(3, 12, 5), leaf(12), leaf(12), 12, 4, 1e-6),
         "LigerPolyNormFunction": (leaf(5, 12), leaf(3), leaf(1), 1e-6),
         "LigerMLPFunction": (leaf(5, 8), leaf(12, 8), leaf(12, 8), leaf(8, 12), 0.5, 2.0),

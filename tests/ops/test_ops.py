@@ -91,7 +91,9 @@ def test_gradients_for_exactly_what_requires_them(spec: OpSpec, case: OpCase) ->
         )
     for i in wanted:
         assert torch.equal(everything[i], everything_again[i]), f"gradient {i} is not deterministic"
-    subsets = [s for size in range(len(wanted)) for s in itertools.combinations(wanted, size)]
+    # of many inputs, one alone, and all but one
+    sizes = range(len(wanted)) if len(wanted) < 5 else (0, 1, len(wanted) - 1)
+    subsets = [s for size in sizes for s in itertools.combinations(wanted, size)]
 
     def draw(seed: int) -> Any:
         inputs, grads = drawn(spec, case, Make(torch.float32, DEVICE, seed))

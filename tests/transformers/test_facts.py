@@ -20,6 +20,7 @@ import liger_kernel
 from liger_kernel.testing import Make
 from tests.transformers.steps import assert_all_no_worse
 from tests.transformers.test_structure import Calls, drawn, run
+from tests.transformers.tiny import Experts
 
 SIZE = 32
 X = Make(torch.float32).randn(3, 5, SIZE)
@@ -394,26 +395,13 @@ class Squared(nn.Module):
         return F.relu(x) ** self.power
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.act_fn = nn.SiLU()
-
-    def _apply_gate(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return self.act_fn(gate) * up
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._apply_gate(x)
-
-
 @pytest.mark.parametrize(
     ("make", "apply"),
     [
         (lambda: nn.ModuleDict({"act": Squared()}), _set("act.power", 3)),
         (Experts, _set("act_fn", nn.GELU())),
         (Experts, lambda m, _: m.act_fn.register_forward_hook(lambda _, args, y: 2 * y)),
-        (Experts, _set_class(Experts, "_apply_gate", lambda self, x: x)),
+        (Experts, _set_class(Experts, "_apply_gate", lambda self, x: x[..., :20])),
     ],
     ids=["power", "activation", "hook", "method"],
 )
@@ -422,7 +410,9 @@ def test_changes_of_activations_and_experts(
 ) -> None:
     theirs = make()
     ours = patched(theirs)
-    call = (lambda m: m["act"](X)) if isinstance(theirs, nn.ModuleDict) else (lambda m: m(X))
+    x = X.flatten(0, 1)
+    routed = x, torch.arange(len(x))[:, None] % 3, torch.ones(len(x), 1)
+    call = (lambda m: m["act"](X)) if isinstance(theirs, nn.ModuleDict) else (lambda m: m(*routed))
     before = call(theirs)
     for module in (ours, theirs):
         apply(module, monkeypatch)

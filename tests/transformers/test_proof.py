@@ -18,7 +18,7 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites import experts, mlps, norms, relu_squared, rope
 from tests.transformers.steps import assert_identical, snapshot
-from tests.transformers.tiny import build
+from tests.transformers.tiny import Experts, build
 
 SIZE = 48
 
@@ -46,15 +46,6 @@ class Squared(nn.Module):
         return F.relu(x).square()
 
 
-class Experts(nn.Module):
-    def _apply_gate(self, x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._apply_gate(x)
-
-
 @pytest.mark.parametrize(
     ("op", "name", "build_one"),
     [
@@ -62,7 +53,7 @@ class Experts(nn.Module):
         (norms.layer_norm_op, "layer_norm", lambda: nn.Sequential(nn.LayerNorm(SIZE))),
         (mlps.gated_mlp_op, "gated_mlp", lambda: build("llama", mlp_bias=False)),
         (mlps.glu_op, "gated_product", lambda: build("llama")),  # with biases
-        (experts.glu_op, "glu_packed", lambda: nn.Sequential(Experts())),
+        (experts.moe_op, "fused_moe", lambda: nn.Sequential(Experts())),
         (
             relu_squared.relu_squared_op,
             "relu_squared",
@@ -116,7 +107,7 @@ class BrokenMLP(nn.Module):
 
 
 class BrokenExperts(Experts):
-    def _apply_gate(self, x: Tensor) -> Tensor:
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
         raise OSError("no gate")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import inspect
-import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +23,9 @@ from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers.patching import Row
 from liger_kernel.transformers.patching.plans import marker
 from liger_kernel.transformers.patching.sites import rope
-from liger_kernel.transformers.patching.sites.experts import find_plan as find_gate
 from tests.transformers.here import hf_class
-from tests.transformers.steps import assert_all_no_worse, assert_identical, snapshot, step
-from tests.transformers.tiny import batch, build
+from tests.transformers.steps import assert_all_no_worse
+from tests.transformers.tiny import build, mixture
 
 SIZE = 64
 Calls = collections.Counter[str]
@@ -332,116 +330,6 @@ class TestMLPs:
         assert (row.by, row.reason) == (None, "Literal computes something else")
 
 
-# -- experts -----------------------------------------------------------------------------------------------------------
-
-GATES = [
-    ("gpt_oss", "GptOssExperts", "LigerSwiGLU(up + 1, limit=7, alpha=1.702, interleaved gate_up)"),
-    ("deepseek_v4", "DeepseekV4Experts", "LigerSwiGLU(limit=10, fused gate_up)"),
-    ("step3p7", "Step3p7Experts", "LigerSwiGLU(limit after silu, limit=10, fused gate_up)"),
-]
-MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False}
-
-
-def mixtral(dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm") -> Any:
-    pytest.importorskip("transformers.integrations.moe")
-    model = build("mixtral", dtype, **MOE)
-    model.set_experts_implementation(implementation)
-    return model
-
-
-def experts_rows(model: nn.Module) -> set[tuple[str | None, str]]:
-    rows = [row for row in liger_kernel.patch(model).rows if row.kind == "experts"]
-    return {(row.by, row.reason) for row in rows}
-
-
-class TestExperts:
-    @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-    def test_loss_and_every_gradient(self, implementation: str, calls: Calls) -> None:
-        model = mixtral(implementation=implementation)
-        before = snapshot(model)
-        assert experts_rows(model) == {("LigerSwiGLU(fused gate_up)", "")}
-        calls.clear()
-        outputs, grads = step(model, **batch())
-        assert calls["glu"] == model.config.num_hidden_layers
-        high, high_grads = step(mixtral(torch.float64, "eager"), **batch())
-        low, low_grads = step(mixtral(implementation=implementation), **batch())
-        assert_no_worse("loss", outputs.loss, high.loss, low.loss)
-        assert_all_no_worse(grads, high_grads, low_grads)
-        liger_kernel.unpatch(model)
-        assert_identical(before, snapshot(model))
-
-    def test_copies_are_bound_to_themselves(self, calls: Calls) -> None:
-        model = mixtral()
-        liger_kernel.patch(model)
-        expected, _ = step(model, **batch())
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            for ours, theirs in zip(twin.modules(), model.modules(), strict=True):
-                assert ours is not theirs
-                for slot in ("forward", "_apply_gate"):
-                    bound = getattr(vars(ours).get(slot), "args", (ours,))
-                    assert bound[0] is ours
-            calls.clear()
-            assert torch.equal(step(twin, **batch())[0].loss, expected.loss)
-            assert calls["glu"] == model.config.num_hidden_layers
-            liger_kernel.unpatch(twin)
-            assert "_apply_gate" not in vars(twin.model.layers[0].mlp.experts)
-
-    def test_left_alone_and_named(self) -> None:
-        ((by, reason),) = experts_rows(mixtral(implementation="eager"))
-        assert by is None
-        assert "eager" in reason
-        assert "set_experts_implementation" in reason
-        ((by, reason),) = experts_rows(build("dbrx", **DBRX))
-        assert (by, "DbrxExpertGLU" in reason) == (None, True)
-
-    @pytest.mark.parametrize(("file", "name", "expected"), GATES)
-    def test_gates_with_limits(self, file: str, name: str, expected: str, calls: Calls) -> None:
-        pytest.importorskip("transformers.integrations.moe")
-        experts = hf(file, name, LIMITED_CONFIG, *([10.0] if file == "step3p7" else []))
-        plan: Any = find_gate(experts)
-        assert str(plan) == expected
-        calls.clear()
-        ours, theirs = (
-            {"y": y.detach(), "grad": torch.autograd.grad(y.sum(), x)[0]}
-            for gate in (plan.compute, type(experts)._apply_gate)
-            for x in [(9 * X).bfloat16().requires_grad_()]
-            for y in [gate(experts, x)]
-        )
-        high = (9 * X).bfloat16().double().requires_grad_()
-        y = type(experts)._apply_gate(experts, high)
-        truth = {"y": y.detach(), "grad": torch.autograd.grad(y.sum(), high)[0]}
-        assert_all_no_worse(ours, truth, theirs)
-        assert calls["glu"] == 1
-
-    def test_another_gate_is_left_alone(self) -> None:
-        class Other(hf_class("gpt_oss.GptOssExperts")):  # type: ignore[misc]
-            def _apply_gate(self, gate_up: Tensor) -> Tensor:
-                return super()._apply_gate(gate_up).clamp(max=50)
-
-        assert find_gate(Other(LIMITED_CONFIG)) == "Other computes something else"
-
-    def test_options_reach_them(self) -> None:
-        model = mixtral()
-        kinds = {row.kind for row in liger_kernel.patch(model, mlp=False).rows}
-        assert "experts" not in kinds
-
-    def test_compiles_to_one_graph(self) -> None:
-        model = mixtral(torch.bfloat16)
-        liger_kernel.patch(model)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert compiled(**batch(), use_cache=False).loss.isfinite()
-
-
-DBRX = {
-    "d_model": 48,
-    "n_heads": 4,
-    "n_layers": 2,
-    "max_seq_len": 64,
-    "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
-    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-}
-
 # -- rotary embeddings, and what all kinds share -----------------------------------------------------------------------
 
 
@@ -525,7 +413,7 @@ def test_three_positions(calls: dict[str, int]) -> None:
 
 
 def test_an_inner_patch_is_reported_by_the_outer_one() -> None:
-    for build_one in (mixtral, lambda: build("llama")):
+    for build_one in (mixture, lambda: build("llama")):
         model = build_one()
         inner = liger_kernel.patch(model.model)
         outer = liger_kernel.patch(model)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 131
@@ -70,3 +71,64 @@ def batch(
         "attention_mask": torch.ones_like(ids),
         "labels": ids.masked_fill(drop, -100),
     }
+
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": False}
+#: models with experts, and how the report calls them
+MIXTURES: dict[str, tuple[dict[str, Any], str]] = {
+    "mixtral": (MOE, "SwiGLU"),
+    "qwen3_moe": (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
+        "SwiGLU",
+    ),
+    "gpt_oss": ({**MOE, "head_dim": 16}, "SwiGLU, limit=7, alpha=1.702, up + 1"),
+    "deepseek_v3": (
+        {
+            "n_routed_experts": 4,
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+        "SwiGLU",
+    ),
+}
+
+
+def mixture(
+    name: str = "mixtral", dtype: torch.dtype = torch.float32, implementation: str = "grouped_mm"
+) -> Any:
+    pytest.importorskip("transformers.integrations.moe")
+    model = build(name, dtype, **MIXTURES[name][0])
+    model.set_experts_implementation(implementation)
+    return model
+
+
+class Experts(nn.Module):
+    """Three experts, as HF writes them."""
+
+    def __init__(self, hidden: int = 32, features: int = 20) -> None:
+        super().__init__()
+        self.act_fn: nn.Module = nn.SiLU()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 2 * features, hidden) / hidden**0.5)
+        self.down_proj = nn.Parameter(torch.randn(3, hidden, features) / features**0.5)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in range(len(self.down_proj)):
+            token, k = torch.where(top_k_index == expert)
+            gated = self._apply_gate(hidden_states[token] @ self.gate_up_proj[expert].t())
+            y = gated @ self.down_proj[expert].t() * top_k_weights[token, k, None]
+            out.index_add_(0, token, y)
+        return out

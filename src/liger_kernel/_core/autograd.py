@@ -78,6 +78,13 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def saved_tensors_are_ours() -> bool:
+    """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = top(False) if top is not None else ()
+    return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
+
+
 def made_in_forward(ctx: Any) -> tuple[Tensor | None, ...]:
     """The gradients that a loss made in forward and saved, for its backward to scale in place and hand out.
 

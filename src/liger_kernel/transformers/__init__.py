@@ -11,6 +11,7 @@ _EXPORTS = {
     "LigerBlockSparseTop2MLP": "modules.swiglu",
     "LigerCrossEntropyLoss": "modules.cross_entropy",
     "LigerDyT": "modules.dyt",
+    "LigerExperts": "modules.swiglu",
     "LigerFalconH1MLP": "modules.mlp",
     "LigerFalconH1SwiGLUMLP": "modules.swiglu",
     "LigerFusedAddRMSNorm": "modules.fused_add_rms_norm",
@@ -53,6 +54,7 @@ _PATCHING = {
     "AutoLigerKernelForCausalLM": "auto_model",
     "_apply_liger_kernel": "monkey_patch",
     "_apply_liger_kernel_to_instance": "monkey_patch",
+    "register_experts": "patching.sites.experts",
     "register_kernels": "hub",
 }
 _APPLY = "apply_liger_kernel_to_"

@@ -207,13 +207,6 @@ def _patch_muse_glimmer_scale_free_rms_norm_module(module: nn.Module, eps: float
         )
 
 
-def _bind_method_to_module(
-    module: nn.Module, method_name: str, new_method: Callable[..., Any]
-) -> None:
-    """`new_method(self, ...)` as a method of one module."""
-    module.__dict__[method_name] = MethodType(new_method, module)
-
-
 def _patch_layer_norm_module(module: nn.Module, eps: float = 1e-6) -> None:
     """Make one module a LayerNorm by decree, without a proof."""
     for norm in _copies(module):

@@ -175,7 +175,8 @@ def _assert_told(result: Result) -> None:
     kinds = {
         "rms_norm": ("norm",),
         "layer_norm": ("norm",),
-        "glu": ("mlp", "experts", "norm"),  # norms with a gate
+        "glu": ("mlp", "norm"),  # norms with a gate
+        "fused_moe": ("experts",),
         "relu_squared": ("mlp",),
         "rope": ("rope",),
         "qk_norm_rope": ("rope",),

@@ -38,7 +38,7 @@ was also checked with pixels as input.
 _OPS = {
     "norm": ("rms_norm", "layer_norm"),
     "mlp": ("glu", "relu_squared"),
-    "experts": ("glu",),
+    "experts": ("fused_moe",),
     "rope": ("rope", "qk_norm_rope"),
 }
 #: what every reason of its kind says

@@ -18,6 +18,7 @@ from liger_kernel._core.autograd import (
     graph_is_kept,
     is_transformed,
     refuse_double_backward,
+    saved_tensors_are_ours,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
@@ -104,7 +105,7 @@ class _Product(Op):
         product: Tensor = impl.forward(gate, up, options=options, needs=(False, False))[0]
         ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
         ctx.of_forward = impl, options, x.shape
-        ctx.held_by_us_alone = _saved_tensors_are_ours()
+        ctx.held_by_us_alone = saved_tensors_are_ours()
         nodes.append(ctx)
         return product
 
@@ -198,13 +199,6 @@ def product_to_make_again(
         return made
 
     return product, again
-
-
-def _saved_tensors_are_ours() -> bool:
-    """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = top(False) if top is not None else ()
-    return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
 
 
 def check_tensors(

@@ -36,7 +36,7 @@ class Config:
 
 
 @triton.jit
-def _activation(x, alpha, ACTIVATION: tl.constexpr):
+def activation(x, alpha, ACTIVATION: tl.constexpr):
     """f(x) = x P(x) and f'(x) = P + x P', P the normal CDF ("gelu") or sigmoid(z(x)).
 
     "silu", "silu_oai", "silu_step": z = alpha x.
@@ -77,7 +77,7 @@ def gated(
     x = gate
     if LIMITED and ACTIVATION != "silu_step":
         x = tl.where(gate > limit, limit, gate)
-    exact, slope = _activation(x, alpha, ACTIVATION)
+    exact, slope = activation(x, alpha, ACTIVATION)
     value = exact.to(DTYPE).to(tl.float32)
     if LIMITED:
         bounded = gate

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 from liger_kernel.ops.glu import LigerFusedGateUpSiLUMulFunction, LigerSiLUMulFunction
 
 
@@ -114,3 +116,34 @@ class LigerPhi3SwiGLUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(LigerFusedGateUpSiLUMulFunction.apply(self.gate_up_proj(x)))
+
+
+class LigerExperts(nn.Module):
+    """The experts of a mixture, behind its router: the weighted sum of K SwiGLU blocks of each token.
+
+    Parameters, uninitialised as in HF: `gate_up_proj` (E, 2I, H), the gates first, and `down_proj` (E, H, I).
+    """
+
+    def __init__(self, config: Any):
+        check_hidden_act(config)
+        super().__init__()
+        self.num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = (
+            getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        )
+        shapes = (
+            (2 * self.intermediate_dim, self.hidden_dim),
+            (self.hidden_dim, self.intermediate_dim),
+        )
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.empty(self.num_experts, *shape)) for shape in shapes
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        tokens = hidden_states.view(-1, self.hidden_dim)
+        chosen = (t.view(tokens.shape[0], -1) for t in (top_k_index, top_k_weights))
+        out: Tensor = LigerFusedMoEFunction.apply(
+            tokens, self.gate_up_proj, self.down_proj, *chosen
+        )
+        return out.view(hidden_states.shape)

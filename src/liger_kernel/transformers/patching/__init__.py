@@ -1,8 +1,8 @@
 """`patch(model)`: fused kernels in place of the slow parts of a HuggingFace model, proven, reported, reversible.
 
 The model's own forward stays as HF wrote it. What changes are instance attributes of that one model: the class of its
-head, the `forward` of norms, gated MLPs, attention modules and Linears with adapters, the gate between the products of
-experts. Each of these is a site, a file in `sites/`.
+head, the `forward` of norms, gated MLPs, experts, attention modules and Linears with adapters. Each of these is a
+site, a file in `sites/`.
 """
 
 from __future__ import annotations

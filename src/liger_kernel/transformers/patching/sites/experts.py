@@ -1,75 +1,233 @@
-"""Experts of a mixture: the gated product between transformers' two grouped matrix products.
+"""Experts of a mixture: the whole of what a module does with tokens, their experts' indices and their weights.
 
-transformers (5 and later) runs the experts of most models by one function of its registry, named by
-`config._experts_implementation`, which calls the module's `_apply_gate` between the two products. That method is what
-is replaced. Weights, routing and the products themselves are transformers' business.
+transformers (5 and later) runs most of these modules by one function of its registry, named by
+`config._experts_implementation`, for which the module's own code is the specification. That is proven, with the weights
+in its layout. Routing is the router's business. Our op is in the registry, too, as "liger_kernel": chosen there,
+it proves the module before it runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product, starmap
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liger_kernel.ops import glu as glu_op
+from liger_kernel._core.autograd import autocast_dtype
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.ops import fused_moe as moe_op
+from liger_kernel.ops.fused_moe.checks import ACTIVATIONS
+from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.transformers.patching import facts, proof
-from liger_kernel.transformers.patching.plans import MethodPlan
+from liger_kernel.transformers.patching.plans import MethodPlan, marker
 from liger_kernel.transformers.patching.site import Site, modules
-from liger_kernel.transformers.patching.sites.mlps import MLP, Gate, far, gates
+from liger_kernel.transformers.patching.sites.mlps import MLP, far
 from liger_kernel.transformers.patching.state import State
 
-_GATE = "_apply_gate"
+NAME = "liger_kernel"
+_FIRST, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_NAMES = {
+    "silu": "SwiGLU",
+    "gelu_tanh": "GEGLU",
+    "gelu": "GEGLU(erf)",
+    "relu_squared": "ReLUSquared",
+}
+_HIDDEN, _FEATURES = 24, 16  # of the twin that is proven
+#: implementations of the registry that compute what the module's own code does
+_EQUAL = ("eager", "grouped_mm", "batched_mm", NAME)
 
 
 @dataclass(frozen=True)
 class ExpertsPlan(MethodPlan):
-    """`act(gate) * up` of (S, 2I) rows, the gate in the first half, or in the even places."""
+    """The sum of the outputs of K experts of each token, times the router's weights."""
 
     kind = "experts"
-    slot = _GATE
 
-    form: Gate
-    interleaved: bool
+    first: str  # the parameter that makes gate and up, or up alone
+    options: MoEOptions
 
     def __str__(self) -> str:
-        return self.form.named("interleaved gate_up" if self.interleaved else "fused gate_up")
+        o = self.options
+        limit = [] if o.limit is None else [f"limit={o.limit:g}"]
+        alpha = [] if o.alpha == 1 else [f"alpha={o.alpha:g}"]
+        shift = [f"up + {o.up_shift:g}"] if o.up_shift else []
+        return f"LigerExperts({', '.join([_NAMES[o.activation], *limit, *alpha, *shift])})"
 
-    def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        form = self.form
-        return glu_op.glu_packed(
-            x,
-            form.activation,
-            limit=form.limit,
-            alpha=form.alpha,
-            interleaved=self.interleaved,
-        )
+    def holds(self, module: nn.Module) -> bool:
+        return _is_left_to_us(module) and super().holds(module)
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        names = _parameters(type(module).forward)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) + len(kwargs) == 3 and given.keys() == {*names[:3]}:
+            tensors = [given[name] for name in names[:3]]
+            if self._serves(module, *tensors):
+                return self.compute(module, *tensors)
+        return type(module).forward(module, *args, **kwargs)
+
+    def _serves(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> bool:
+        """Whether they are what was proven: rows of tokens, and plain weights in their dtype."""
+        own = [getattr(module, name) for name in (self.first, _DOWN)]
+        alike = all(w.dtype == x.dtype and w.device == x.device for w in own)
+        if autocast_dtype(x) is not None:
+            alike = all(w.is_floating_point() and w.element_size() > 1 for w in own)
+        plain = not any(map(is_dtensor, (x, index, weights, *own)))
+        return plain and alike and x.ndim == index.ndim == 2 and index.shape == weights.shape
+
+    def compute(self, module: nn.Module, x: Tensor, *routed: Tensor) -> Tensor:
+        names = self.first, _DOWN
+        weights = [getattr(module, name) for name in names]
+        biases = [getattr(module, f"{name}_bias", None) for name in names]
+        return moe_op.fused_moe(x, *weights, *routed, *biases, **self.options.named())
+
+
+@functools.cache
+def _parameters(forward: Any) -> list[str]:
+    return [*inspect.signature(forward).parameters][1:]
 
 
 def is_candidate(module: nn.Module) -> bool:
     """What the registry runs, and what else is called experts and holds weights."""
-    if hasattr(type(module), _GATE):
+    if hasattr(type(module), "_apply_gate"):
         return True
     named = "expert" in type(module).__name__.lower()
     return named and any(p is not None for p in module._parameters.values())
 
 
-@partial(proof.verdict, slot=_GATE)
-def find_plan(module: nn.Module) -> ExpertsPlan | None:
-    """The proven plan for this module's gate, or why there is none."""
-    twin = proof.clone(module, {}, {})
-    gate_up = 3 * torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
-    gate = getattr(type(module), _GATE)
-    exact = [proof.Theirs(gate, twin, [x]) for x in (gate_up, far(gate_up))]
-    rounded = proof.Theirs(gate, twin, [gate_up.bfloat16()], backward=False)
-    numbers = (v for kind in (float, int) for v in facts.numbers(module, kind, _GATE).values())
-    for plan in starmap(ExpertsPlan, product(gates(numbers), (False, True))):
-        if all(t.agrees(plan.compute) for t in exact) and rounded.rounds_like(plan.compute):
-            return plan
+def _layouts(
+    module: nn.Module, first: str
+) -> Iterator[tuple[bool, bool, dict[str, tuple[int, ...]]]]:
+    """(gated, transposed, small shapes of the parameters), in which its weights can be meant."""
+    shapes = {n: proof.whole_shape(p) for n, p in module._parameters.items() if p is not None}
+    for gated, transposed in product((True, False), (False, True)):
+        w1, w2 = (s[::-1] if transposed else s for s in (shapes[first][1:], shapes[_DOWN][1:]))
+        if len(w1) != 2 or w1 != torch.Size(((1 + gated) * w2[1], w2[0])):
+            continue
+        n_experts, wide = shapes[first][0], (1 + gated) * _FEATURES
+        matrices = {first: (wide, _HIDDEN), _DOWN: (_HIDDEN, _FEATURES)}
+        small: dict[str, tuple[int, ...]] = {}
+        small |= {n: (n_experts, *(s[::-1] if transposed else s)) for n, s in matrices.items()}
+        small.update({f"{n}_bias": (n_experts, s[0]) for n, s in matrices.items()})
+        if shapes.keys() <= small.keys():
+            yield gated, transposed, {name: small[name] for name in shapes}
+
+
+def _plans(module: nn.Module, first: str, gated: bool, transposed: bool) -> Iterator[ExpertsPlan]:
+    numbers = dict.fromkeys(facts.numbers(module, float).values())
+    limits, alphas = (None, *numbers), dict.fromkeys((1.0, *numbers))
+    shifts = (0.0, 1.0) if gated and numbers else (0.0,)
+    orders = (False, True) if gated else (False,)
+    for limit, alpha, shift, activation, interleaved in product(
+        limits, alphas, shifts, ACTIVATIONS, orders
+    ):
+        if alpha and (limit is None or limit > 0):
+            options = MoEOptions(activation, gated, interleaved, transposed, limit, alpha, shift)
+            yield ExpertsPlan(first, options)
+
+
+class _Small:
+    """A small twin of an experts module with random weights, tokens and routes."""
+
+    def __init__(self, module: nn.Module, shapes: dict[str, tuple[int, ...]]):
+        randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        # so large that a limit is met
+        parameters = {name: nn.Parameter(0.5 * randn(shape)) for name, shape in shapes.items()}
+        self.twin = proof.clone(module, dict(parameters), {})
+        n_experts = next(iter(shapes.values()))[0]
+        self.index = randn(7, n_experts).topk(min(2, n_experts)).indices
+        x, weights = 3 * randn(7, _HIDDEN), randn(self.index.shape).abs()
+        self.inputs = [x, weights], [far(x), weights]
+
+    def theirs(self, function: Any) -> list[proof.Theirs]:
+        """Of usual tokens, and of so large ones that no limit goes unseen."""
+        return [proof.Theirs(self.routed(function), self.twin, given) for given in self.inputs]
+
+    def routed(self, function: Any) -> Callable[..., Any]:
+        return lambda twin, x, weights: function(twin, x, self.index, weights)
+
+
+@proof.verdict
+def _find_plan(module: nn.Module) -> ExpertsPlan | None:
+    first = next((n for n in _FIRST if n in module._parameters), _FIRST[0])
+    forward = type(module).forward
+    own = getattr(forward, "__wrapped__", forward)
+    others = [] if own is forward else [_registry()["batched_mm"]]
+    for gated, transposed, shapes in _layouts(module, first):
+        small = _Small(module, shapes)
+        theirs = small.theirs(own)
+        for plan in _plans(module, first, gated, transposed):
+            ours = small.routed(plan.compute)
+            if not all(t.agrees(ours) for t in theirs):
+                continue
+            if all(t.agrees(ours) for f in others for t in small.theirs(f)):
+                return plan
     return None
+
+
+def find_plan(module: nn.Module) -> ExpertsPlan | str:
+    """The proven plan for this module, or why there is none.
+
+    Where only the registry reads the config, the facts are without it, and `holds` looks at what the registry reads: to
+    compare a whole config takes 0.3 ms, at every call of every layer.
+    """
+    found = _find_plan(module)
+    if isinstance(found, str) or _reads_config(type(module)):
+        return found
+    known: Any = found.facts
+    parts = (
+        replace(part, pinned=tuple(pin for pin in part.pinned if pin[0] != "config"))
+        for part in known.parts
+    )
+    return replace(found, facts=facts.Facts(find_plan, tuple(parts)))
+
+
+find_plan.cache_clear = _find_plan.cache_clear  # type: ignore[attr-defined]
+
+
+def _reads_config(cls: Any) -> bool:
+    own = getattr(cls.forward, "__wrapped__", None)
+    return own is None or "config" in facts.Reading(own, cls, "_apply_gate").names
+
+
+def _registry() -> Any:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # an older release
+        return {}
+    return ALL_EXPERTS_FUNCTIONS
+
+
+def register_experts() -> None:
+    """Make `model.set_experts_implementation("liger_kernel")` known to transformers, for models that are not patched.
+
+    Every experts module is proven at its first call. Raises: ImportError if transformers has no registry of experts.
+    """
+    if not _registry():
+        raise ImportError(
+            "This release of transformers has no registry of experts; transformers>=5 has."
+        )
+    _registry().register(NAME, experts_forward)
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """What the registry calls for "liger_kernel". Raises: ValueError for a module that is not proven."""
+    key = marker("registered")
+    plan = vars(self).get(key)
+    if plan is None or not plan.holds(self):
+        plan = _left_alone(self) or find_plan(self)
+        if isinstance(plan, str):
+            raise ValueError(f"{plan}. Use model.set_experts_implementation('grouped_mm').")
+        vars(self)[key] = plan
+    found: Tensor = plan.compute(self, hidden_states, top_k_index, top_k_weights)
+    return found
 
 
 def _prove(module: nn.Module, state: State) -> ExpertsPlan | str:
@@ -77,22 +235,26 @@ def _prove(module: nn.Module, state: State) -> ExpertsPlan | str:
 
 
 def _left_alone(module: nn.Module) -> str | None:
-    """Why the gate of an experts module cannot be reached, if so."""
-    if not hasattr(type(module), _GATE):
-        return f"{type(module).__name__} is not run by transformers' experts registry"
-    if not getattr(module, "has_gate", True):
-        return "no gate between its two products"
-    function: Any = type(module).forward
-    name = "own"
-    # wrapped by the registry, which has no name for the module's own code
-    if hasattr(function, "__wrapped__"):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        name = str(getattr(getattr(module, "config", None), "_experts_implementation", None))
-        function = ALL_EXPERTS_FUNCTIONS.get(name, function.__wrapped__)
-    if _GATE not in function.__code__.co_names:
-        return f"the {name} implementation has its own gate; set_experts_implementation('grouped_mm') has not"
+    """Why an experts module is none that could be proven, if so."""
+    name, parameters = type(module).__name__, module._parameters
+    weights = parameters.get(_DOWN), *(parameters[n] for n in _FIRST if n in parameters)
+    fit = len(weights) == 2 and all(
+        w is not None and len(proof.whole_shape(w)) == 3 for w in weights
+    )
+    if not fit or len(_parameters(type(module).forward)) < 3:
+        return f"{name} is not run by transformers' experts registry"
+    if not _is_left_to_us(module):
+        chosen = module.config._experts_implementation  # type: ignore[union-attr]
+        return f"its config asks for {chosen!r}; set_experts_implementation('grouped_mm') leaves it to us"
     return None
+
+
+def _is_left_to_us(module: nn.Module) -> bool:
+    """Whether the config names no implementation but those that compute what the module's own code does."""
+    if not hasattr(type(module).forward, "__wrapped__"):
+        return True
+    config = module.__dict__.get("config")
+    return getattr(config, "_experts_implementation", None) in (*_EQUAL, None)
 
 
 SITE = Site(
@@ -100,5 +262,4 @@ SITE = Site(
     kind="experts",
     candidates=modules(is_candidate),
     prove=_prove,
-    slot=_GATE,
 )

@@ -23,7 +23,7 @@ from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites import lora
 from liger_kernel.transformers.patching.state import State
 
-MLP = Option("mlp", True, "gated MLPs, the gates of experts, and squared ReLUs.")
+MLP = Option("mlp", True, "gated MLPs, experts, and squared ReLUs.")
 ACTIVATIONS = {
     "silu": ("LigerSwiGLU",),
     "gelu_tanh": ("LigerGeGLU",),

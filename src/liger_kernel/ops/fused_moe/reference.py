@@ -1,0 +1,83 @@
+"""A mixture of experts in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def fused_moe(
+    x: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    limit: float | None,
+    alpha: float,
+    up_shift: float,
+) -> Tensor:
+    """out[t] = sum_k w[t, k] (act(x[t] @ W1[e] + b1[e]) @ W2[e] + b2[e]) with e = index[t, k]; nothing for e = E.
+
+    Every step is rounded as in eager code; the sum over k is rounded once.
+    """
+    if x.is_meta:  # nobody knows there who goes to which expert
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not transposed:
+        gate_up_weight, down_weight = gate_up_weight.mT, down_weight.mT
+    dtype = torch.promote_types(x.dtype, top_k_weights.dtype)
+    shares = x.new_zeros(*top_k_index.shape, x.shape[1], dtype=dtype)  # (T, K, H)
+    for expert in range(gate_up_weight.shape[0]):
+        token, k = torch.where(top_k_index == expert)
+        hidden = x[token] @ gate_up_weight[expert]
+        if gate_up_bias is not None:
+            hidden = hidden + gate_up_bias[expert]
+        act = activate(hidden, activation, gated, interleaved, limit, alpha, up_shift)
+        y = act @ down_weight[expert]
+        if down_bias is not None:
+            y = y + down_bias[expert]
+        share = y * top_k_weights[token, k, None]
+        shares = shares.index_put((token, k), share.to(dtype))
+    return shares.sum(1).to(x.dtype)
+
+
+def activate(
+    hidden: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    limit: float | None,
+    alpha: float,
+    up_shift: float,
+) -> Tensor:
+    """f(alpha gate) / alpha (up + up_shift), gate cut off above `limit` and up on both sides; or f of all of it."""
+    gate, up = hidden, None
+    if gated and interleaved:
+        gate, up = hidden[..., ::2], hidden[..., 1::2]
+    elif gated:
+        gate, up = hidden.chunk(2, -1)
+    if limit is not None:
+        gate = gate.clamp(max=limit)
+        up = None if up is None else up.clamp(-limit, limit)
+    if alpha == 1:
+        value = ACTIVATIONS[activation](gate)
+    elif activation == "silu":
+        value = gate * torch.sigmoid(gate * alpha)
+    else:
+        value = ACTIVATIONS[activation](gate * alpha) / alpha
+    if up is None:
+        return value
+    return value * (up + up_shift if up_shift else up)

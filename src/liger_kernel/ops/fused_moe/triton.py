@@ -1,0 +1,700 @@
+"""Kernels of a mixture of experts: grouped matrix products over a table of tiles, and what stands between them.
+
+With S = T K rows, forward and backward together do 6 S H (2I + I) FLOPs; beside the weights and their gradients they
+move about 30 S H + 30 S I bytes in 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liger_kernel._core.shapes import cdiv, next_power_of_2
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.kernels import launch
+from liger_kernel.backends.records import DeviceFacts
+from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.ops.fused_moe import pipeline
+from liger_kernel.ops.fused_moe.contract import MoEOptions
+from liger_kernel.ops.fused_moe.pipeline import Routing
+from liger_kernel.ops.glu.triton import activation
+
+# NumPy knows no bf16, in which the interpreter would multiply
+_WIDEN = tl.constexpr(INTERPRET)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Of a grouped product: a program owns (rows, cols) of the result, and goes over the inner dimension by `inner`.
+
+    Nothing here is measured yet. `rows` is the same for all products of a device, which share one table of tiles.
+    """
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+    library: bool = False  # PyTorch's grouped product, which needs gathered rows, where it serves
+    group: int = 8  # tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache
+
+    @staticmethod
+    @functools.cache
+    def of(facts: DeviceFacts, dtype: torch.dtype, even: bool) -> Config:
+        """`even`: all features are multiples of 64. Where they are not, loads are narrow, and their addresses many."""
+        if INTERPRET:  # it pays per program, and tests want several
+            return Config(rows=16, cols=32, inner=32, warps=4, stages=1)  # tl.dot wants 16
+        if dtype.itemsize > 2:
+            return Config(rows=64, cols=64, inner=32, warps=4, stages=facts.stages(3, 2**14))
+        large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
+        if large and even:
+            return Config(rows=128, cols=256, inner=64, warps=8, stages=facts.stages(3, 3 * 2**14))
+        cols = 128 if even else 64
+        return Config(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile_table(
+    starts_ptr,
+    tiles_ptr,
+    n_experts,
+    n_tiles,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(expert, first row) of every tile of ROWS rows, in order; expert -1 for those that are left.
+
+    A program owns the tiles of an expert, the last one those that are left.
+    """
+    own = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    start = tl.load(starts_ptr + expert, mask=expert < n_experts, other=0)
+    end = tl.load(starts_ptr + expert + 1, mask=expert < n_experts, other=0)
+    count = tl.cdiv(end - start, ROWS)
+    first = tl.sum(tl.where(expert < own, count, 0))
+    last = first + tl.sum(tl.where(expert == own, count, 0))
+    row = tl.load(starts_ptr + own)
+    if own == n_experts:
+        last = n_tiles
+        own = -1
+    for tile in range(first, last, BLOCK):
+        at = tile + tl.arange(0, BLOCK)
+        tl.store(tiles_ptr + 2 * at, tl.zeros((BLOCK,), tl.int32) + own, mask=at < last)
+        tl.store(tiles_ptr + 2 * at + 1, row + (at - first) * ROWS, mask=at < last)
+
+
+@triton.jit
+def _grouped_product(
+    a_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    slots_ptr,
+    starts_ptr,
+    tiles_ptr,
+    n_tiles,
+    n_cols,
+    n_inner,
+    top_k,
+    expert_stride,
+    col_stride,
+    inner_stride,
+    GATHERED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out[p, n] = sum_m a[p, m] weight[e, n, m] + bias[e, n]; with GATHERED a has the rows of tokens.
+
+    A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a multiple of INNER.
+    """
+    pid = tl.program_id(0)
+    col_tiles = tl.cdiv(n_cols, COLS)
+    first = pid // (GROUP * col_tiles) * GROUP
+    size = tl.minimum(n_tiles - first, GROUP)
+    within = pid % (GROUP * col_tiles)
+    tile = first + within % size
+    expert = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
+    if expert < 0:
+        return
+    rows = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int64) + tl.arange(0, ROWS)
+    live = rows < tl.load(starts_ptr + expert + 1)
+    cols = within // size * COLS + tl.arange(0, COLS)
+    source = rows
+    if GATHERED:
+        source = tl.load(slots_ptr + rows, mask=live, other=0) // top_k
+    # what lies outside is read from inside, and not stored
+    source = tl.where(live, source, 0)
+    inside = tl.where(cols < n_cols, cols, 0).to(tl.int64)
+    inner = tl.arange(0, INNER)
+    a_ptrs = a_ptr + source[:, None] * n_inner + inner[None, :]
+    weight_ptrs = weight_ptr + expert * expert_stride
+    weight_ptrs += inside[None, :] * col_stride + inner[:, None].to(tl.int64) * inner_stride
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for at in range(0, n_inner, INNER):
+        if EVEN:
+            a = tl.load(a_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            left = n_inner - at
+            a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
+            weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
+        acc = _dot(a, weight, acc, PRECISION)
+        a_ptrs += INNER
+        weight_ptrs += INNER * inner_stride
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + rows[:, None] * n_cols + cols[None, :]
+    mask = live[:, None] & (cols < n_cols)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    slots_ptr,
+    starts_ptr,
+    a_cols,
+    b_cols,
+    top_k,
+    GATHERED_A: tl.constexpr,
+    GATHERED_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """out[e] = sum over the rows p of expert e of a[p]^T b[p]. A program owns (ROWS, COLS) of one expert's."""
+    pid = tl.program_id(0)
+    col_tiles = tl.cdiv(b_cols, COLS)
+    row_tiles = tl.cdiv(a_cols, ROWS)
+    expert = (pid // (row_tiles * col_tiles)).to(tl.int64)
+    within = pid % (row_tiles * col_tiles)
+    rows = within % row_tiles * ROWS + tl.arange(0, ROWS)
+    cols = within // row_tiles * COLS + tl.arange(0, COLS)
+    a_at = tl.where(rows < a_cols, rows, 0)[None, :]
+    b_at = tl.where(cols < b_cols, cols, 0)[None, :]
+    start = tl.load(starts_ptr + expert)
+    end = tl.load(starts_ptr + expert + 1)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for at in range(start, end, INNER):
+        row = at + tl.arange(0, INNER).to(tl.int64)
+        live = row < end
+        a_row = row
+        b_row = row
+        if GATHERED_A:
+            a_row = tl.load(slots_ptr + row, mask=live, other=0) // top_k
+        if GATHERED_B:
+            b_row = tl.load(slots_ptr + row, mask=live, other=0) // top_k
+        a = tl.load(a_ptr + a_row[:, None] * a_cols + a_at, mask=live[:, None], other=0.0)
+        b = tl.load(b_ptr + b_row[:, None] * b_cols + b_at, mask=live[:, None], other=0.0)
+        acc = _dot(tl.trans(a), b, acc, PRECISION)
+    out_ptrs = out_ptr + (expert * a_cols + rows[:, None]) * b_cols + cols[None, :]
+    mask = (rows < a_cols)[:, None] & (cols < b_cols)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gradient(
+    a_ptr,
+    weights_ptr,
+    out_ptr,
+    slots_ptr,
+    starts_ptr,
+    n_cols,
+    top_k,
+    GATHERED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[e] = sum over the rows p of expert e of weights[slot of p] a[p]. A program owns COLS columns of one sum."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    expert = (tl.program_id(0) // col_tiles).to(tl.int64)
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
+    start = tl.load(starts_ptr + expert)
+    end = tl.load(starts_ptr + expert + 1)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for at in range(start, end, ROWS):
+        row = at + tl.arange(0, ROWS).to(tl.int64)
+        live = row < end
+        slot = tl.load(slots_ptr + row, mask=live, other=0)
+        source = slot // top_k if GATHERED else row
+        mask = live[:, None] & (cols < n_cols)[None, :]
+        a = tl.load(a_ptr + source[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+        a = a.to(tl.float32)
+        if WEIGHTED:
+            a *= tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+        total += a
+    tl.store(out_ptr + expert * n_cols + cols, tl.sum(total, 0), mask=cols < n_cols)
+
+
+@triton.jit
+def _gate_and_up(
+    hidden_ptr,
+    rows,
+    cols,
+    mask,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """f(alpha gate) / alpha and its derivative, up + up_shift, whether gate and up are within the limit; and where
+    gate and up are. Without a gate the factor is 1."""
+    width = n_cols
+    gate_at = rows * n_cols + cols
+    up_at = gate_at
+    if GATED:
+        width = 2 * n_cols
+        gate_at = rows * width + cols
+        up_at = gate_at + n_cols
+        if INTERLEAVED:
+            gate_at = rows * width + 2 * cols
+            up_at = gate_at + 1
+    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+    gate_in = mask
+    up_in = mask
+    if LIMITED:  # a NaN stays one
+        gate_in = ~(gate > limit)
+        gate = tl.where(gate_in, gate, limit)
+    z = gate * alpha
+    if ACTIVATION == "relu_squared":
+        z = tl.where(z < 0.0, 0.0, z)
+        value = z * z
+        slope = 2.0 * z
+    else:
+        value, slope = activation(z, 1.0, ACTIVATION)
+    factor = tl.zeros_like(gate) + 1.0
+    if GATED:
+        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
+        if LIMITED:
+            up_in = ~(tl.abs(up) > limit)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        factor = up + up_shift
+    return value / alpha, slope, factor, gate_in, up_in, gate_at, up_at
+
+
+@triton.jit
+def _activate(
+    hidden_ptr,
+    act_ptr,
+    live_ptr,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """act = f(alpha gate) / alpha (up + up_shift), rounded once. One program owns one tile."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    rows = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
+    mask = (rows < tl.load(live_ptr)) & (cols < n_cols)
+    value, _, factor, _, _, _, _ = _gate_and_up(
+        hidden_ptr,
+        rows,
+        cols,
+        mask,
+        n_cols,
+        limit,
+        alpha,
+        up_shift,
+        ACTIVATION,
+        GATED,
+        INTERLEAVED,
+        LIMITED,
+    )
+    act = (value * factor).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + rows * n_cols + cols, act, mask=mask)
+
+
+@triton.jit
+def _activate_bwd(
+    da_ptr,
+    hidden_ptr,
+    weights_ptr,
+    slots_ptr,
+    dhidden_ptr,
+    act_ptr,
+    dw_ptr,
+    live_ptr,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    NEEDS_DH: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
+    slot of the row. A program owns ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < tl.load(live_ptr)
+    slot = tl.load(slots_ptr + row, mask=live, other=0)
+    w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+    rows = row[:, None]
+    dw = tl.zeros((ROWS, COLS), tl.float32)
+    dtype = hidden_ptr.dtype.element_ty
+    for start in range(0, n_cols, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = live[:, None] & (cols < n_cols)
+        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
+            hidden_ptr,
+            rows,
+            cols,
+            mask,
+            n_cols,
+            limit,
+            alpha,
+            up_shift,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMITED,
+        )
+        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        act = value * factor
+        if NEEDS_DW:
+            dw += tl.where(mask, da * act, 0.0)
+        if NEEDS_DH:
+            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
+            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
+            if GATED:
+                dup = tl.where(up_in, w * da * value, 0.0)
+                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
+        if NEEDS_ACT:
+            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
+    if NEEDS_DW:
+        tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
+
+
+@triton.jit
+def _combine(
+    y_ptr,
+    weights_ptr,
+    rows_ptr,
+    live_ptr,
+    out_ptr,
+    n_tokens,
+    n_cols,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
+    inside = token < n_tokens
+    n_live = tl.load(live_ptr)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
+        live = inside & (row < n_live)
+        mask = live[:, None] & (cols < n_cols)
+        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
+        y = y.to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)[
+                :, None
+            ]
+        total += y
+    mask = inside[:, None] & (cols < n_cols)
+    out_ptrs = out_ptr + token[:, None] * n_cols + cols
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _of_activation(options: MoEOptions) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """The numbers and the constants of the kernels that activate."""
+    limit = 0.0 if options.limit is None else options.limit
+    constants = {
+        "ACTIVATION": options.activation,
+        "GATED": options.gated,
+        "INTERLEAVED": options.interleaved,
+        "LIMITED": options.limit is not None,
+    }
+    return (limit, options.alpha, options.up_shift), constants
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """`pipeline.Steps`"""
+
+    config: Config
+
+    @staticmethod
+    def of(x: Tensor, *weights: Tensor) -> Kernels:
+        even = all(size % 64 == 0 for weight in weights for size in weight.shape[1:])
+        config = Config.of(facts_of(x.device), x.dtype, even)
+        by_library = config.library and _library_serves(x, *weights)
+        return (LibraryProducts if by_library else Kernels)(config)
+
+    def _sizes(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "PRECISION": _precision(),
+            "ROWS": c.rows,
+            "COLS": c.cols,
+            "INNER": c.inner,
+            "num_warps": c.warps,
+            "num_stages": c.stages,
+        }
+
+    def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
+        n_experts = starts.shape[0] - 1
+        n_tiles = cdiv(n_rows, self.config.rows) + n_experts
+        tiles = starts.new_empty(n_tiles, 2)
+        constants = {"ROWS": self.config.rows, "EXPERTS": next_power_of_2(n_experts), "BLOCK": 128}
+        launch(_tile_table, (n_experts + 1,), starts, tiles, n_experts, n_tiles, **constants)
+        return tiles
+
+    def product(
+        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+    ) -> Tensor:
+        n_cols, n_inner = weight.shape[1:]
+        out = a.new_empty(routing.slots.shape[0], n_cols)
+        n_tiles = routing.tiles.shape[0]
+        launch(
+            _grouped_product,
+            (n_tiles * cdiv(n_cols, self.config.cols),),
+            a,
+            weight,
+            None if bias is None else bias.contiguous(),
+            out,
+            routing.slots,
+            routing.starts,
+            routing.tiles,
+            n_tiles,
+            n_cols,
+            n_inner,
+            max(1, gathered),
+            *weight.stride(),
+            GATHERED=gathered > 0,
+            HAS_BIAS=bias is not None,
+            EVEN=n_inner % self.config.inner == 0,
+            GROUP=self.config.group,
+            **self._sizes(),
+        )
+        return out
+
+    def weight_gradient(
+        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+    ) -> Tensor:
+        n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
+        out = a.new_empty(n_experts, *shape)
+        tiles = cdiv(shape[0], self.config.rows) * cdiv(shape[1], self.config.cols)
+        launch(
+            _weight_gradient,
+            (n_experts * tiles,),
+            a,
+            b,
+            out,
+            routing.slots,
+            routing.starts,
+            *shape,
+            max(1, *gathered),
+            GATHERED_A=gathered[0] > 0,
+            GATHERED_B=gathered[1] > 0,
+            **{**self._sizes(), "INNER": self.config.inner // 2},
+        )
+        return out
+
+    def bias_gradient(
+        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int
+    ) -> Tensor:
+        n_experts, n_cols = routing.starts.shape[0] - 1, a.shape[1]
+        out = a.new_empty(n_experts, n_cols, dtype=torch.float32)
+        launch(
+            _bias_gradient,
+            (n_experts * cdiv(n_cols, 64),),
+            a,
+            weights,
+            out,
+            routing.slots,
+            routing.starts,
+            n_cols,
+            max(1, gathered),
+            GATHERED=gathered > 0,
+            WEIGHTED=weights is not None,
+            ROWS=64,
+            COLS=64,
+            num_warps=4,
+        )
+        return out
+
+    def activate(self, hidden: Tensor, routing: Routing, options: MoEOptions) -> Tensor:
+        n_rows, n_cols = hidden.shape[0], hidden.shape[1] // (1 + options.gated)
+        act = hidden.new_empty(n_rows, n_cols)
+        numbers, constants = _of_activation(options)
+        cols = min(1024, next_power_of_2(n_cols))
+        rows = 4096 // cols
+        if n_rows:
+            launch(
+                _activate,
+                (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+                hidden,
+                act,
+                routing.starts[-1:],
+                n_cols,
+                *numbers,
+                **constants,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=8,
+            )
+        return act
+
+    def activate_backward(
+        self,
+        da: Tensor,
+        hidden: Tensor,
+        weights: Tensor,
+        routing: Routing,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        needs_dh, needs_act, needs_dw = needs
+        n_rows, n_cols = da.shape
+        dhidden = None
+        if needs_dh:
+            dhidden = torch.empty_like(hidden) if into is None else into
+        dw = weights.new_zeros(weights.shape, dtype=torch.float32) if needs_dw else None
+        numbers, constants = _of_activation(options)
+        cols = min(512, next_power_of_2(n_cols))
+        rows = 2048 // cols
+        if n_rows and any(needs):
+            launch(
+                _activate_bwd,
+                (cdiv(n_rows, rows),),
+                da,
+                hidden,
+                weights,
+                routing.slots,
+                dhidden,
+                da,
+                dw,
+                routing.starts[-1:],
+                n_cols,
+                *numbers,
+                NEEDS_DH=needs_dh,
+                NEEDS_ACT=needs_act,
+                NEEDS_DW=needs_dw,
+                **constants,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=4,
+            )
+        return dhidden, da if needs_act else None, dw
+
+    def combine(
+        self,
+        y: Tensor,
+        weights: Tensor | None,
+        routing: Routing,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        (n_tokens, top_k), n_cols = shape, y.shape[1]
+        out = y.new_empty(n_tokens, n_cols, dtype=dtype)
+        cols = min(2048, next_power_of_2(n_cols))
+        rows = 2048 // cols
+        if n_tokens:
+            launch(
+                _combine,
+                (cdiv(n_tokens, rows) * cdiv(n_cols, cols),),
+                y,
+                weights,
+                routing.rows,
+                routing.starts[-1:],
+                out,
+                n_tokens,
+                n_cols,
+                TOP_K=top_k,
+                WEIGHTED=weights is not None,
+                ROWS=rows,
+                COLS=cols,
+                num_warps=4,
+            )
+        return out
+
+
+class LibraryProducts(Kernels):
+    """With the products of PyTorch, which wants bf16 and rows of whole vectors of 16 bytes."""
+
+    def product(
+        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+    ) -> Tensor:
+        if bias is not None:  # it would be added to rounded rows, and rounded again
+            return super().product(a, weight, bias, routing, gathered)
+        return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
+
+    def weight_gradient(
+        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+    ) -> Tensor:
+        a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+        return _grouped_mm(a.t(), b, routing)
+
+
+def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:
+    return a.index_select(0, routing.slots // gathered) if gathered else a
+
+
+def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:
+    function = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    found: Tensor = function(a, b, offs=routing.starts[1:])
+    return found
+
+
+def _library_serves(x: Tensor, *weights: Tensor) -> bool:
+    there = hasattr(torch.nn.functional, "grouped_mm") or hasattr(torch, "_grouped_mm")
+    aligned = all(w.is_contiguous() and w.shape[1] % 8 == w.shape[2] % 8 == 0 for w in weights)
+    return there and aligned and x.dtype == torch.bfloat16
+
+
+forward = partial(pipeline.forward, Kernels.of)
+backward = partial(pipeline.backward, Kernels.of, False)
+backward_over = partial(pipeline.backward, Kernels.of, True)
