@@ -226,12 +226,16 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     sequence, whose logits have a row that nobody reads; shards need several processes; the others are no functions
     of its own."""
     apart = {
+        "attn_res",
         "gated_mlp",
         "grpo_loss",
         "logprobs",
         "lora_linear",
+        "mhc_mix",
+        "mhc_project",
+        "mhc_sinkhorn",
         "mm_int8int2",
-        "qk_norm_rope",
+        "moe_router",
         "scale_gradients",
         "tiled_mlp",
         "vocab_parallel_cross_entropy",

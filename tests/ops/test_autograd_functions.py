@@ -36,16 +36,23 @@ FROZEN = torch.nn.Linear(8, 8).requires_grad_(False)
 FUNCTIONS = [name for names in SERVED.values() for name in names if name.endswith("Function")]
 
 
+MAKE = Make(torch.float32)
+
+
+def leaf(*shape: int) -> Tensor:
+    return MAKE.randn(*shape).requires_grad_()
+
+
 def arguments(name: str) -> Arguments:
     """Leaves that require a gradient, and the other arguments of `apply`."""
-    make = Make(torch.float32)
+    MAKE.__post_init__()  # the same numbers at each call
+    rows = of_losses()
+    return rows[name] if name in rows else of_others()[name]
 
-    def leaf(*shape: int) -> Tensor:
-        return make.randn(*shape).requires_grad_()
 
-    labels = make.labels(5, 12, 0.3)
-    of_glu = (leaf(5, 12), leaf(5, 12))
-    fixed = make.randn(5, 12).softmax(-1)
+def of_losses() -> dict[str, Arguments]:
+    labels = MAKE.labels(5, 12, 0.3)
+    fixed = MAKE.randn(5, 12).softmax(-1)
     return {
         "LigerCrossEntropyFunction": (
             *(leaf(5, 12), labels, None, -100, 1e-3, 0.1, "mean", 5.0),
@@ -54,7 +61,7 @@ def arguments(name: str) -> Arguments:
         "LigerFusedLinearCrossEntropyFunction": (leaf(5, 8), leaf(12, 8), labels, leaf(12)),
         "LigerFusedLinearScaledCrossEntropyFunction": (
             *(leaf(5, 8), leaf(12, 8), labels, 0.7),
-            *(-100, 1, True, make.integers(12, 3)),
+            *(-100, 1, True, MAKE.integers(12, 3)),
         ),
         "LigerFusedLinearScaledCrossEntropyTPFunction": (
             *(leaf(5, 8), leaf(12, 8), labels, OneRank, 0.7),
@@ -69,7 +76,7 @@ def arguments(name: str) -> Arguments:
         "LigerTVDLossFunction": (leaf(5, 12), fixed, labels, "mean", -100),
         "LigerFusedCETVDFunction": (leaf(5, 12), fixed.log(), labels, -100),
         "LigerFusedLinearJSDFunction": (
-            *(leaf(5, 8), leaf(12, 8), make.randn(5, 6), make.randn(12, 6)),
+            *(leaf(5, 8), leaf(12, 8), MAKE.randn(5, 6), MAKE.randn(12, 6)),
             *(labels, 0.3, -100, 2.0),
         ),
         "LigerFusedLinearKLDivFunction": (leaf(5, 8), leaf(12, 8), fixed, labels, "mean", -100),
@@ -77,19 +84,25 @@ def arguments(name: str) -> Arguments:
             *(
                 leaf(2, 4, 12),
                 None,
-                -make.randn(2, 3).abs(),
-                make.integers(12, 2, 3),
-                make.randn(2),
+                -MAKE.randn(2, 3).abs(),
+                MAKE.integers(12, 2, 3),
+                MAKE.randn(2),
             ),
-            *(make.integers(2, 2, 3), 0.9, 0.1, 0.2, 0.3, False, "dapo"),
+            *(MAKE.integers(2, 2, 3), 0.9, 0.1, 0.2, 0.3, False, "dapo"),
         ),
+    }
+
+
+def of_others() -> dict[str, Arguments]:
+    of_glu = (leaf(5, 12), leaf(5, 12))
+    return {
         "LigerRMSNormFunction": (leaf(5, 12), leaf(12), 1e-6),
         "LigerFusedAddRMSNormFunction": (*of_glu, leaf(12), 1e-6),
         "LigerLayerNormFunction": (leaf(5, 12), leaf(12), leaf(12), 1e-6),
         "LigerModulatedRMSNormFunction": (leaf(5, 12), leaf(12), leaf(12), leaf(12), 1e-6),
         "LigerFusedMoEFunction": (
             *(leaf(5, 8), leaf(3, 12, 8), leaf(3, 8, 6)),
-            *(make.integers(3, 5, 2), leaf(5, 2)),
+            *(MAKE.integers(3, 5, 2), leaf(5, 2)),
         ),
         "LigerGroupNormFunction": (leaf(3, 12, 5), leaf(12), leaf(12), 12, 4, 1e-6),
         "LigerPolyNormFunction": (leaf(5, 12), leaf(3), leaf(1), 1e-6),
@@ -110,10 +123,10 @@ def arguments(name: str) -> Arguments:
         "LigerReLUSquaredFunction": (leaf(5, 12),),
         "LigerLlama4RopeFunction": (
             *(leaf(2, 3, 4, 8), leaf(2, 3, 2, 8)),
-            torch.view_as_complex(make.randn(3, 4, 2)),
+            torch.view_as_complex(MAKE.randn(3, 4, 2)),
         ),
         "LigerQwen2VLMRopeFunction": (
-            *(leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), make.randn(3, 2, 3, 8), make.randn(3, 2, 3, 8)),
+            *(leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), MAKE.randn(3, 2, 3, 8), MAKE.randn(3, 2, 3, 8)),
             [1, 1, 2],
         ),
         "LigerTiledMLPFunction": (lambda m, x: m(x), FROZEN, leaf(5, 8), 3),
@@ -121,7 +134,7 @@ def arguments(name: str) -> Arguments:
         "LigerFusedNeighborhoodAttentionFunction": (*(leaf(1, 2, 5, 4) for _ in "qkv"), 3, 1),
         "LigerEmbeddingFunction": (leaf(6, 8), torch.tensor([[1, 5, 1], [0, 1, 3]])),
         "LigerRopeFunction": (leaf(2, 4, 3, 8), leaf(2, 2, 3, 8), leaf(3, 8), leaf(3, 8)),
-    }[name]
+    }
 
 
 def tensors(found: Any) -> tuple[Any, ...]:
