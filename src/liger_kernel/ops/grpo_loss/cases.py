@@ -42,6 +42,11 @@ def _tokens(
     return inputs
 
 
+_SAPO: Any = {
+    "loss_type": "sapo",
+    "sapo_temperature_pos": 1.5,
+    "sapo_temperature_neg": 0.8,
+}
 CASES = (
     case("grpo", "the usual call", _tokens(9, 301)),
     case("long-row", "several blocks", _tokens(2, 32768 + 57, summed=True)),
@@ -56,7 +61,7 @@ CASES = (
         loss_type="cispo",
         epsilon_high=1.2,
     ),
-    case("sapo", "a soft gate", _tokens(9, 40, summed=True), loss_type="sapo"),
+    case("sapo", "a soft gate", _tokens(9, 40, summed=True), **_SAPO),
     case("vespo", "weights of sequences", _tokens(9, 40, weighted=True), loss_type="vespo"),
     case("logps", "of tokens", _tokens(9, 40), loss_type="logps", temperature=0.9),
     case("summed", "differentiated at once", _tokens(9, 70, ref=True, summed=True), beta=0.1),
