@@ -47,6 +47,8 @@ NATIVE: dict[str, dict[str, int]] = {
     "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
     "fused_neighborhood_attention": {"_softmax_backward_data": 1},
     "multi_token_attention": {"_softmax_backward_data": 1},
+    "attn_res": {"_softmax_backward_data": 1},
+    "mhc_sinkhorn": {"_softmax_backward_data": 1},
     "softmax": {"_softmax_backward_data": 1},
     "moe_router": {"_softmax_backward_data": 1},
 }

@@ -123,6 +123,11 @@ def _computed(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{op.__name__}: a tensor on {value.device} among those on {NAME}")
         return value
 
+    # PyTorch hands on the number of a scalar form as what it is
+    args = tuple(
+        torch.tensor(value) if isinstance(value, int | float) and str(a.type) == "Tensor" else value
+        for value, a in zip(args, op._schema.arguments, strict=False)
+    )
     found = op(*_mapped(host, args), **{name: _mapped(host, v) for name, v in kwargs.items()})
     by_host = {id(h): t for t, h in hosts.values()}
     alias = next((r.alias_info for r in op._schema.returns if r.alias_info is not None), None)
@@ -166,6 +171,21 @@ def _layer_norm_backward(
         None if grad is None else to_device(grad.to(t.dtype))
         for grad, t in zip(found, of, strict=True)
     )
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Any, *geometry: Any) -> Any:
+    """PyTorch asks a vendor's device for this one by a name of its own."""
+    ran.append("convolution")
+    host = None if bias is None else to_host(bias)
+    return to_device(torch.convolution(to_host(x), to_host(weight), host, *geometry))
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Any:
+    ran.append("convolution_backward")
+    *geometry, mask = geometry
+    hosts = [to_host(t) for t in (dy, x, weight)]
+    found = torch.ops.aten.convolution_backward(*hosts, [weight.shape[0]], *geometry, mask)
+    return tuple(None if grad is None else to_device(grad) for grad in found)
 
 
 def _autocast(op: Any, dtype: Callable[[], torch.dtype]) -> Callable[..., Any]:
@@ -287,6 +307,8 @@ def register() -> None:
     aten.impl("as_strided", _as_strided, "PrivateUse1")
     aten.impl("native_layer_norm", _layer_norm, "PrivateUse1")
     aten.impl("native_layer_norm_backward", _layer_norm_backward, "PrivateUse1")
+    aten.impl("convolution_overrideable", _convolution, "PrivateUse1")
+    aten.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
     cast = functools.partial(torch.get_autocast_dtype, NAME)
     for names, dtype in ((LOWER, cast), (WIDER, lambda: torch.float32)):
         for name in names:
