@@ -21,7 +21,7 @@ from benchmark import children, run, sources
         ("", "unknown command ''; known: run, e2e, losses, cpu, host"),
         ("walk", "unknown command 'walk'"),
         ("run --walk", "unrecognized arguments: --walk"),
-        ("run no_such_op --device cpu", "unknown op no_such_op; known: cross_entropy"),
+        ("run no_such_op --device cpu", "unknown op no_such_op; known: attn_res, cross_entropy"),
         ("run rms_norm --case none-such --device cpu", "no case none-such in rms_norm"),
         ("run rms_norm --device cpu --base none-such", "--base none-such is neither a folder"),
         ("run rms_norm --device cpu --providers base", "provider base needs --base"),
