@@ -57,9 +57,19 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+#: what goes another way than its reference: over tiles or blocks, or by a step that writes the gradient in place
+ANOTHER_WAY = {
+    "fused_ce_tvd",
+    "fused_neighborhood_attention",
+    "grpo_loss",
+    "logprobs",
+    "tiled_mlp",
+}
+
+
 @pytest.mark.parametrize(
     "spec",
-    [s for s in specs().values() if s.name in OPS and s.differentiable],
+    [s for s in specs().values() if s.name in OPS.keys() - ANOTHER_WAY and s.differentiable],
     ids=lambda s: s.name,
 )
 def test_nothing_is_computed_twice(spec: OpSpec) -> None:

@@ -68,7 +68,12 @@ def falls_back_once(request: pytest.FixtureRequest, implementation: str | None) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spec", "case"), PAIRS)
-def test_as_exact_as_pytorch(spec: OpSpec, case: OpCase, dtype: torch.dtype) -> None:
+def test_as_exact_as_pytorch(
+    spec: OpSpec, case: OpCase, dtype: torch.dtype, implementation: str | None
+) -> None:
+    interpreted = implementation == "triton" and DEVICE == "cpu"
+    if interpreted and dtype == torch.float16 and case not in spec.cases[:2]:
+        pytest.skip("interpreted, float16 is bfloat16 with other casts, which all cases share")
     inputs, grads = drawn(spec, case, Make(dtype, DEVICE))
     before = [None if t is None else t.clone() for t in (*inputs, *grads.values())]
     assert_as_exact(
@@ -92,7 +97,7 @@ def test_gradients_for_exactly_what_requires_them(spec: OpSpec, case: OpCase) ->
     for i in wanted:
         assert torch.equal(everything[i], everything_again[i]), f"gradient {i} is not deterministic"
     # of many inputs, one alone, and all but one
-    sizes = range(len(wanted)) if len(wanted) < 5 else (0, 1, len(wanted) - 1)
+    sizes = range(len(wanted)) if len(wanted) < 4 else (0, 1, len(wanted) - 1)
     subsets = [s for size in sizes for s in itertools.combinations(wanted, size)]
 
     def draw(seed: int) -> Any:
