@@ -57,7 +57,8 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-#: what goes another way than its reference: over tiles or blocks, or by a step that writes the gradient in place
+#: what goes another way than its reference: over tiles or blocks, by a step that writes the gradient in place, or with
+#: more inputs to check
 ANOTHER_WAY = {
     "fused_ce_tvd",
     "fused_neighborhood_attention",

@@ -16,6 +16,7 @@ from liger_kernel._core.autograd import (
     autocast_dtype,
     graph_is_kept,
     in_torch_func,
+    is_transformed,
     refuse_double_backward,
     saved_tensors_are_ours,
 )
@@ -112,7 +113,7 @@ def fused_moe(
     check_tensors(options, x, gate_up_weight, down_weight, top_k_index, top_k_weights)
     check_biases(options, gate_up_weight, down_weight, gate_up_bias, down_bias)
     compiling = torch.compiler.is_compiling() and not in_torch_func()
-    if not compiling:
+    if not is_transformed():
         check_index(top_k_index, gate_up_weight.shape[0])
     top_k = top_k_index.shape[-1]
     compute = library.call if compiling else _dispatch

@@ -41,17 +41,31 @@ def fused_moe(
     dtype = torch.promote_types(x.dtype, top_k_weights.dtype)
     shares = x.new_zeros(*top_k_index.shape, x.shape[1], dtype=dtype)  # (T, K, H)
     for expert in range(gate_up_weight.shape[0]):
-        token, k = torch.where(top_k_index == expert)
-        hidden = x[token] @ gate_up_weight[expert]
+        chosen = top_k_index == expert
+        token, k = (None, None) if _is_followed() else torch.where(chosen)
+        hidden = (x if token is None else x[token]) @ gate_up_weight[expert]
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[expert]
         act = activate(hidden, activation, gated, interleaved, limit, alpha, up_shift)
         y = act @ down_weight[expert]
         if down_bias is not None:
             y = y + down_bias[expert]
+        if token is None:
+            share = (y[:, None] * top_k_weights[..., None]).to(dtype)
+            shares = torch.where(chosen[..., None], share, shares)
+            continue
         share = y * top_k_weights[token, k, None]
         shares = shares.index_put((token, k), share.to(dtype))
     return shares.sum(1).to(x.dtype)
+
+
+def _is_followed() -> bool:
+    """By vmap or a tracer: no shape may depend on who chose an expert, and all rows go to all of them."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
 
 
 def activate(
