@@ -231,6 +231,7 @@ def test_the_options_come_from_the_sites() -> None:
         "layer_norm",
         "mlp",
         "rope",
+        "lora",
     ]
     text = inspect.getdoc(liger_kernel.patch) or ""
     for option in patching.OPTIONS:
