@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger_kernel._core.autograd import has_numbers
 from liger_kernel.backends import can_look
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
@@ -49,6 +50,8 @@ class Portable:
     def product(
         self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
     ) -> Tensor:
+        if not has_numbers(a):  # whose are the rows? of a shape, the loop over experts says nothing
+            return a.new_empty(routing.slots.shape[0], weight.shape[1])
         *parts, others = _parts(_rows(a, routing, gathered), routing)
         found = list(map(torch.mm, parts, weight.mT.unbind()))
         if bias is not None:
@@ -64,6 +67,8 @@ class Portable:
     def weight_gradient(
         self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
     ) -> Tensor:
+        if not has_numbers(a):
+            return a.new_empty(routing.starts.shape[0] - 1, a.shape[1], b.shape[1])
         parts = (
             _parts(_rows(t, routing, n), routing)[:-1]
             for t, n in zip((a, b), gathered, strict=True)

@@ -163,7 +163,7 @@ def _find_plan(module: nn.Module) -> ExpertsPlan | None:
         theirs = small.theirs(own)
         for plan in _plans(module, first, gated, transposed):
             ours = small.routed(plan.compute)
-            if not all(t.agrees(ours) for t in theirs):
+            if not theirs[0].might_agree(ours) or not all(t.agrees(ours) for t in theirs):
                 continue
             if all(t.agrees(ours) for f in others for t in small.theirs(f)):
                 return plan
