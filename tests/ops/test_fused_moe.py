@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernel import backends, ops
-from liger_kernel.ops.fused_moe import fused_moe, portable, reference
+from liger_kernel.ops.fused_moe import checks, fused_moe, pipeline, portable, reference
 from liger_kernel.ops.fused_moe.cases import SPEC
 from liger_kernel.testing import Make, OpCase, assert_no_worse
 from liger_kernel.testing.calls import assert_as_exact, call, drawn, leaves, wanted_inputs
@@ -80,6 +80,28 @@ def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
         for found in (out, dx):
             bad = found.isnan().any(1).nonzero().flatten().tolist()
             assert bad == [3, x.shape[0] - 1]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_an_index_that_is_no_expert_makes_its_token_nan(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where looking would stall the host: not the output of some other expert, or of memory that nobody wrote."""
+    x, w1, w2, index, weights, *_ = CASES["silu"].inputs(Make(torch.float32))
+    low = fused_moe(x, w1, w2, index, weights)
+    high = fused_moe(x.double(), w1.double(), w2.double(), index, weights.double())
+    wrong = index.clone()
+    wrong[1, 0], wrong[4, 1] = -1, w1.shape[0] + 1
+    with pytest.raises(ValueError, match="top_k_index"):
+        fused_moe(x, w1, w2, wrong, weights)
+    for file in (pipeline, checks):
+        monkeypatch.setattr(file, "can_look", lambda t: False)
+    with backends.use_implementation(implementation):
+        found = fused_moe(x, w1, w2, wrong, weights)
+    rows = [*range(x.shape[0])]
+    assert [i for i in rows if found[i].isnan().all()] == [1, 4]
+    others = [i for i in rows if i not in (1, 4)]
+    assert_no_worse("others", found[others], high[others], low[others])
 
 
 @pytest.mark.parametrize("needed", [(0,), (5, 6), (6,)], ids=str)

@@ -94,7 +94,8 @@ def fused_moe(
 
     Returns: (..., H) in the dtype of x. The sum over k is in fp32, and rounded once.
     Raises: ValueError for shapes that do not fit, an unknown activation, an option without effect, and, on the CPU, an
-        index out of range; TypeError for dtypes that do not fit, and for DTensors.
+        index out of range, which on other devices makes its token NaN; TypeError for dtypes that do not fit, and for
+        DTensors.
     """
     options = MoEOptions(
         activation,

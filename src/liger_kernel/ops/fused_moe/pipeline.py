@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel._core.contract import Grads, Needs, Saved
+from liger_kernel.backends import can_look
 from liger_kernel.ops.fused_moe.contract import MoEOptions
 
 
@@ -97,6 +98,12 @@ def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tenso
     return slots, rows, starts
 
 
+def _told(index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """An index that is no expert gets the weight NaN, and so its token the output NaN, without stalling the host."""
+    wrong = (index < 0) | (index > n_experts)
+    return index.masked_fill(wrong, 0), weights.masked_fill(wrong, float("nan"))
+
+
 def forward(
     steps_for: StepsFor,
     x: Tensor,
@@ -112,6 +119,8 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     steps, weights = steps_for(x, gate_up_weight, down_weight), top_k_weights.contiguous()
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
+    if not can_look(top_k_index):  # or it was checked
+        top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
     sorted_ = sort_by_expert(top_k_index, w1.shape[0])
     routing = Routing(*sorted_, steps.tiles(sorted_[2], top_k_index.numel()))
     hidden = steps.product(x, w1, gate_up_bias, routing, top_k_index.shape[1])  # (S, 2I) or (S, I)
