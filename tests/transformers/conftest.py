@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,3 +24,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[collections.Counter[str]]
 
     monkeypatch.setattr(backends, "_kernels", counting)
     return counts
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_patched() -> None:
+    """A model that a test left behind holds HF's globals until it is collected: let it not be within the next one."""
+    from liger_kernel.transformers.patching.classes import GlobalPatch
+
+    if GlobalPatch._holds:
+        gc.collect()
+        GlobalPatch.settle()

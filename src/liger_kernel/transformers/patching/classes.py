@@ -42,6 +42,7 @@ class GlobalPatch:
     _late: list[GlobalPatch] = []  # noqa: RUF012 - shared on purpose: those that died while Dynamo compiled
 
     def __init__(self, module: types.ModuleType, name: str, value: Any):
+        self.settle()
         self._key, self._module, self._value = (module.__name__, name), module, value
         current = getattr(module, name)
         if current is not value:  # also after importlib.reload(module) put the original back
@@ -51,8 +52,14 @@ class GlobalPatch:
         self._own[1] += 1
 
     def remove(self) -> None:
-        late, self._late[:] = [*self._late], []
-        for patch in (*late, self):
+        self._give_back()
+        self.settle()
+
+    @classmethod
+    def settle(cls) -> None:
+        """Give back what is held by models that died while Dynamo compiled."""
+        late, cls._late[:] = [*cls._late], []
+        for patch in late:
             patch._give_back()
 
     def _give_back(self) -> None:
@@ -69,7 +76,7 @@ class GlobalPatch:
         """With the last reference to the model that held it.
 
         The collector runs at any time, also while Dynamo compiles another model that reads these globals: its guards
-        would be about a function that is gone. Ours computes the same, so it may stay until the next `remove`.
+        would be about a function that is gone. Ours computes the same, so it may stay until the next patch.
         """
         if torch._guards.CompileContext.try_get() is None:
             self.remove()
