@@ -1,6 +1,7 @@
 """Every model type transformers ships, patched against unpatched.
 
-A third of them, and all with ZOO=all in the environment (`make test-zoo`, and `make test-matrix` for other releases).
+A third of them without the slowest, and all with ZOO=all in the environment (`make test-zoo`, and `make test-matrix`
+for other releases).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ NOT_FUSED = {
 }
 
 ALL = sorted(build.ENTRIES, key=str)
-CHOSEN = ALL if os.environ.get("ZOO") == "all" else ALL[::3]
+#: 84 s: one gradient is close to what is allowed, and is judged on 64 draws
+SLOW = {"longcat_flash"}
+SAMPLE = [entry for entry in ALL[::3] if str(entry) not in SLOW]
+CHOSEN = ALL if os.environ.get("ZOO") == "all" else SAMPLE
 IMAGES = [entry for entry in ALL if str(entry) in inputs.IMAGE_INPUTS]
 CHOSEN_IMAGES = IMAGES if os.environ.get("ZOO") == "all" else IMAGES[::3]
 
