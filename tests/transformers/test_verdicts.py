@@ -47,13 +47,13 @@ def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for site in (mlps, norms, relu_squared):
         site.find_plan.cache_clear()
     proven = []
-    original = mlps.proof._proven
+    original = mlps.proof.proven
 
     def spied(find: Any, module: nn.Module, parts: Any) -> Any:
         proven.append(type(module).__name__)
         return original(find, module, parts)
 
-    monkeypatch.setattr(mlps.proof, "_proven", spied)
+    monkeypatch.setattr(mlps.proof, "proven", spied)
     made = [MLP(functools.partial(F.gelu, approximate="tanh")) for _ in range(20)]
     liger_kernel.patch(nn.Sequential(build("llama", num_hidden_layers=20), *made))
     assert sorted(proven) == ["LlamaMLP", "LlamaRMSNorm", "MLP", "SiLUActivation"]

@@ -445,10 +445,11 @@ def liger_mhc_forward(
 
     `layer` gets one stream, in the dtype of its first parameter if it has one.
     """
-    options = {"tmax": tmax, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps}
-    coeffs = _mhc_sinkhorn.mhc_coeffs(
-        x, phi, b, alpha_pre, alpha_post, alpha_res, rms_eps, post_mult=post_mult, **options
-    )
+    coeffs = liger_mhc_coeffs(
+        x, phi, b, alpha_pre, alpha_post, alpha_res,
+        allow_fp32=allow_fp32, tmax=tmax, rms_eps=rms_eps, pre_eps=pre_eps, sinkhorn_eps=sinkhorn_eps,
+        post_mult=post_mult,
+    )  # fmt: skip
     h_pre, h_post, h_res = coeffs
     parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else iter(())
     first = next(parameters, None)

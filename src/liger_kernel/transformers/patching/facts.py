@@ -184,13 +184,13 @@ class Part:
     tensors: tuple[str, ...] = field(compare=False)  # buffers and other tensors that the code names
 
     @classmethod
-    def of(cls, module: nn.Module, slot: str, path: tuple[str, ...]) -> Part:
+    def of(cls, module: nn.Module, path: tuple[str, ...] = ()) -> Part:
         kind, attributes = type(module), module.__dict__
-        reading = Reading(None, kind, slot)
+        reading = Reading(None, kind, "forward")
         names, members = frozenset(reading.names), reading.members
         whole = not reading.known or not _ANY_NAME.isdisjoint(names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
-        read = {n: attributes[n] for n in wanted if n != slot and (whole or n in names)}
+        read = {n: attributes[n] for n in wanted if n != "forward" and (whole or n in names)}
         tensors = [n for n, v in read.items() if isinstance(v, Tensor)]
         tensors += [n for n, b in module._buffers.items() if b is not None and n in names]
         values = {n: _pinned(v, names) for n, v in read.items() if n not in tensors}
@@ -205,7 +205,7 @@ class Part:
             plain=tuple(plain.items()),
             pinned=tuple((n, v) for n, v in values.items() if n not in plain),
             members=tuple(members.items()),
-            overridable=frozenset(members) - read.keys() - {slot},
+            overridable=frozenset(members) - read.keys() - {"forward"},
             inherited=tuple(reading.inherited),
             globals=tuple(reading.globals.items()),
             shared=tuple((f, n, _pinned(v, names)) for f, n, v in changing),
@@ -251,16 +251,16 @@ class Part:
         return all(is_equal(_pinned(v, self.names), value) for v, value in now)
 
 
-def parts_of(module: nn.Module, slot: str, path: tuple[str, ...] = ()) -> Iterator[Part]:
-    yield Part.of(module, slot, path)
+def parts_of(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[Part]:
+    yield Part.of(module, path)
     for name, child in module._modules.items():
         if child is not None and is_inert(child):
-            yield from parts_of(child, "forward", (*path, name))
+            yield from parts_of(child, (*path, name))
 
 
-def numbers(module: nn.Module, kind: type, slot: str = "forward") -> dict[str, Any]:
-    """The numbers of a type that a method of a module names, and that the module or its class holds."""
-    part = Part.of(module, slot, ())
+def numbers(module: nn.Module, kind: type) -> dict[str, Any]:
+    """The numbers of a type that the forward of a module names, and that the module or its class holds."""
+    part = Part.of(module)
     return {n: v for n, v in (*part.members, *part.plain) if type(v) is kind}
 
 

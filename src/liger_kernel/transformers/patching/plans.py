@@ -33,7 +33,6 @@ class MethodPlan(Plan):
     """A plan for a method of a module: how our ops compute it."""
 
     kind: ClassVar[str]  # that of its site
-    slot: ClassVar[str] = "forward"  # the method that an attribute of the instance replaces
 
     #: what it was proven for; None: installed without a proof
     facts: Facts | None = field(default=None, kw_only=True, compare=False, repr=False)
@@ -48,9 +47,9 @@ class MethodPlan(Plan):
         return self.facts is None or self.facts.hold(self, module)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What the slot computes now; a call form that was not proven goes to the module's own class."""
+        """What `forward` computes now; a call form that was not proven goes to the module's own class."""
         if len(args) != 1 or kwargs:
-            return getattr(type(module), self.slot)(module, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
         return self.compute(module, args[0])
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -79,24 +78,22 @@ class Method(Bound):
     @property
     def __wrapped__(self) -> Any:
         """For `inspect.signature`: the method of the module's class."""
-        module, kind = self.args
-        return MethodType(getattr(type(module), module.__dict__[marker(kind)].slot), module)
+        module = self.args[0]
+        return MethodType(type(module).forward, module)
 
 
 def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
     plan: MethodPlan | None = module.__dict__.get(marker(kind))
-    if plan is None:  # taken back; somebody had put a method of his own around this one
-        slot = next(cls.slot for cls in MethodPlan.__subclasses__() if cls.kind == kind)
-        return getattr(type(module), slot)(module, *args, **kwargs)
-    if ours_runs() and plan.holds(module):
+    # None: taken back; somebody had put a method of his own around this one
+    if plan is not None and ours_runs() and plan.holds(module):
         return plan.call(module, *args, **kwargs)
-    return getattr(type(module), plan.slot)(module, *args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
 
 
 def runs_bare(module: nn.Module, plan: MethodPlan) -> bool:
     """Whether a call of the module made now is that of its plan, and nobody else sees it."""
     attributes = module.__dict__
-    ours = getattr(attributes.get(plan.slot), "func", None) is call
+    ours = getattr(attributes.get("forward"), "func", None) is call
     return ours and not is_hooked(attributes) and ours_runs() and plan.holds(module)
 
 
@@ -114,11 +111,10 @@ def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None
         return "another module took its place after patching"
     if plan is None:
         return "the patch was taken back"
-    ours = attributes.get(plan.slot)
-    if plan.slot == "forward":  # perhaps beneath accelerate's hooks
-        ours = attributes.get("_old_forward", ours)
+    # perhaps beneath accelerate's hooks
+    ours = attributes.get("_old_forward", attributes.get("forward"))
     if getattr(ours, "func", None) is not call:
-        return f"its {plan.slot} was replaced after patching"
+        return "its forward was replaced after patching"
     return None if plan.holds(module) else changed(module)
 
 
@@ -143,7 +139,7 @@ def replicate(module: nn.Module) -> nn.Module:
 def install(module: nn.Module, plan: MethodPlan, state: State) -> None:
     state.set(module, OWNER, state.token)
     state.set(module, marker(plan.kind), plan)
-    state.set(module, plan.slot, Method(call, module, plan.kind))
+    state.set(module, "forward", Method(call, module, plan.kind))
     state.bind(
         module, _get_name=partial(name, kind=plan.kind), _replicate_for_data_parallel=replicate
     )

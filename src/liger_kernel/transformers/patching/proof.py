@@ -272,9 +272,9 @@ _P = TypeVar("_P", bound=MethodPlan)
 
 
 def verdict(
-    find: Callable[[nn.Module], _P | None], slot: str = "forward"
+    find: Callable[[nn.Module], _P | None],
 ) -> Callable[[nn.Module], _P | str]:
-    """Makes `find(module)`, run in the sandbox, say why there is no plan for the slot.
+    """Makes `find(module)`, run in the sandbox, say why there is no plan.
 
     What it says is kept for modules of the same shapes and facts, which go with the plan.
     """
@@ -282,11 +282,11 @@ def verdict(
 
     @functools.wraps(find)
     def found(module: nn.Module) -> _P | str:
-        key = _shapes(module), tuple(parts_of(module, slot))
+        key = _shapes(module), tuple(parts_of(module))
         of_class = kept[type(module)]
         known = next((known for other, known in list(of_class) if is_equal(other, key)), None)
         if known is None:
-            known = _proven(find, module, key[1])
+            known = proven(find, module, key[1])
             of_class.append((key, known))
         return known if isinstance(known, str) else replace(known, facts=Facts(found, key[1]))
 
@@ -294,10 +294,10 @@ def verdict(
     return found
 
 
-def _proven(
-    find: Callable[[nn.Module], _P | None], module: nn.Module, parts: Sequence[Part]
+def proven(
+    find: Callable[[nn.Module], _P | None], module: nn.Module, parts: Sequence[Part] = ()
 ) -> _P | str:
-    """The plan for a module, or why there is none."""
+    """The plan for a module of these facts, or why there is none; `find` runs in the sandbox."""
     name = type(module).__name__
     tensors = sorted(name for part in parts for name in part.tensors)
     if tensors:

@@ -36,7 +36,7 @@ class Site:
         candidates: the places in a model, as (path, module).
         prove: the plan for a module; or the reason why there is none; or None for a module that deserves no row.
         install: carries out a plan.
-        slot: the method that is replaced, if it is one. Where an instance has it already, the report says so.
+        replaces_forward: whether it is that of the module. Where an instance has its own, the report says so.
         grows: whether others add places to a model that is patched, for the next `patch` to visit.
     """
 
@@ -45,7 +45,7 @@ class Site:
     candidates: Callable[[nn.Module], Places]
     prove: Callable[[nn.Module, State], plans.Plan | str | None]
     install: Callable[[nn.Module, Any, State], None] = plans.install
-    slot: str | None = "forward"
+    replaces_forward: bool = True
     grows: bool = False
 
     def is_complete(self, model: nn.Module, state: State) -> bool:
@@ -66,8 +66,8 @@ class Site:
             found = module.__dict__.get(plans.marker(self.kind))  # of an enclosing or earlier patch
             if isinstance(found, plans.MethodPlan) and not found.holds(module):
                 found = plans.changed(module)
-            if found is None and self.slot and is_replaced(module, self.slot):
-                found = f"its {self.slot} was already replaced"
+            if found is None and self.replaces_forward and is_replaced(module):
+                found = "its forward was already replaced"
             if found is None and not all(map(has_memory, _tensors(module))):
                 found = "FSDP1 has its weights; patch the model before it is wrapped"
             if found is None:

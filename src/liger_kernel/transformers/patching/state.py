@@ -160,10 +160,10 @@ def state_of(model: nn.Module) -> State | None:
     return model.__dict__.get(KEY)
 
 
-def is_replaced(module: nn.Module, method: str = "forward") -> bool:
-    """Whether the instance has another `method` than its class; a hook that was removed leaves that of the class."""
-    own = module.__dict__.get(method)
-    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
+def is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has another `forward` than its class; a hook that was removed leaves that of the class."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def has_memory(t: Tensor) -> bool:

@@ -69,5 +69,5 @@ SITE = Site(
     candidates=lambda model: [(type(model).__name__, model)],
     prove=_prove,
     install=lambda model, plan, state: state.set(model, _SLOT, causal_lm_loss),
-    slot=None,
+    replaces_forward=False,
 )

@@ -46,7 +46,7 @@ class LoRAPlan(plans.MethodPlan):
 
     def holds(self, module: nn.Module) -> bool:
         """PEFT's class has the code that was proven; the rest is looked up in every call."""
-        return _verdict(module) is None
+        return not isinstance(_verdict(module), str)
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) else _read(module)
@@ -143,9 +143,10 @@ def _twin(module: nn.Module, dropout: Callable[[], nn.Module]) -> nn.Module:
     return twin
 
 
-def _is_ours(module: nn.Module) -> bool:
-    """Whether PEFT's code computes what the plan does: with and without dropout, and with adapters in fp32."""
-    forward, compute = type(module).forward, LoRAPlan().compute
+def _find(module: nn.Module) -> LoRAPlan | None:
+    """The plan, if PEFT's code computes it: with and without dropout, and with adapters in fp32."""
+    plan = LoRAPlan()
+    forward, compute = type(module).forward, plan.compute
     x = torch.randn(5, 24)
     for dropout in (nn.Identity, partial(nn.Dropout, 0.5)):
         exact = proof.Theirs(forward, _twin(module, dropout), [x])
@@ -153,35 +154,26 @@ def _is_ours(module: nn.Module) -> bool:
         mixed.get_submodule("base_layer").bfloat16()
         rounded = proof.Theirs(forward, mixed, [x.bfloat16()], backward=False)
         if not exact.agrees(compute) or not rounded.rounds_like(compute):
-            return False
-    return True
+            return None
+    return plan
 
 
-#: class of PEFT -> its code when it was proven, and why it is nothing of ours
-_verdicts: dict[type, tuple[Reading, str | None]] = {}
+#: class of PEFT -> its code when it was proven, and the verdict
+_verdicts: dict[type, tuple[Reading, LoRAPlan | str]] = {}
 
 
-def _verdict(module: nn.Module) -> str | None:
-    """Why this class of PEFT's does not compute what `LoRAPlan` does; None where it does."""
+def _verdict(module: nn.Module) -> LoRAPlan | str:
+    """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
     cls = type(module)
     known = _verdicts.get(cls)
     if known is None or not _same(cls, known[0]):
-        known = _verdicts[cls] = Reading(None, cls, "forward"), _proven(module)
+        known = _verdicts[cls] = Reading(None, cls, "forward"), proof.proven(_find, module)
     return known[1]
 
 
 def _same(cls: type, code: Reading) -> bool:
     members = code.members.items()
     return all(getattr(cls, n, None) is v for n, v in members) and unchanged(code.globals)
-
-
-def _proven(module: nn.Module) -> str | None:
-    name = type(module).__name__
-    try:
-        with proof.sandbox():
-            return None if _is_ours(module) else f"{name} computes something else"
-    except proof.CannotRunAlone as error:
-        return f"{name} cannot be run alone: {error}"
 
 
 def _prove(module: Any, state: State) -> LoRAPlan | str:
@@ -195,7 +187,7 @@ def _prove(module: Any, state: State) -> LoRAPlan | str:
         )
     if any(getattr(b, "bias", None) is not None for b in module._modules["lora_B"].children()):
         return "an adapter has a bias"
-    return _verdict(module) or LoRAPlan()
+    return _verdict(module)
 
 
 SITE = Site(

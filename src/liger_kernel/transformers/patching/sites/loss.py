@@ -112,5 +112,5 @@ SITE = _FusedLoss(
     kind="loss",
     candidates=language_models,
     prove=lambda module, state: None,
-    slot=None,
+    replaces_forward=False,
 )
