@@ -232,6 +232,18 @@ class TestWhatIsLeftToPEFT:
         assert len(calls) == 13
         assert all(args[4:] == () or args[4] is None for args in calls[:6])
 
+    def test_little_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There the host is the bound, and takes longer for a node in Python than for PEFT's ops in C++."""
+        asked: list[tuple[torch.Size, int]] = []
+
+        def host_bound(x: Tensor, limit: int) -> bool:
+            asked.append((x.shape, limit))
+            return True
+
+        monkeypatch.setattr(lora, "host_bound", host_bound)
+        assert_as_peft(adapted, nodes=0)
+        assert {limit for _, limit in asked} == {2**21, 2**23}
+
     def test_other_code_of_peft(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = adapted()
         report = liger_kernel.patch(model)
