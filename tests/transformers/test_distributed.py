@@ -25,6 +25,7 @@ from tests.transformers import ranks, tiled
 from tests.transformers.steps import fused
 from tests.transformers.tiny import batch, build
 
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
@@ -43,7 +44,8 @@ def ddp(model: nn.Module) -> nn.Module:
 def fsdp2(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in whole.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
@@ -152,13 +154,47 @@ def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, 
         assert_no_worse(name, grad, high[name], low[name])
 
 
+#: of a model with adapters
+ADAPTED = {f"{wrap.__name__} with LoRA": wrap for wrap in (ddp, fsdp2)}
+
+
+def check_adapted(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    from tests.transformers.test_lora import adapted, counted
+
+    def averaged(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = adapted(dtype=dtype)
+        for other in range(ranks.WORLD):
+            (model(**batch(seed=other)).loss / ranks.WORLD).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted()
+    liger_kernel.patch(model)
+    wrapped = wrap(model)
+    with counted() as calls:
+        wrapped(**batch(seed=rank)).loss.backward()
+    assert len(calls) == 14
+    ours, high, low = whole_gradients(wrapped), averaged(torch.float64), averaged(torch.float32)
+    assert ours.keys() == low.keys()
+    for name, grad in ours.items():
+        assert_no_worse(name, grad, high[name], low[name])
+
+
 def checks() -> dict[str, ranks.Check]:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    return tiled.checks() | {
-        name: partial(check, wrap=wrap, patch_first=first, tied=tied)
-        for name, (wrap, first, tied) in SCENARIOS.items()
-        if not lacking(wrap)
+    with_adapters = {
+        name: partial(check_adapted, wrap=wrap)
+        for name, wrap in ADAPTED.items()
+        if HAS_PEFT and not lacking(wrap)
     }
+    return (
+        tiled.checks()
+        | with_adapters
+        | {
+            name: partial(check, wrap=wrap, patch_first=first, tied=tied)
+            for name, (wrap, first, tied) in SCENARIOS.items()
+            if not lacking(wrap)
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +213,13 @@ def test_averaged_gradients(scenario: str, outcomes: list[dict[str, str]]) -> No
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("scenario", tiled.SCENARIOS)
 def test_tiled_mlp(scenario: str, outcomes: list[dict[str, str]]) -> None:
+    ranks.assert_passed(scenario, outcomes)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize("scenario", ADAPTED)
+def test_lora(scenario: str, outcomes: list[dict[str, str]]) -> None:
+    if lacking(ADAPTED[scenario]):
+        pytest.skip(lacking(ADAPTED[scenario]))
     ranks.assert_passed(scenario, outcomes)
