@@ -47,8 +47,9 @@ def lora_linear(
             in one dtype, that of x or a wider one, in which the adapter is computed then.
         scaling: in PEFT `lora_alpha / r`.
 
-    Returns: (..., O) in the dtype of x; under autocast all is computed in its dtype. For backward it keeps x and
-    `x @ lora_a.T`; Linears that are given the same tensor keep it once, and add their gradients up in place.
+    Returns: (..., O) in the dtype of x; under autocast all is computed in its dtype. For backward it keeps
+    `x @ lora_a.T` and, unless weight and lora_a are frozen, x; Linears that are given the same tensor keep it once,
+    and add their gradients up in place.
     Under torch.compile and other transforms, and for DTensors, PyTorch's own ops compute.
     Raises: ValueError for shapes that do not fit, TypeError for integers and other mixes of dtypes.
     """
@@ -138,27 +139,32 @@ class _Adapted(torch.autograd.Function):
         autocast = autocast_dtype(x) is not None
         y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         rows, out = as_rows(x), y.view(-1, weight.shape[0])
-        middles, products, reads = [], [], list(flat[2::3])
+        needs = ctx.needs_input_grad[2:]
+        middles, products = [], []
+        reads: list[Tensor | None] = [None] * len(scalings)
         for i, scaling in enumerate(scalings):
             lora_a, lora_b, dropped = flat[3 * i : 3 * i + 3]
             wide = dtype if autocast else lora_a.dtype
             read = (rows if dropped is None else as_rows(dropped)).to(wide)
-            if dropped is not None:
+            if dropped is not None and needs[3 + 3 * i]:
                 reads[i] = read
             middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
         _add_products(out, products)
-        ctx.of_forward = options, x.shape, None if meeting is None else meeting.grad_fn
+        drops = [dropped is not None for dropped in flat[2::3]]
+        ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
+        reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
+        kept = again is None and (needs[1] or any(need and not drop for need, drop in reads_x))
         ctx.save_for_backward(
-            None if again else rows, weight, *flat[0::3], *flat[1::3], *reads, *middles
+            rows if kept else None, weight, *flat[0::3], *flat[1::3], *reads, *middles
         )
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (dtype, scalings, again), shape, meeting = ctx.of_forward
+        (dtype, scalings, again), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))
@@ -178,9 +184,9 @@ class _Adapted(torch.autograd.Function):
             lora_a, lora_b = lora_as[i].to(wide.dtype), lora_bs[i].to(wide.dtype)
             g = torch.mm(wide, lora_b).mul_(scaling)  # (T, r)
             inner.append(g)
-            if reads[i] is not None and needs[5 + 3 * i]:
+            if needs[5 + 3 * i]:
                 found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
-            elif reads[i] is None and dx is not None:
+            elif not drops[i] and dx is not None:
                 products.append((g, lora_a, 1.0))
             if needs[4 + 3 * i]:
                 found[3 * i + 1] = torch.mm(wide.t(), middles[i]).mul_(scaling)
@@ -190,7 +196,7 @@ class _Adapted(torch.autograd.Function):
             rows = again(dx)
         for i, g in enumerate(inner):
             if needs[3 + 3 * i]:
-                read = rows.to(g.dtype) if reads[i] is None else reads[i]
+                read = reads[i] if drops[i] else rows.to(g.dtype)
                 found[3 * i] = torch.mm(g.t(), read)
         dw = torch.mm(dy.t(), rows.to(dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
