@@ -36,6 +36,7 @@ def test_a_device_that_queues_and_has_no_kernels(id: str, monkeypatch: pytest.Mo
         assert_as_exact(SPEC, CASES[id], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("expert", [1, 3], ids=["one-twice", "nobody"])
 def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
@@ -45,6 +46,7 @@ def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
         assert_as_exact(SPEC, CASES["silu"], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="an older torch")
 @pytest.mark.parametrize("sentinels", [False, True])
 def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +66,7 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     assert len(used) == 6
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
     """Also behind the clamp, and also from a weight, whose expert all tokens but the last avoid."""
     drawn_inputs: Any = SPEC.cases[1].inputs(Make(torch.float32))
@@ -82,6 +85,7 @@ def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
             assert bad == [3, x.shape[0] - 1]
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_an_index_that_is_no_expert_makes_its_token_nan(
     implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +147,7 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
     """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""
     drawn_inputs, grads = drawn(SPEC, CASES["silu"], Make(torch.float32))

@@ -53,6 +53,10 @@ class Config:
         return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
 
 
+#: tiles that a tensor core may sum
+_SHORT: tl.constexpr = tl.constexpr(8)
+
+
 @triton.jit
 def _mhc_project_fwd(
     x_ptr,
@@ -78,6 +82,7 @@ def _mhc_project_fwd(
     rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m = tl.arange(0, M)
     raw = tl.zeros((ROWS, M), tl.float32)
+    short = tl.zeros((ROWS, M), tl.float32)
     squares = tl.zeros((ROWS, K), tl.float32)
     for tile in tl.range(part, tl.cdiv(n_k, K), n_parts, num_stages=STAGES):
         k = tile * K + tl.arange(0, K)
@@ -88,9 +93,14 @@ def _mhc_project_fwd(
         wide = x.to(tl.float32)
         squares += wide * wide
         if NARROW:
-            raw = tl.dot(x, w, raw)  # products of 16 bits are exact in fp32
+            # the products are exact, but tensor cores cut off what they add: only short sums are left to them
+            short = tl.dot(x, w, short)
+            if (tile // n_parts) % _SHORT == _SHORT - 1:
+                raw += short
+                short = tl.zeros((ROWS, M), tl.float32)
         else:
             raw = tl.dot(wide, w.to(tl.float32), raw, input_precision=PRECISION)
+    raw += short
     first = part.to(tl.int64) * n_rows
     mask = (rows < n_rows)[:, None] & (m < n_out)[None, :]
     tl.store(raw_ptr + (first + rows)[:, None] * n_out + m[None, :], raw, mask=mask)
