@@ -7,7 +7,7 @@ move about 30 S H + 30 S I bytes in 16 bits.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.pipeline import Routing
-from liger_kernel.ops.glu.triton import activation
+from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
+from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
@@ -58,6 +58,17 @@ class Config:
             return Config(rows=128, cols=256, inner=64, warps=8, stages=facts.stages(3, 3 * 2**14))
         cols = 128 if even else 64
         return Config(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
+
+    @functools.cache  # noqa: B019 (there are few)
+    def fitted(self, n_rows: int, n_cols: int) -> Config:
+        """For a result of (n_rows, n_cols), which may be narrow, as those of a low rank are."""
+        rows, cols = (
+            min(most, max(16, next_power_of_2(n)))
+            for most, n in ((self.rows, n_rows), (self.cols, n_cols))
+        )
+        if (rows, cols) == (self.rows, self.cols):
+            return self
+        return replace(self, rows=rows, cols=min(cols, 128), warps=4)
 
 
 @triton.jit
@@ -104,6 +115,8 @@ def _grouped_product(
     a_ptr,
     weight_ptr,
     bias_ptr,
+    low_ptr,
+    low_weight_ptr,
     out_ptr,
     slots_ptr,
     starts_ptr,
@@ -115,8 +128,14 @@ def _grouped_product(
     expert_stride,
     col_stride,
     inner_stride,
+    rank,
+    low_expert_stride,
+    low_col_stride,
+    low_inner_stride,
+    scale,
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,9 +143,10 @@ def _grouped_product(
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[p, n] = sum_m a[p, m] weight[e, n, m] + bias[e, n]; with GATHERED a has the rows of tokens.
+    """out[p, n] = scale sum_m a[p, m] weight[e, n, m] + sum_r low[p, r] low_weight[e, n, r] + bias[e, n].
 
-    A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a multiple of INNER.
+    With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
+    multiple of INNER. RANK: how far a step over the low rank goes; 0 where there is none.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -162,6 +182,16 @@ def _grouped_product(
         acc = _dot(a, weight, acc, PRECISION)
         a_ptrs += INNER
         weight_ptrs += INNER * inner_stride
+    acc *= scale
+    if RANK:
+        low_rows = tl.where(live, rows, 0)[:, None] * rank
+        low_weight_ptr += expert * low_expert_stride + inside[None, :] * low_col_stride
+        for at in range(0, rank, RANK):
+            r = at + tl.arange(0, RANK)
+            low = tl.load(low_ptr + low_rows + r[None, :], mask=r[None, :] < rank, other=0.0)
+            beside = low_weight_ptr + r[:, None].to(tl.int64) * low_inner_stride
+            beside = tl.load(beside, mask=r[:, None] < rank, other=0.0)
+            acc = _dot(low, beside, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows[:, None] * n_cols + cols[None, :]
@@ -251,198 +281,6 @@ def _bias_gradient(
     tl.store(out_ptr + expert * n_cols + cols, tl.sum(total, 0), mask=cols < n_cols)
 
 
-@triton.jit
-def _gate_and_up(
-    hidden_ptr,
-    rows,
-    cols,
-    mask,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-):
-    """f(alpha gate) / alpha and its derivative, up + up_shift, whether gate and up are within the limit; and where
-    gate and up are. Without a gate the factor is 1."""
-    width = n_cols
-    gate_at = rows * n_cols + cols
-    up_at = gate_at
-    if GATED:
-        width = 2 * n_cols
-        gate_at = rows * width + cols
-        up_at = gate_at + n_cols
-        if INTERLEAVED:
-            gate_at = rows * width + 2 * cols
-            up_at = gate_at + 1
-    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    gate_in = mask
-    up_in = mask
-    if LIMITED:  # a NaN stays one
-        gate_in = ~(gate > limit)
-        gate = tl.where(gate_in, gate, limit)
-    z = gate * alpha
-    if ACTIVATION == "relu_squared":
-        z = tl.where(z < 0.0, 0.0, z)
-        value = z * z
-        slope = 2.0 * z
-    else:
-        value, slope = activation(z, 1.0, ACTIVATION)
-    factor = tl.zeros_like(gate) + 1.0
-    if GATED:
-        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-        if LIMITED:
-            up_in = ~(tl.abs(up) > limit)
-            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        factor = up + up_shift
-    return value / alpha, slope, factor, gate_in, up_in, gate_at, up_at
-
-
-@triton.jit
-def _activate(
-    hidden_ptr,
-    act_ptr,
-    live_ptr,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """act = f(alpha gate) / alpha (up + up_shift), rounded once. One program owns one tile."""
-    col_tiles = tl.cdiv(n_cols, COLS)
-    rows = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
-    mask = (rows < tl.load(live_ptr)) & (cols < n_cols)
-    value, _, factor, _, _, _, _ = _gate_and_up(
-        hidden_ptr,
-        rows,
-        cols,
-        mask,
-        n_cols,
-        limit,
-        alpha,
-        up_shift,
-        ACTIVATION,
-        GATED,
-        INTERLEAVED,
-        LIMITED,
-    )
-    act = (value * factor).to(act_ptr.dtype.element_ty)
-    tl.store(act_ptr + rows * n_cols + cols, act, mask=mask)
-
-
-@triton.jit
-def _activate_bwd(
-    da_ptr,
-    hidden_ptr,
-    weights_ptr,
-    slots_ptr,
-    dhidden_ptr,
-    act_ptr,
-    dw_ptr,
-    live_ptr,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
-    slot of the row. A program owns ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < tl.load(live_ptr)
-    slot = tl.load(slots_ptr + row, mask=live, other=0)
-    w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-    rows = row[:, None]
-    dw = tl.zeros((ROWS, COLS), tl.float32)
-    dtype = hidden_ptr.dtype.element_ty
-    for start in range(0, n_cols, COLS):
-        cols = start + tl.arange(0, COLS)[None, :]
-        mask = live[:, None] & (cols < n_cols)
-        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
-            hidden_ptr,
-            rows,
-            cols,
-            mask,
-            n_cols,
-            limit,
-            alpha,
-            up_shift,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-        )
-        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        act = value * factor
-        if NEEDS_DW:
-            dw += tl.where(mask, da * act, 0.0)
-        if NEEDS_DH:
-            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
-            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
-            if GATED:
-                dup = tl.where(up_in, w * da * value, 0.0)
-                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
-        if NEEDS_ACT:
-            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
-    if NEEDS_DW:
-        tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
-
-
-@triton.jit
-def _combine(
-    y_ptr,
-    weights_ptr,
-    rows_ptr,
-    live_ptr,
-    out_ptr,
-    n_tokens,
-    n_cols,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
-    col_tiles = tl.cdiv(n_cols, COLS)
-    token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
-    inside = token < n_tokens
-    n_live = tl.load(live_ptr)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in tl.static_range(TOP_K):
-        row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
-        live = inside & (row < n_live)
-        mask = live[:, None] & (cols < n_cols)
-        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
-        y = y.to(tl.float32)
-        if WEIGHTED:
-            y *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)[
-                :, None
-            ]
-        total += y
-    mask = inside[:, None] & (cols < n_cols)
-    out_ptrs = out_ptr + token[:, None] * n_cols + cols
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -472,8 +310,7 @@ class Kernels:
         by_library = config.library and _library_serves(x, *weights)
         return (LibraryProducts if by_library else Kernels)(config)
 
-    def _sizes(self) -> dict[str, Any]:
-        c = self.config
+    def _sizes(self, c: Config) -> dict[str, Any]:
         return {
             "PRECISION": _precision(),
             "ROWS": c.rows,
@@ -492,17 +329,27 @@ class Kernels:
         return tiles
 
     def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         n_cols, n_inner = weight.shape[1:]
         out = a.new_empty(routing.slots.shape[0], n_cols)
         n_tiles = routing.tiles.shape[0]
+        c = self.config.fitted(self.config.rows, n_cols)
+        rank = 0 if low is None else low[0].shape[1]
         launch(
             _grouped_product,
-            (n_tiles * cdiv(n_cols, self.config.cols),),
+            (n_tiles * cdiv(n_cols, c.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
+            *(low or (None, None)),
             out,
             routing.slots,
             routing.starts,
@@ -512,23 +359,33 @@ class Kernels:
             n_inner,
             max(1, gathered),
             *weight.stride(),
+            rank,
+            *(low[1].stride() if low else (0, 0, 0)),
+            1.0 if scale is None else float(scale),
             GATHERED=gathered > 0,
             HAS_BIAS=bias is not None,
-            EVEN=n_inner % self.config.inner == 0,
-            GROUP=self.config.group,
-            **self._sizes(),
+            RANK=min(c.inner, max(16, next_power_of_2(rank))) if rank else 0,
+            EVEN=n_inner % c.inner == 0,
+            GROUP=c.group,
+            **self._sizes(c),
         )
         return out
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
-        out = a.new_empty(n_experts, *shape)
-        tiles = cdiv(shape[0], self.config.rows) * cdiv(shape[1], self.config.cols)
+        out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
+        c = self.config.fitted(*shape)
+        inner = c.inner // 2 if c == self.config else c.inner
         launch(
             _weight_gradient,
-            (n_experts * tiles,),
+            (n_experts * cdiv(shape[0], c.rows) * cdiv(shape[1], c.cols),),
             a,
             b,
             out,
@@ -538,7 +395,7 @@ class Kernels:
             max(1, *gathered),
             GATHERED_A=gathered[0] > 0,
             GATHERED_B=gathered[1] > 0,
-            **{**self._sizes(), "INNER": self.config.inner // 2},
+            **{**self._sizes(c), "INNER": inner},
         )
         return out
 
@@ -573,7 +430,7 @@ class Kernels:
         rows = 4096 // cols
         if n_rows:
             launch(
-                _activate,
+                activate,
                 (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
                 hidden,
                 act,
@@ -608,7 +465,7 @@ class Kernels:
         rows = 2048 // cols
         if n_rows and any(needs):
             launch(
-                _activate_bwd,
+                activate_bwd,
                 (cdiv(n_rows, rows),),
                 da,
                 hidden,
@@ -636,7 +493,7 @@ class Kernels:
         weights: Tensor | None,
         routing: Routing,
         shape: torch.Size,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         (n_tokens, top_k), n_cols = shape, y.shape[1]
         out = y.new_empty(n_tokens, n_cols, dtype=dtype)
@@ -644,7 +501,7 @@ class Kernels:
         rows = 2048 // cols
         if n_tokens:
             launch(
-                _combine,
+                combine,
                 (cdiv(n_tokens, rows) * cdiv(n_cols, cols),),
                 y,
                 weights,
@@ -666,15 +523,30 @@ class LibraryProducts(Kernels):
     """With the products of PyTorch, which wants bf16 and rows of whole vectors of 16 bytes."""
 
     def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        if bias is not None:  # it would be added to rounded rows, and rounded again
-            return super().product(a, weight, bias, routing, gathered)
+        # what is added would be added to rounded rows, and rounded again
+        if bias is not None or low is not None or scale is not None:
+            return super().product(a, weight, bias, routing, gathered, low, scale)
         return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
+        if dtype is not None:  # of a low rank
+            return super().weight_gradient(a, b, routing, gathered, dtype)
         a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
         return _grouped_mm(a.t(), b, routing)
 
