@@ -21,7 +21,8 @@ class Config:
     """COLS columns of all streams of a token at a time.
 
     Forward holds all streams of its columns. Backward goes through pairs of streams, which it reads again from the L1
-    cache; with one warp for 1024 columns the sums of a pair take no barrier.
+    cache; with one warp the sums of a pair take no barrier. On an H100, 8192 x 4 x 4096: 0.38 ms, 0.40 with two to
+    eight warps, 1.46 with all pairs in registers, whose layouts had to change; bandwidth alone would allow 0.31.
     """
 
     cols: int
@@ -37,7 +38,7 @@ class Config:
     @staticmethod
     @functools.cache
     def backward(n_cols: int) -> Config:
-        return Config(min(1024, max(32, next_power_of_2(n_cols))), warps=1)
+        return Config(min(512, max(32, next_power_of_2(n_cols))), warps=1)
 
 
 @triton.jit

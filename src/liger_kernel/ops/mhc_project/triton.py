@@ -24,20 +24,21 @@ from liger_kernel.ops.mhc_project.contract import MHCProjectOptions
 class Config:
     """Tiles of (rows, k) elements of x. `programs`: one wave; the reduced dimension is parted until there are as many.
 
-    `precision`: of products in fp32; "tf32x3" is as exact on NVIDIA, and not measured.
+    `precision`: of products in fp32.
     """
 
     rows: int
     k: int
     programs: int
     stages: int
-    precision: str = "ieee"
+    precision: str
     warps: int = 4
 
     @staticmethod
     @functools.cache
     def forward(facts: DeviceFacts, itemsize: int) -> Config:
-        return Config(64, 64, 2 * facts.processors, facts.stages(4, 64 * (64 + 32) * itemsize))
+        stages = facts.stages(4, 64 * (64 + 32) * itemsize)
+        return Config(64, 64, 2 * facts.processors, stages, facts.exact_precision)
 
     @staticmethod
     @functools.cache
@@ -46,14 +47,15 @@ class Config:
             16, min(64, 2048 // m)
         )  # its sums (k, m) and the weight's columns stay in registers
         stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
-        return Config(32, k, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
+        precision = facts.exact_precision
+        return Config(32, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
 
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
         return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
 
 
-#: tiles that a tensor core may sum
+#: tiles whose sum is left to tensor cores, which cut off what they add: the sum of 5000 products was worse than PyTorch's
 _SHORT: tl.constexpr = tl.constexpr(8)
 
 
@@ -93,13 +95,12 @@ def _mhc_project_fwd(
         wide = x.to(tl.float32)
         squares += wide * wide
         if NARROW:
-            # the products are exact, but tensor cores cut off what they add: only short sums are left to them
-            short = tl.dot(x, w, short)
-            if (tile // n_parts) % _SHORT == _SHORT - 1:
-                raw += short
-                short = tl.zeros((ROWS, M), tl.float32)
+            short = tl.dot(x, w, short)  # products of 16 bits are exact in fp32
         else:
-            raw = tl.dot(wide, w.to(tl.float32), raw, input_precision=PRECISION)
+            short = tl.dot(wide, w.to(tl.float32), short, input_precision=PRECISION)
+        if (tile // n_parts) % _SHORT == _SHORT - 1:
+            raw += short
+            short = tl.zeros((ROWS, M), tl.float32)
     raw += short
     first = part.to(tl.int64) * n_rows
     mask = (rows < n_rows)[:, None] & (m < n_out)[None, :]
@@ -174,6 +175,7 @@ def _mhc_project_bwd(
         of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
         w = tl.load(of_w, mask=(k < n_k)[None, :] & (m < n_out)[:, None], other=0.0).to(tl.float32)
     dw = tl.zeros((K, M), tl.float32)
+    short = tl.zeros((K, M), tl.float32)
     for tile in tl.range(part, tl.cdiv(n_rows, ROWS), n_parts, num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         narrow = (rows < n_rows)[:, None] & (m < n_out)[None, :]
@@ -190,8 +192,12 @@ def _mhc_project_bwd(
             to = dx_ptr + rows[:, None] * n_k + k[None, :]
             tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEEDS_DW:
-            dw = tl.dot(tl.trans(x), dz, dw, input_precision=PRECISION)
+            short = tl.dot(tl.trans(x), dz, short, input_precision=PRECISION)
+            if (tile // n_parts) % _SHORT == _SHORT - 1:
+                dw += short
+                short = tl.zeros((K, M), tl.float32)
     if NEEDS_DW:
+        dw += short
         at = (part.to(tl.int64) * n_k + k[:, None]) * n_out + m[None, :]
         tl.store(partial_ptr + at, dw, mask=(k < n_k)[:, None] & (m < n_out)[None, :])
 
