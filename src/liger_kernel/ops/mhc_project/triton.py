@@ -55,7 +55,7 @@ class Config:
         return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
 
 
-#: tiles whose sum is left to tensor cores, which cut off what they add: the sum of 5000 products was worse than PyTorch's
+#: tiles whose sum is left to tensor cores, which cut off what they add: of 5000 products it was worse than PyTorch's
 _SHORT: tl.constexpr = tl.constexpr(8)
 
 
