@@ -340,9 +340,7 @@ def test_bad_input_is_refused() -> None:
         )
     beta = torch.ones((), device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match="requires a gradient, which it would not get"):
-        linear_logprobs_loss(
-            lambda found: ((beta * found.log_prob).sum(), ()), states, weight, ids
-        )
+        linear_logprobs_loss(lambda found: ((beta * found.log_prob).sum(), ()), states, weight, ids)
     with pytest.raises(IndexError, match="50 is out of bounds for 50 classes"):
         linear_logprobs(states, weight, torch.full_like(ids, 50))
     with pytest.raises(TypeError, match="temperature must have a floating dtype"):

@@ -201,7 +201,7 @@ class _LinearLoss(torch.autograd.Function):
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
     autocast = autocast_dtype(hidden)
-    if autocast is not None and hidden.dtype != torch.float64:
+    if autocast is not None:
         return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(
