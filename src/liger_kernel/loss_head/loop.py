@@ -119,6 +119,5 @@ def run(
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    if autocast_dtype_of(x.device.type) is not None:
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    narrow = autocast_dtype_of(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if narrow else contextlib.nullcontext()
