@@ -377,6 +377,14 @@ class TestGradientOfASharedInput:
             torch.autograd.grad(self.loss(lora_linear, *leaves), leaves, create_graph=True)
 
 
+def test_dtypes_that_do_not_meet_are_an_error_as_with_peft() -> None:
+    model = adapted()
+    liger_kernel.patch(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").bfloat16()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.ones(2, 48))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [

@@ -28,6 +28,14 @@ from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
+_OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
+_SQUARE, _TABLE = 64, 128  # sides of a tile of `_bias_gradient`; tiles of a step of `_tile_table`
+
+
+def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
+    """The tile of a program that goes over memory once; `most` columns leave it some rows, whose indices it shares."""
+    cols = min(most, next_power_of_2(n_cols))
+    return {"ROWS": warps * _OF_WARP // cols, "COLS": cols, "num_warps": warps}
 
 
 @dataclass(frozen=True)
@@ -346,8 +354,8 @@ class Kernels:
         n_experts = starts.shape[0] - 1
         n_tiles = cdiv(n_rows, self.config.rows) + n_experts
         tiles = starts.new_empty(n_tiles, 2)
-        constants = {"ROWS": self.config.rows, "EXPERTS": next_power_of_2(n_experts), "BLOCK": 128}
-        launch(_tile_table, (n_experts + 1,), starts, tiles, n_experts, n_tiles, **constants)
+        sizes = {"ROWS": self.config.rows, "EXPERTS": next_power_of_2(n_experts), "BLOCK": _TABLE}
+        launch(_tile_table, (n_experts + 1,), starts, tiles, n_experts, n_tiles, **sizes)
         return tiles
 
     def product(
@@ -429,7 +437,7 @@ class Kernels:
         out = a.new_empty(n_experts, n_cols, dtype=torch.float32)
         launch(
             _bias_gradient,
-            (n_experts * cdiv(n_cols, 64),),
+            (n_experts * cdiv(n_cols, _SQUARE),),
             a,
             weights,
             out,
@@ -439,8 +447,8 @@ class Kernels:
             max(1, gathered),
             GATHERED=gathered > 0,
             WEIGHTED=weights is not None,
-            ROWS=64,
-            COLS=64,
+            ROWS=_SQUARE,
+            COLS=_SQUARE,
             num_warps=4,
         )
         return out
@@ -449,21 +457,18 @@ class Kernels:
         n_rows, n_cols = hidden.shape[0], hidden.shape[1] // (1 + options.gated)
         act = hidden.new_empty(n_rows, n_cols)
         numbers, constants = _of_activation(options)
-        cols = min(1024, next_power_of_2(n_cols))
-        rows = 4096 // cols
+        tile = _pass(n_cols, warps=8, most=1024)
         if n_rows:
             launch(
                 activate,
-                (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+                (cdiv(n_rows, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
                 hidden,
                 act,
                 routing.starts[-1:],
                 n_cols,
                 *numbers,
                 **constants,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=8,
+                **tile,
             )
         return act
 
@@ -484,12 +489,11 @@ class Kernels:
             dhidden = torch.empty_like(hidden) if into is None else into
         dw = weights.new_zeros(weights.shape, dtype=torch.float32) if needs_dw else None
         numbers, constants = _of_activation(options)
-        cols = min(512, next_power_of_2(n_cols))
-        rows = 2048 // cols
+        tile = _pass(n_cols, warps=4, most=512)
         if n_rows and any(needs):
             launch(
                 activate_bwd,
-                (cdiv(n_rows, rows),),
+                (cdiv(n_rows, tile["ROWS"]),),
                 da,
                 hidden,
                 weights,
@@ -504,9 +508,7 @@ class Kernels:
                 NEEDS_ACT=needs_act,
                 NEEDS_DW=needs_dw,
                 **constants,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=4,
+                **tile,
             )
         return dhidden, da if needs_act else None, dw
 
@@ -520,12 +522,11 @@ class Kernels:
     ) -> Tensor:
         (n_tokens, top_k), n_cols = shape, y.shape[1]
         out = y.new_empty(n_tokens, n_cols, dtype=dtype)
-        cols = min(2048, next_power_of_2(n_cols))
-        rows = 2048 // cols
+        tile = _pass(n_cols, warps=4, most=2048)
         if n_tokens:
             launch(
                 combine,
-                (cdiv(n_tokens, rows) * cdiv(n_cols, cols),),
+                (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
                 y,
                 weights,
                 routing.rows,
@@ -535,9 +536,7 @@ class Kernels:
                 n_cols,
                 TOP_K=top_k,
                 WEIGHTED=weights is not None,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=4,
+                **tile,
             )
         return out
 

@@ -19,10 +19,15 @@ from liger_kernel.backends.records import SIXTEEN_BITS, DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.mhc_project.contract import MHCProjectOptions
 
+_END_ROWS = (
+    32  # of a program that adds up the parts of the forward: with m = 32, 8 elements in each thread
+)
+
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of (rows, k) elements of x. `programs`: one wave; the reduced dimension is parted until there are as many.
+    """Tiles of (rows, k) elements of x. `programs`: one wave, two on each processor; the reduced dimension is parted
+    until there are as many. Loads in flight are a tile of x and one of the weight, at most 32 columns wide as a rule.
 
     `precision`: of products in fp32.
     """
@@ -43,9 +48,8 @@ class Config:
     @staticmethod
     @functools.cache
     def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
-        k = max(
-            16, min(64, 2048 // m)
-        )  # its sums (k, m) and the weight's columns stay in registers
+        # its sums (k, m) and the weight's columns stay in registers: 2048 are 16 in each thread; `tl.dot` wants 16
+        k = max(16, min(64, 2048 // m))
         stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
         precision = facts.exact_precision
         return Config(32, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
@@ -224,9 +228,9 @@ def forward(
         )
         launch(
             _mhc_project_end,
-            (cdiv(n_rows, 32),),
+            (cdiv(n_rows, _END_ROWS),),
             *(raw, squares, y, rstd, n_rows, n_k, n_out, parts, options.eps),
-            ROWS=32,
+            ROWS=_END_ROWS,
             M=next_power_of_2(n_out),
             num_warps=4,
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound
 from liger_kernel.ops import gated_mlp as gated_mlp_op
@@ -55,7 +56,8 @@ class LoRAPlan(plans.MethodPlan):
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) or host_bound(x, _SMALL) else _read(module)
-        if found is None:
+        # another dtype than that of the weight is an error of PyTorch's, unless autocast converts both
+        if found is None or (x.dtype != found[0].dtype and autocast_dtype(x) is None):
             return type(module).forward(module, x)
         return op.adapted(x, *found[:2], _adapters(x, found[2]))
 
