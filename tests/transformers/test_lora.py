@@ -257,7 +257,7 @@ class TestWhatIsLeftToPEFT:
         rows = [row for row in liger_kernel.patch(adapted()).rows if row.kind == "lora"]
         assert {row.reason for row in rows} == {"Linear computes something else"}
         monkeypatch.undo()
-        lora._verdicts.clear()
+        lora._verdict.cache_clear()
 
     def test_compiled(self) -> None:
         def compiled(model: Any) -> Any:

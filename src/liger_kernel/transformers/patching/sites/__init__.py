@@ -17,6 +17,7 @@ _FILES = (
     "experts",
     "rope",
     "lora",
+    "lora_experts",
     "qk_norms",
 )
 
