@@ -122,7 +122,7 @@ class OpSpec:
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    traffic: tuple[int, tuple[int, ...]] = (0, ())
+    traffic: tuple[float, tuple[int, ...]] = (0, ())
 
     def __post_init__(self) -> None:
         cases = (replace(c, options={**self.defaults, **c.options}) for c in self.cases)
@@ -131,7 +131,7 @@ class OpSpec:
     def bytes_moved(self, inputs: Sequence[Tensor | None]) -> int:
         times, positions = self.traffic
         moved = (t for i in positions if (t := inputs[i]) is not None)
-        return times * sum(t.numel() * t.element_size() for t in moved)
+        return round(times * sum(t.numel() * t.element_size() for t in moved))
 
 
 def specs() -> dict[str, OpSpec]:

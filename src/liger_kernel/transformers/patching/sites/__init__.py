@@ -12,6 +12,7 @@ _FILES = (
     "loss",
     "cross_entropy",
     "norms",
+    "hyper_connections",
     "mlps",
     "relu_squared",
     "experts",
