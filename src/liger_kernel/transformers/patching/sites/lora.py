@@ -1,26 +1,27 @@
 """Linears with adapters of PEFT (LoRA): what PEFT computes of plain Linears goes into one node.
 
 Which adapters are active, whether they are merged, switched off or dropped from, is looked up in every call. What is no
-sum of plain products (DoRA and other variants, quantised or sharded weights, hooks on the Linears) runs PEFT's code.
+sum of plain products (DoRA and other variants, sharded weights, hooks on the Linears) runs PEFT's code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import lora_linear as op
 from liger_kernel.ops.glu.contract import GLUOptions
-from liger_kernel.transformers.patching import plans, proof
-from liger_kernel.transformers.patching.facts import Reading, unchanged
+from liger_kernel.transformers.patching import plans, proof, quantised
+from liger_kernel.transformers.patching.facts import Reading
 from liger_kernel.transformers.patching.linears import (
     drops_nothing,
     maps_features,
@@ -46,15 +47,18 @@ class LoRAPlan(plans.MethodPlan):
 
     kind = "lora"
 
+    #: what the frozen weights are called, where they are quantised
+    weights: str | None = None
+
     def __str__(self) -> str:
-        return "LoRA in one node"
+        return "LoRA in one node" + (f" on {self.weights}" if self.weights else "")
 
     def holds(self, module: nn.Module) -> bool:
         """PEFT's class has the code that was proven; the rest is looked up in every call."""
         return not isinstance(_verdict(module), str)
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
-        found = None if is_dtensor(x) or host_bound(x, _SMALL) else _read(module)
+        found = None if is_dtensor(x) or host_bound(x, _SMALL) else _read(module, x)
         if found is None:
             return type(module).forward(module, x)
         return op.adapted(x, *found[:2], _adapters(x, found[2]))
@@ -63,12 +67,14 @@ class LoRAPlan(plans.MethodPlan):
 Adapters = list[tuple[Tensor, Tensor, float, Any]]
 
 
-def _read(module: Any) -> tuple[Tensor, Tensor | None, Adapters] | None:
+def _read(module: Any, x: Tensor) -> tuple[Tensor | op.Quantised, Tensor | None, Adapters] | None:
     """Weight, bias and active adapters of PEFT's layer; None where it does anything else now."""
     children = module.__dict__["_modules"]
-    base = weight_and_bias(children["base_layer"])
+    layer = children["base_layer"]
+    base = weight_and_bias(layer) or quantised.weight_and_bias(layer)
     if base is None or module.disable_adapters or module.merged:
         return None
+    wanted = _dtype(base[0], x)
     lora_a, lora_b, dropouts = (children[name].__dict__["_modules"] for name in _TABLES)
     found: Adapters = []
     for name in module.active_adapters:
@@ -77,18 +83,28 @@ def _read(module: Any) -> tuple[Tensor, Tensor | None, Adapters] | None:
         a, b = matmul_weight(lora_a[name]), matmul_weight(lora_b[name])
         if a is None or b is None or name in getattr(module, "lora_variant", ()):
             return None
-        if not _fit(base[0], a, b, module):
+        if wanted is None or not _fit(wanted, a, b, module):
             return None
         dropout = None if drops_nothing(dropouts[name]) else dropouts[name]
         found.append((a, b, module.scaling[name], dropout))
     return (*base, found) if found else None
 
 
-def _fit(weight: Tensor, a: Tensor, b: Tensor, module: Any) -> bool:
-    """Whether the dtypes are those of `lora_linear`, and x is converted to that of the adapter."""
-    if a.dtype != b.dtype or torch.promote_types(weight.dtype, a.dtype) != a.dtype:
-        return False
-    return a.dtype == weight.dtype or getattr(module, "cast_input_dtype_enabled", True)
+def _dtype(weight: Tensor | op.Quantised, x: Tensor) -> torch.dtype | None:
+    """What the adapters are given; None where the base computes in another dtype than autocast asks for."""
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    autocast = autocast_dtype(x)
+    if autocast is None:
+        return x.dtype
+    return autocast if autocast == (weight.dtype or x.dtype) else None
+
+
+def _fit(dtype: torch.dtype, a: Tensor, b: Tensor, module: Any) -> bool:
+    """Whether an adapter has one dtype, to which x is converted."""
+    return a.dtype == b.dtype and (
+        a.dtype == dtype or getattr(module, "cast_input_dtype_enabled", True)
+    )
 
 
 def _adapters(x: Tensor, found: Adapters) -> list[op.Adapter]:
@@ -106,10 +122,10 @@ def down_of_product(
     plan = down.__dict__.get(plans.marker(LoRAPlan.kind))
     if not isinstance(plan, LoRAPlan) or not plans.runs_bare(down, plan):
         return None
-    found = _read(down)
+    found = _read(down, gate)
     if found is None or any(dropout is not None for *_, dropout in found[2]):
         return None
-    if not (gate.requires_grad and torch.is_grad_enabled()) or gate.dtype != found[0].dtype:
+    if not (gate.requires_grad and torch.is_grad_enabled()) or gate.dtype != _dtype(found[0], gate):
         return None
     if host_bound(gate, 4 * _SMALL):
         return None
@@ -173,19 +189,19 @@ def _verdict(module: nn.Module) -> LoRAPlan | str:
     """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
     cls = type(module)
     known = _verdicts.get(cls)
-    if known is None or not _same(cls, known[0]):
+    if known is None or not known[0].holds(cls):
         known = _verdicts[cls] = Reading(None, cls, "forward"), proof.proven(_find, module)
     return known[1]
 
 
-def _same(cls: type, code: Reading) -> bool:
-    members = code.members.items()
-    return all(getattr(cls, n, None) is v for n, v in members) and unchanged(code.globals)
-
-
 def _prove(module: Any, state: State) -> LoRAPlan | str:
     base = module._modules["base_layer"]
-    if type(base) is not nn.Linear:
+    weights = quantised.name(base)
+    if weights is not None:
+        reason = quantised.reason(base)
+        if reason is not None:
+            return reason
+    elif type(base) is not nn.Linear:
         return f"its base layer is a {type(base).__name__}"
     variants = getattr(module, "lora_variant", None) or {}
     if variants:
@@ -194,7 +210,8 @@ def _prove(module: Any, state: State) -> LoRAPlan | str:
         )
     if any(getattr(b, "bias", None) is not None for b in module._modules["lora_B"].children()):
         return "an adapter has a bias"
-    return _verdict(module)
+    found = _verdict(module)
+    return found if isinstance(found, str) else replace(found, weights=weights)
 
 
 SITE = Site(
