@@ -74,7 +74,7 @@ def call(
     chunks: ChunkOptions,
     teacher: HeadInputs | GivenRows | None,
 ) -> tuple[Any, ...]:
-    hidden, weight, bias, dtype = student
+    hidden, weight, bias, dtype, _ = student
     t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher[:4]
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
