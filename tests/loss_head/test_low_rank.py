@@ -124,6 +124,19 @@ def test_a_head_in_two_parts(padded: None) -> None:
     assert_draws_no_worse(draw)
 
 
+def test_one_graph() -> None:
+    tensors, target = drawn(torch.float32, 0, None, False, 50)
+
+    def loss(leaves: list[Any]) -> Tensor:
+        low = tuple(leaves[3:])
+        return fused_linear_cross_entropy(*leaves[:2], target, low_rank=low, chunk_size=4)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    needs = {"hidden", "rows", "columns"}
+    ours, eager = (found(run, tensors, needs) for run in (compiled, loss))
+    assert all(torch.equal(ours[name], eager[name]) for name in eager)
+
+
 def test_other_row_losses_take_it_too() -> None:
     tensors, target = drawn(torch.float64, 0, None, False, 50)
     hidden, weight, _, rows, columns = tensors

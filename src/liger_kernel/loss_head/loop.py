@@ -90,8 +90,7 @@ def run(
         where = at if kept is None else kept[at]
         logits, x = rows[:, : weight.shape[0]], hidden[where].to(dtype)
         if at is not made:
-            head.project(x, rows)
-            head.add_low_rank(where, rows)
+            head.logits(where, rows, x)
         teacher_logits = None
         if teacher_head is not None and teacher_rows is not None:
             teacher_logits = teacher_head.logits(where, teacher_rows)

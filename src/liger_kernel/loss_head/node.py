@@ -88,8 +88,6 @@ def linear_loss(
     if in_torch_func() or (is_transformed() and not compiling):
         return _by_all_logits(loss, student, target, class_weight, other)
     if compiling and groups is None:
-        if low is not None:
-            return _outside_the_graph(loss, student, target, class_weight, chunks, other)
         if type(loss).name in ROW_LOSSES:
             return library.call(loss, student, target, class_weight, chunks, other)
         return _outside_the_graph(loss, student, target, class_weight, chunks, other)

@@ -154,10 +154,12 @@ class HeadProducts:
             n_rows, self.width, dtype=self.inputs.dtype, device=self.inputs.hidden.device
         )
 
-    def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
-        """The logits of the rows `where` of the hidden states, in the memory of `slab`."""
-        self.project(self.inputs.hidden[where].to(self.inputs.dtype), slab)
-        self.add_low_rank(where, slab)
+    def logits(self, where: slice | Tensor, slab: Tensor, x: Tensor | None = None) -> Tensor:
+        """The logits of the rows `where` of the hidden states, which are x, in the memory of `slab`."""
+        x = self.inputs.hidden[where].to(self.inputs.dtype) if x is None else x
+        self.project(x, slab)
+        if self.columns is not None:  # what is padded with zeros stays so
+            slab[:, : self.columns.shape[0]].addmm_(self.low_rows(where), self.columns.t())
         return slab[:, : self.inputs.weight.shape[0]]
 
     def project(self, x: Tensor, rows: Tensor) -> None:
@@ -171,11 +173,6 @@ class HeadProducts:
     def low_rows(self, where: slice | Tensor) -> Tensor:
         assert self.inputs.low_rank is not None
         return self.inputs.low_rank.rows[where].to(self.inputs.dtype)
-
-    def add_low_rank(self, where: slice | Tensor, rows: Tensor) -> None:
-        """rows += low_rank.rows[where] @ low_rank.columns.T, if there are any; their padding stays 0."""
-        if self.columns is not None:
-            rows[:, : self.columns.shape[0]].addmm_(self.low_rows(where), self.columns.t())
 
     def back(self, rows: Tensor, dx: Tensor, where: slice | Tensor) -> None:
         """dx[where] = rows @ weight, rounded once; rows of zeros where they are padded"""
