@@ -58,6 +58,9 @@ class LossRequest:
     ):
         self.target, self.fused, self.arguments, self.run = target, fused, arguments, run
         self.refused: str | None = None  # why the head returned logits all the same
+        self.low_rank: tuple[Tensor, Tensor] | None = (
+            None  # what adapters of the head add to logits
+        )
 
 
 #: recorded operations by their names; those of the first kind act on each element

@@ -91,6 +91,11 @@ class ForwardCall:
         self.fused, fused = True, request.fused
         if fused.bias is not None:
             bias = fused.bias if bias is None else bias + fused.bias
+        more: dict[str, Any] = {}
+        if request.low_rank is not None:
+            rows, columns = request.low_rank
+            rows = rows * fused.scale if fused.scale != 1.0 else rows
+            more["low_rank"] = rows, columns[: fused.classes]
         if fused.classes is not None:
             weight, bias = weight[: fused.classes], None if bias is None else bias[: fused.classes]
         if fused.scale != 1.0:
@@ -104,7 +109,7 @@ class ForwardCall:
             weight,
             request.target.to(hidden.device),  # a hook moves `hidden` to the head's device
             bias,
-            **{**request.arguments, **self.loss_options},
+            **{**request.arguments, **self.loss_options, **more},
             label_count=self._count_for(request),
         )
         if not isinstance(result, functional.CrossEntropyOutput):
