@@ -24,6 +24,13 @@ _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _IS_GRADS_BATCHED = torch._C._dispatch_key_parse("VmapMode")
 
 
+#: whose hooks on saved tensors drop what a node saves, or hand it back as it is
+_KEEP_NOTHING = (
+    "torch.utils.checkpoint",
+    "liger_kernel.transformers.patching.sites.checkpoints",
+)
+
+
 def in_torch_func() -> bool:
     """Whether a transform of torch.func, or forward-mode AD, is under way; within a compiled graph as outside."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -82,7 +89,7 @@ def saved_tensors_are_ours() -> bool:
     """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = top(False) if top is not None else ()
-    return hooks is None or any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
+    return hooks is None or any(h.__module__ in _KEEP_NOTHING for h in hooks[:1])
 
 
 def made_in_forward(ctx: Any) -> tuple[Tensor | None, ...]:

@@ -65,11 +65,13 @@ def adapted(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     again: Callable[[Tensor], Tensor] | None = None,
+    read: bool = True,
 ) -> Tensor:
     """`lora_linear` of several adapters; of tensors that fit.
 
     again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
         gradient goes no other way.
+    read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
     """
     dtype = autocast_dtype(x) or x.dtype
     meeting = None
@@ -77,7 +79,7 @@ def adapted(
         x, meeting = _met(x, dtype)
     flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
     scalings = [a.scaling for a in adapters]
-    y: Tensor = _Adapted.apply((dtype, scalings, again), meeting, x, weight, bias, *flat)
+    y: Tensor = _Adapted.apply((dtype, scalings, again, read), meeting, x, weight, bias, *flat)
     return y
 
 
@@ -126,19 +128,18 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the dtype of the products, the scalings, `again`.
+    """options: the dtype of the products, the scalings, `again`, `read`.
 
     Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
     """
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        dtype, scalings, again = options
+        dtype, scalings, again, is_read = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
-        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        rows, out = as_rows(x), y.view(-1, weight.shape[0])
+        rows = as_rows(x)
         needs = ctx.needs_input_grad[2:]
         middles, products = [], []
         reads: list[Tensor | None] = [None] * len(scalings)
@@ -151,7 +152,11 @@ class _Adapted(torch.autograd.Function):
             middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
-        _add_products(out, products)
+        if is_read:
+            y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            _add_products(y.view(-1, weight.shape[0]), products)
+        else:
+            y = x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0])
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
@@ -164,7 +169,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (dtype, scalings, again), drops, shape, meeting = ctx.of_forward
+        (dtype, scalings, again, _), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))

@@ -18,6 +18,7 @@ _FILES = (
     "rope",
     "lora",
     "qk_norms",
+    "checkpoints",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

@@ -100,9 +100,12 @@ def _adapters(x: Tensor, found: Adapters) -> list[op.Adapter]:
 
 
 def down_of_product(
-    down: nn.Module, gate: Tensor, up: Tensor | None, options: GLUOptions
+    down: nn.Module, gate: Tensor, up: Tensor | None, options: GLUOptions, read: bool
 ) -> Tensor | None:
-    """`down(f(gate) * up)` without keeping the product, where `down` is a Linear with adapters of ours; else None."""
+    """`down(f(gate) * up)` without keeping the product, where `down` is a Linear with adapters of ours; else None.
+
+    read: as in `op.adapted`.
+    """
     plan = down.__dict__.get(plans.marker(LoRAPlan.kind))
     if not isinstance(plan, LoRAPlan) or not plans.runs_bare(down, plan):
         return None
@@ -114,7 +117,16 @@ def down_of_product(
     if host_bound(gate, 4 * _SMALL):
         return None
     product, again = gated_mlp_op.product_to_make_again(gate, up, options)
-    return op.adapted(product, *found[:2], _adapters(product, found[2]), again)
+    return op.adapted(product, *found[:2], _adapters(product, found[2]), again, read)
+
+
+def draws(linear: nn.Module) -> bool:
+    """Whether a call of `linear` may draw random numbers: it is neither plain nor an adapter that drops nothing."""
+    if weight_and_bias(linear) is not None:
+        return False
+    plan = linear.__dict__.get(plans.marker(LoRAPlan.kind))
+    found = _read(linear) if isinstance(plan, LoRAPlan) and plan.holds(linear) else None
+    return found is None or any(dropout is not None for *_, dropout in found[2])
 
 
 def is_candidate(module: nn.Module) -> bool:
