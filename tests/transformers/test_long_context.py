@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -341,6 +342,28 @@ def test_a_forward_that_fails_and_one_that_is_dropped(host: collections.Counter[
     del dropped
     found = named_step(model, batch())
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_output_of_a_frozen_embedding_goes(
+    reentrant: bool, host: collections.Counter[str]
+) -> None:
+    """HF makes a leaf of it, which its graph would keep on the device."""
+    made = []
+    steps = []
+    for offload in (False, True):
+        model = adapted()
+        liger_kernel.patch(model, offload_checkpoints=offload)
+        checkpointed(model.train(), reentrant)
+        steps.append(named_step(model, batch()))
+        model.model.model.embed_tokens.register_forward_hook(
+            lambda module, args, out: made.append(weakref.ref(out.untyped_storage()))
+        )
+        loss = model(**batch()).loss
+        assert (made[-1]() is None) == offload
+        del loss
+    for name, value in steps[0].items():
+        assert torch.equal(value, steps[1][name]), name
 
 
 def test_a_layer_that_writes_over_its_input(host: collections.Counter[str]) -> None:

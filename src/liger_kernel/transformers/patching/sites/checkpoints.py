@@ -49,12 +49,45 @@ class OffloadPlan(MethodPlan):
         forward = type(module).forward
         if not torch.is_grad_enabled() or not _is_checkpointed(module):
             return forward(module, *args, **kwargs)
-        copies = Copies()
+        copies, embedding = Copies(), _embedding(module)
+        hook = embedding and embedding.register_forward_hook(_anchored)
         try:
             with torch.autograd.graph.saved_tensors_hooks(copies.pack, _unpack):
                 return forward(module, *args, **kwargs)
         finally:
             copies.close()
+            if hook:
+                hook.remove()
+
+
+class _Anchor(torch.autograd.Function):
+    """x, whose gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _anchored(embedding: nn.Module, args: Any, output: Any) -> Any:
+    """The output of a frozen embedding, of which HF makes a leaf that requires a gradient, for adapters in layers.
+
+    A leaf is kept by its graph, on the device until backward ends, and then gets a gradient that nobody reads.
+    """
+    if isinstance(output, Tensor) and output.requires_grad and output.is_leaf:
+        return _Anchor.apply(output.new_empty(0).requires_grad_(), output.detach())
+    return output
+
+
+def _embedding(module: Any) -> nn.Module | None:
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 class Copies:
