@@ -20,6 +20,7 @@ _FILES = (
     "lora",
     "lora_experts",
     "qk_norms",
+    "checkpoints",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)
