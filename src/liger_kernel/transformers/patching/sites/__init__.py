@@ -12,6 +12,7 @@ _FILES = (
     "loss",
     "cross_entropy",
     "norms",
+    "residual",
     "mlps",
     "relu_squared",
     "experts",
