@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import is_capturing
-from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.label_count import LabelCount, may_count
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.outputs import with_metrics
 from liger_kernel.transformers.patching import heads, trl_head
@@ -355,7 +354,7 @@ class FusedForward:
                 "it is new: call patch(model) again, or the model once, before torch.compile"
             )
         same = shift_labels is None or shift_labels is labels
-        if same and _may_count(labels):
+        if same and may_count(labels):
             call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
         return call, kwargs
 
@@ -474,10 +473,3 @@ def _replica(model: Any) -> Any:
         if name != "forward" or is_ours(replica.__dict__.get("forward")):
             del replica.__dict__[name]
     return replica
-
-
-def _may_count(labels: Tensor) -> bool:
-    """A compiled or a captured graph is the same for every number of labels, and a DTensor holds only some of them."""
-    if torch.compiler.is_compiling() or type(labels) is not Tensor:
-        return False
-    return not is_capturing(labels.device)
