@@ -215,6 +215,21 @@ class TestLeftToTRL:
         assert model(**batch(), fused_lm_head=True).loss.isfinite()
         assert not calls["logprobs"]
 
+    @pytest.mark.parametrize("patched", [before, after])
+    def test_a_copy_of_a_model_with_a_head(
+        self, patched: Callable[[nn.Module], None], calls: Any
+    ) -> None:
+        """What TRL's forward stands around is not copied with it."""
+        model = build("llama")
+        patched(model)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        found = other(**batch(), fused_lm_head=True)
+        assert not calls["logprobs"]
+        assert not found.mean_logits.any()
+        assert "it belongs to the model that this one was copied from" in self.row(other)
+
     def test_a_head_that_cannot_be_taken(self, calls: Any) -> None:
         model = build("llama")
         after(model)

@@ -304,6 +304,8 @@ class FusedForward:
         """Why calls of TRL's head are left to TRL."""
         if not self.is_in_place():
             return "the forward of the model was replaced after patching"
+        if getattr(head.beneath, "__self__", self.model) is not self.model:
+            return "it belongs to the model that this one was copied from"
         if head.wide:
             return "it computes in float32"
         return self.trl_reason or next(filter(None, map(heads.obstacle, self.around())), None)
