@@ -18,10 +18,15 @@ from liger_kernel.functional import linear_logprobs
 
 
 class Distillation(Example):
-    loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5)
-
     def __init__(self, args: argparse.Namespace, tokens: Tensor) -> None:
         super().__init__(args, tokens)
+        self.loss_of = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.5,
+            weight_soft_loss=0.5,
+            beta=0.5,
+            # rows of logits held at a time; by default 1,024, which are all that the small batch has
+            chunk_size=1024 if args.gpu_shape else 256,
+        )
         self.teacher = self.pretrained(args.shape.teacher, 2 * args.pretraining)
         self.teacher.requires_grad_(False)
         self.unseen = self.rows(args.batch, args.seq, self.generator(-2)).to(args.device)

@@ -46,6 +46,7 @@ class TestInspect:
         assert done.status == 0
         assert "LigerSwiGLU" in done.out
         assert all(len(line) <= 80 for line in done.out.splitlines())
+        assert "model.layers.*.post_attention_layernorm " in done.out  # in one piece
 
     def test_what_is_skipped_and_what_is_slow(self, run: Run, both: str) -> None:
         assert "eager" in run("inspect", "gpt_oss").out  # its attention; 36 layers
