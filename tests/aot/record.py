@@ -106,6 +106,9 @@ def _draws() -> Any:
         def __post_init__(self) -> None:
             self._generator = None  # type: ignore[assignment]
 
+        def _draw(self, function: Any, *args: Any) -> Any:
+            return function(*args, device=DEVICE)
+
         def peaked(self, rows: int, classes: int, labels: Any, height: float = 60.0) -> Any:
             return self.randn(rows, classes)
 

@@ -58,8 +58,10 @@ def test_the_memory_of_checkpoints_is_free() -> None:
     assert peak() - peak(offload_checkpoints=True) >= 4 * each  # of six, the last one stays
 
 
-def test_the_host_does_not_wait() -> None:
-    """A step queues its work behind that of others."""
+def test_the_host_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step queues its work behind that of others; HF's search for packed sequences, which waits, left out."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    monkeypatch.setattr(masking, "find_packed_sequence_indices", lambda position_ids: None)
     ours, ids = model(False, offload_checkpoints=True), tokens(0)
     for _ in range(2):
         ours(input_ids=ids, labels=ids).loss.backward()

@@ -188,6 +188,7 @@ class Allocated(TorchDispatchMode):
         return found
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
     """In fp32 beside weights of 16 bits, as PEFT keeps them: gradients in fp32, no worse than those of narrow ones."""
     case = CASES["lora"]
@@ -203,6 +204,7 @@ def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
         assert_no_worse(f"gradient {i}", found[i].bfloat16(), high[i], low[i])
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_a_low_rank_makes_nothing_of_the_size_of_the_weights() -> None:
     inputs, grads = drawn(SPEC, CASES["lora"], Make(torch.float32))
     x, w1, w2, _, weights, *_ = inputs

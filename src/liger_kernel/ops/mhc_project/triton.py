@@ -49,10 +49,10 @@ class Config:
     @functools.cache
     def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
         # its sums (k, m) and the weight's columns stay in registers: 2048 are 16 in each thread; `tl.dot` wants 16
-        rows, k = 128 if m <= 64 else 32, max(16, min(64, 2048 // m))
-        stages = facts.stages(3, rows * (k + 2 * m) * max(itemsize, 4))
+        k = max(16, min(64, 2048 // m))
+        stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
         precision = facts.exact_precision
-        return Config(rows, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
+        return Config(32, k, 8 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
 
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
@@ -262,14 +262,20 @@ def backward(grads: Any, saved: Any, *, options: MHCProjectOptions, needs: Needs
     tiles = cdiv(n_k, config.k)
     parts = config.parts(tiles, n_rows, config.rows)
     partial = dy.new_empty(1, parts, n_k * n_out) if needs_dw else None
-    launch(
-        _mhc_project_bwd,
-        (tiles * parts,),
-        *(dy, rows, weight, y, rstd, dx, partial, dy.stride(0), rows.stride(0)),
-        *(*weight.stride(), n_rows, n_k, n_out, parts),
-        NEEDS_DX=needs_dx,
-        NEEDS_DW=needs_dw,
-        **_tile(config, n_out),
-    )
+    # one after the other: together they take so many registers that loads of x are not hidden, which costs more than
+    # reading it again; dx, which sums nothing over tokens, with programs of four tiles
+    of_four = cdiv(n_rows, 4 * config.rows)
+    for dx_here, partial_here, n_parts in ((dx, None, of_four), (None, partial, parts)):
+        if dx_here is None and partial_here is None:
+            continue
+        launch(
+            _mhc_project_bwd,
+            (tiles * n_parts,),
+            *(dy, rows, weight, y, rstd, dx_here, partial_here, dy.stride(0), rows.stride(0)),
+            *(*weight.stride(), n_rows, n_k, n_out, n_parts),
+            NEEDS_DX=dx_here is not None,
+            NEEDS_DW=partial_here is not None,
+            **_tile(config, n_out),
+        )
     dw = None if partial is None else column_sums(partial, [weight.dtype])[0].view(n_k, n_out)
     return dx, dw
