@@ -44,7 +44,11 @@ class Config:
 
     `rows` is the same for all products of a device, which share one table of tiles. On an H100 128 x 256 x 64 with 8
     warps was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral; in TFLOP/s of the
-    first product 160, 490 and 570. PyTorch's products: 150, 465 and 700.
+    first product 155, 480 and 560. PyTorch's products, gathered rows not counted: 150, 460 and 650; its gradients of
+    weights 125, 390 and 570 where ours have 80, 210 and 240.
+
+    library_from: rows of an expert, by and large, from which all products of plain weights are PyTorch's; below, their
+        gradients are. None: ours compute everything.
     """
 
     rows: int
@@ -52,9 +56,7 @@ class Config:
     inner: int
     warps: int
     stages: int
-    library_from: int | None = (
-        None  # rows of an expert, by and large, from which PyTorch's products are faster
-    )
+    library_from: int | None = None
     group: int = 8  # tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache
 
     @staticmethod
@@ -334,11 +336,10 @@ class Kernels:
     def of(n_rows: int, x: Tensor, *weights: Tensor) -> Kernels:
         even = all(size % 64 == 0 for weight in weights for size in weight.shape[1:])
         config = Config.of(facts_of(x.device), x.dtype, even)
-        many = (
-            config.library_from is not None and n_rows >= config.library_from * weights[0].shape[0]
-        )
-        by_library = many and _library_serves(x, *weights)
-        return (LibraryProducts if by_library else Kernels)(config)
+        if config.library_from is None or not _library_serves(x, *weights):
+            return Kernels(config)
+        many = n_rows >= config.library_from * weights[0].shape[0]
+        return (LibraryProducts if many else LibraryGradients)(config)
 
     def _sizes(self, c: Config) -> dict[str, Any]:
         return {
@@ -541,8 +542,25 @@ class Kernels:
         return out
 
 
-class LibraryProducts(Kernels):
-    """With the products of PyTorch, which wants bf16 and rows of whole vectors of 16 bytes."""
+class LibraryGradients(Kernels):
+    """With PyTorch's gradients of weights. Its products want bf16, gathered rows, and whole vectors of 16 bytes."""
+
+    def weight_gradient(
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if dtype is not None:  # of a low rank
+            return super().weight_gradient(a, b, routing, gathered, dtype)
+        a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+        return _grouped_mm(a.t(), b, routing)
+
+
+class LibraryProducts(LibraryGradients):
+    """With all products of plain weights by PyTorch."""
 
     def product(
         self,
@@ -558,19 +576,6 @@ class LibraryProducts(Kernels):
         if bias is not None or low is not None or scale is not None:
             return super().product(a, weight, bias, routing, gathered, low, scale)
         return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
-
-    def weight_gradient(
-        self,
-        a: Tensor,
-        b: Tensor,
-        routing: Routing,
-        gathered: tuple[int, int],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        if dtype is not None:  # of a low rank
-            return super().weight_gradient(a, b, routing, gathered, dtype)
-        a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
-        return _grouped_mm(a.t(), b, routing)
 
 
 def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:

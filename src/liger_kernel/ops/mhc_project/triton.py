@@ -49,10 +49,10 @@ class Config:
     @functools.cache
     def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
         # its sums (k, m) and the weight's columns stay in registers: 2048 are 16 in each thread; `tl.dot` wants 16
-        k = max(16, min(64, 2048 // m))
-        stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
+        rows, k = 128 if m <= 64 else 32, max(16, min(64, 2048 // m))
+        stages = facts.stages(3, rows * (k + 2 * m) * max(itemsize, 4))
         precision = facts.exact_precision
-        return Config(32, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
+        return Config(rows, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
 
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
