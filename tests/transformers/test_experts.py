@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import Make, assert_no_worse
-from liger_kernel.transformers.patching.sites.experts import experts_forward, register_experts
+from liger_kernel.transformers.patching.sites.experts import (
+    _registry,
+    experts_forward,
+    register_experts,
+)
 from tests.transformers.steps import assert_identical, assert_same_steps, snapshot, step
 from tests.transformers.test_structure import Calls
 from tests.transformers.tiny import MIXTURES, Experts, batch, build, mixture
@@ -165,6 +170,34 @@ class TestExperts:
         )
         ((by, reason),) = experts_rows(build("dbrx", **DBRX))
         assert (by, "DbrxExpertGLU" in reason) == (None, True)
+
+    @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+    def test_what_the_registry_runs_is_replaced(
+        self, first: bool, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The gate of one module, or the function of a name: before the patch, or after it."""
+        experts = mixture().model.layers[0].mlp.experts
+        liger_kernel.patch(model := nn.Sequential(experts))  # and verdicts are known
+        given = torch.randn(6, 48), *ROUTED[1:]
+        expected = experts(*given)
+
+        def assert_left_alone() -> None:
+            if first:
+                liger_kernel.unpatch(model)
+                liger_kernel.patch(model)
+            calls.clear()
+            assert not torch.equal(experts(*given), expected)
+            assert calls["fused_moe"] == 0
+
+        with monkeypatch.context() as change:
+            own = experts._apply_gate
+            change.setitem(vars(experts), "_apply_gate", lambda gate_up: 2 * own(gate_up))
+            assert_left_alone()
+        names: Any = _registry()
+        with monkeypatch.context() as change:
+            theirs = names["grouped_mm"]
+            change.setitem(names, "grouped_mm", lambda *args: 2 * theirs(*args))
+            assert_left_alone()
 
     def test_options_reach_them(self) -> None:
         model = mixture()

@@ -59,9 +59,22 @@ class TestStates:
         assert type(head.base_layer) is nn.Linear
 
     def test_dropout_and_rank_patterns(self) -> None:
-        assert_fused_as_peft(
-            lambda: of_head(lora_dropout=0.3, use_rslora=True, rank_pattern={"lm_head": 7})
-        )
+        """Loss and logits are of one draw, so that both come from real logits, unless nobody gets these."""
+
+        def make() -> Any:
+            return of_head(lora_dropout=0.3, use_rslora=True, rank_pattern={"lm_head": 7})
+
+        ours = assert_fused_as_peft(make, fused=False)
+        assert "drops at random" in row(ours).reason
+        stock = make()
+        liger_kernel.patch(ours, logits="none")
+        runs = []
+        for model in (ours, copy.deepcopy(stock).double(), stock):
+            torch.manual_seed(0)
+            with unrounded(model):
+                runs.append(model(**batch()))
+        assert runs[0].logits is None
+        assert_no_worse("loss", *(found.loss for found in runs))
 
     @pytest.mark.parametrize("precision", [None, torch.bfloat16])
     def test_adapters_in_fp32_on_a_base_of_16_bits(self, precision: torch.dtype | None) -> None:
@@ -117,6 +130,23 @@ class TestStates:
             found = model(**batch())
             assert isinstance(dict.get(found, "logits"), DeferredLogits)
             assert_no_worse("logits", found.logits, high, low)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model: model.disable_adapter_layers(),
+            lambda model: model.get_submodule("model.lm_head").set_scale("default", 3.0),
+            lambda model: model.merge_adapter(),
+        ],
+        ids=["disabled", "scaled", "merged"],
+    )
+    def test_its_logits_in_another_state(self, change: Any) -> None:
+        model = of_head()
+        liger_kernel.patch(model)
+        found = model(**batch())
+        change(model.base_model)
+        with pytest.raises(RuntimeError, match="has changed since"):
+            print(found.logits)
 
     def test_patched_before_and_copied(self) -> None:
         model = build("llama").train()

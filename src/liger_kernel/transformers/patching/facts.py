@@ -64,12 +64,15 @@ class Reading:
     are taken as they are.
     """
 
-    def __init__(self, start: Any = None, cls: type = object, slot: str = ""):
-        self.names: set[str] = set()
+    def __init__(self, start: Any = None, cls: type = object, *slots: str):
+        self.names: set[str] = {*slots}
         self.members: dict[str, Any] = {}
         self.inherited: list[tuple[type, str, Any]] = []  # what `super()` may reach
         self.globals: Globals = {}
-        waiting, seen = [start, *self._defined(cls, slot)], dict[int, Any]()
+        waiting, seen = (
+            [start, *(m for s in slots for m in self._defined(cls, s))],
+            dict[int, Any](),
+        )
         while waiting:
             value = waiting.pop()
             if id(value) in seen or not isinstance(value, _WRAPPERS):
@@ -198,7 +201,8 @@ class Part:
     @classmethod
     def of(cls, module: nn.Module, path: tuple[str, ...] = ()) -> Part:
         kind, attributes = type(module), module.__dict__
-        reading = Reading(None, kind, "forward")
+        # what transformers' registry of experts calls beside the forward
+        reading = Reading(None, kind, "forward", "_apply_gate")
         names, members = frozenset(reading.names), reading.members
         whole = not reading.known or not _ANY_NAME.isdisjoint(names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))

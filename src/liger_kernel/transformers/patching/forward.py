@@ -69,6 +69,8 @@ class ForwardCall:
             self.obstructed = True
         elif not heads.is_plain(hidden):
             self.refuse(f"its input is a {type(hidden).__name__}")
+        elif self.logits != "none" and heads.drops(around):
+            self.refuse('its adapter drops at random, logits as loss; logits="none" fuses the loss')
         elif self.logits == "real" and heads.runs_once(around):
             self.refuse('logits="real", and FSDP1 runs its unit once')
         else:

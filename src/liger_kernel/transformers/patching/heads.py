@@ -6,6 +6,7 @@ That is the outermost callable, `around` here. It alone is asked for the loss, s
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from typing import Any
@@ -181,6 +182,15 @@ def requires_grad(around: nn.Module, hidden: Tensor) -> bool:
     return hidden.requires_grad or any(p.requires_grad for p in around.parameters())
 
 
+#: what decides in PEFT's layers which of their tensors compute
+_OF_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+
+
+def drops(around: nn.Module) -> bool:
+    """Whether a call of the head draws random numbers, as the dropout of an adapter does."""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p for m in parts(around))
+
+
 class Stamp:
     """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
 
@@ -192,7 +202,9 @@ class Stamp:
         # of a unit of FSDP1 the flat parameter; where that is the model's, what the Linear has for the time being
         own = [p for m in parts(around) for p in m._parameters.values() if p is not None]
         weights = own or [_weight(leaf) for leaf in leaves(around)]
-        self._facts = [_facts(t) for t in (*operands, *weights)]
+        self._facts: list[Any] = [_facts(t) for t in (*operands, *weights)]
+        self._facts += [copy.copy(m.__dict__.get(n)) for m in parts(around) for n in _OF_ADAPTERS]
+        self._facts.append(drops(around))
         trained = [t for t in (*operands, *weights) if t.requires_grad and t.is_leaf]
         shards = map(_shard, trained)
         self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]

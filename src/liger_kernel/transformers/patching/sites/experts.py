@@ -253,7 +253,9 @@ def _left_alone(module: nn.Module) -> str | None:
         return f"{name} is not run by transformers' experts registry"
     if not _is_left_to_us(module):
         chosen = module.config._experts_implementation  # type: ignore[union-attr]
-        return f"its config asks for {chosen!r}; set_experts_implementation('grouped_mm') leaves it to us"
+        return (
+            f"its config asks for {chosen!r}; set_experts_implementation('eager') leaves it to us"
+        )
     return None
 
 
@@ -261,8 +263,12 @@ def _is_left_to_us(module: nn.Module) -> bool:
     """Whether the config names no implementation but those that compute what the module's own code does."""
     if not hasattr(type(module).forward, "__wrapped__"):
         return True
-    config = module.__dict__.get("config")
-    return getattr(config, "_experts_implementation", None) in (*_EQUAL, None)
+    chosen = getattr(module.__dict__.get("config"), "_experts_implementation", None)
+    if chosen is None or chosen not in _EQUAL:
+        return chosen is None
+    # of a function that the user has registered by that name nothing is known
+    home = getattr(_registry().get(chosen), "__module__", __name__)
+    return home.startswith(("transformers.", "liger_kernel."))
 
 
 SITE = Site(
