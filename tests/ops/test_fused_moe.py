@@ -37,6 +37,7 @@ def test_a_device_that_queues_and_has_no_kernels(id: str, monkeypatch: pytest.Mo
         assert_as_exact(SPEC, CASES[id], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("expert", [1, 3], ids=["one-twice", "nobody"])
 def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
@@ -46,6 +47,7 @@ def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
         assert_as_exact(SPEC, CASES["silu"], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="an older torch")
 @pytest.mark.parametrize("sentinels", [False, True])
 def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +56,7 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     make = Make(torch.bfloat16)
     index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
     inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
-    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library=True)
+    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library_from=0)
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     used = []
     original = kernels._grouped_mm
@@ -65,6 +67,7 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     assert len(used) == 6
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
     """Also behind the clamp, and also from a weight, whose expert all tokens but the last avoid."""
     drawn_inputs: Any = SPEC.cases[1].inputs(Make(torch.float32))
@@ -83,6 +86,7 @@ def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
             assert bad == [3, x.shape[0] - 1]
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_an_index_that_is_no_expert_makes_its_token_nan(
     implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -94,7 +98,7 @@ def test_an_index_that_is_no_expert_makes_its_token_nan(
     wrong = index.clone()
     wrong[1, 0], wrong[4, 1] = -1, w1.shape[0] + 1
     with pytest.raises(ValueError, match="top_k_index"):
-        fused_moe(x, w1, w2, wrong, weights)
+        fused_moe(*(t.cpu() for t in (x, w1, w2, wrong, weights)))
     for file in (pipeline, checks):
         monkeypatch.setattr(file, "can_look", lambda t: False)
     with backends.use_implementation(implementation):
@@ -146,6 +150,7 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
     """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""
     drawn_inputs, grads = drawn(SPEC, CASES["silu"], Make(torch.float32))

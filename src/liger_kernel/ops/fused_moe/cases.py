@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from liger_kernel.testing import Make, OpCase, OpSpec, case
 
 def _routed(make: Make, tokens: int, top_k: int, experts: int, routing: str) -> Tensor:
     """(T, K) indices, different ones for a token; in "zipf" and "one" some experts are wanted more."""
-    generator = torch.Generator().manual_seed(make.seed)
-    logits = torch.rand(tokens, experts, generator=generator).log().neg().log().neg()  # Gumbel
+    generator = torch.Generator("cpu").manual_seed(make.seed)
+    rand = partial(torch.rand, generator=generator, device="cpu")
+    logits = rand(tokens, experts).log().neg().log().neg()  # Gumbel
     if routing == "zipf":
-        logits -= torch.arange(1, experts + 1).log()
+        logits -= torch.arange(1, experts + 1, device="cpu").log()
     if routing == "one":
         logits[:, 1:] -= 100.0
     index = logits.topk(top_k).indices
     if routing == "sentinels":
-        index = index.masked_fill(torch.rand(index.shape, generator=generator) < 0.4, experts)
+        index = index.masked_fill(rand(index.shape) < 0.4, experts)
     return index.to(make.device)
 
 

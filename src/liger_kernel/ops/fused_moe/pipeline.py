@@ -109,8 +109,8 @@ class Steps(Protocol):
         """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
 
 
-#: of x and the weights
-StepsFor = Callable[[Tensor, Tensor, Tensor], Steps]
+#: of the number of rows, x and the weights
+StepsFor = Callable[[int, Tensor, Tensor, Tensor], Steps]
 
 
 def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +148,8 @@ def forward(
     options: MoEOptions,
     needs: Needs,
 ) -> tuple[Tensor, Saved]:
-    steps, weights = steps_for(x, gate_up_weight, down_weight), top_k_weights.contiguous()
+    steps = steps_for(top_k_index.numel(), x, gate_up_weight, down_weight)
+    weights = top_k_weights.contiguous()
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     if not can_look(top_k_index):  # or it was checked
         top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
@@ -201,7 +202,7 @@ def backward(
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, a1, b1, *given = given
     a2, b2, hidden, low_rows, *routed, dy = given
     slots, rows, starts = routed
-    steps = steps_for(x, gate_up_weight, down_weight)
+    steps = steps_for(slots.numel(), x, gate_up_weight, down_weight)
     routing = Routing(slots, rows, starts, steps.tiles(starts, slots.numel()))
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)

@@ -12,6 +12,8 @@ _FILES = (
     "loss",
     "cross_entropy",
     "norms",
+    "hyper_connections",
+    "residual",
     "mlps",
     "relu_squared",
     "experts",
@@ -19,6 +21,7 @@ _FILES = (
     "lora",
     "lora_experts",
     "qk_norms",
+    "checkpoints",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)
