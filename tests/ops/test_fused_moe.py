@@ -205,6 +205,16 @@ def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("on_the_kernels_device")
+def test_products_onto_a_low_rank_by_parts_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of which have no row, or some rows, of their expert."""
+    kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
+    config = kernels.Config(rows=32, cols=32, inner=32, warps=4, stages=1, low_rows=16)
+    monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
+    with backends.use_implementation("triton"):
+        assert_as_exact(SPEC, CASES["lora"], *drawn(SPEC, CASES["lora"], Make(torch.float32)))
+
+
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_a_low_rank_makes_nothing_of_the_size_of_the_weights() -> None:
     inputs, grads = drawn(SPEC, CASES["lora"], Make(torch.float32))
     x, w1, w2, _, weights, *_ = inputs

@@ -89,6 +89,7 @@ ALIASES = {
             "mhc",
             "mlp",
             "modulated_rms_norm",
+            "moe",
             "multi_token_attention",
             "poly_norm",
             "relu_squared",

@@ -99,7 +99,7 @@ CASES = (
     _case("lora", "low ranks, no power of two", 17, 2, 1, 24, 20, rank=5, **_LORA),
     _case(
         "lora-gpt-oss",
-        "low ranks beside all options, and nothing frozen",
+        "low ranks beside all options, and a trained bias",
         5,
         3,
         2,
@@ -107,7 +107,7 @@ CASES = (
         20,
         "sentinels",
         rank=3,
-        **{**_LORA, "frozen": (), **_GPT_OSS},
+        **{**_LORA, "frozen": (1, 2), **_GPT_OSS},
     ),
     _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 2, 2, 16, 8),
     _case("qwen3-30b-a3b-1k", "Qwen3-30B-A3B", 1024, 128, 8, 2048, 768, large=True),

@@ -14,7 +14,7 @@ from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
 from liger_kernel.transformers.patching.facts import Facts
 from liger_kernel.transformers.patching.linears import is_hooked
-from liger_kernel.transformers.patching.state import OWNER, Bound, State
+from liger_kernel.transformers.patching.state import OWNER, Bound, State, own_forward
 
 
 class Plan:
@@ -115,9 +115,7 @@ def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None
         return "another module took its place after patching"
     if plan is None:
         return "the patch was taken back"
-    # perhaps beneath accelerate's hooks
-    ours = attributes.get("_old_forward", attributes.get("forward"))
-    if getattr(ours, "func", None) is not call:
+    if getattr(own_forward(module), "func", None) is not call:
         return "its forward was replaced after patching"
     return plan.lost(module)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -188,18 +189,49 @@ def beneath_hooks(function: _Function) -> _Function:
     return cast(_Function, beneath)
 
 
+def own_forward(module: nn.Module) -> Any:
+    """The `forward` of the instance beneath such a hook, or beneath the collectives of `_of_sharded_experts`."""
+    attributes = module.__dict__
+    cell = _of_sharded_experts(module)
+    if cell is not None:
+        return cell.cell_contents
+    return attributes.get("_old_forward", attributes.get("forward"))
+
+
+def _of_sharded_experts(module: nn.Module) -> Any:
+    """The cell with the forward around which transformers put the collectives of experts, each with its own rank's;
+    None for any other module."""
+    around, plan = module.__dict__.get("forward"), "transformers.distributed.tensor_parallel"
+    code = getattr(around, "__code__", None)
+    if code is None or getattr(around, "__module__", None) != plan:
+        return None
+    closure = getattr(around, "__closure__", None) or ()
+    cells = dict(zip(code.co_freevars, closure, strict=True))
+    known = {"self", "module", "original_forward"} <= cells.keys()
+    if not known or cells["module"].cell_contents is not module:
+        return None
+    style = getattr(sys.modules[plan], "MoeExpertsParallel", None)
+    is_experts = type(cells["self"].cell_contents) is style
+    return cells["original_forward"] if is_experts else None
+
+
 @contextlib.contextmanager
 def _hooks_lifted(model: nn.Module) -> Iterator[None]:
-    lifted = []
+    lifted: list[tuple[nn.Module, Any, Any]] = []
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        attributes = module.__dict__
-        if {"forward", "_hf_hook", "_old_forward"} <= attributes.keys():
-            lifted.append((module, attributes["forward"]))
-            attributes["forward"] = attributes.pop("_old_forward")
+        attributes, cell = module.__dict__, _of_sharded_experts(module)
+        hooked = {"forward", "_hf_hook", "_old_forward"} <= attributes.keys()
+        if hooked or cell is not None:
+            lifted.append((module, attributes["forward"], cell))
+            attributes["forward"] = cell.cell_contents if cell else attributes.pop("_old_forward")
             if not is_replaced(module):
                 del attributes["forward"]
     try:
         yield
     finally:
-        for module, hooked in lifted:
-            module.__dict__.update(_old_forward=module.forward, forward=hooked)
+        for module, hook, cell in lifted:
+            if cell is None:
+                module.__dict__["_old_forward"] = module.forward
+            else:
+                cell.cell_contents = module.forward
+            module.__dict__["forward"] = hook

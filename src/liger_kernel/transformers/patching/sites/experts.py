@@ -80,6 +80,8 @@ class ExpertsPlan(MethodPlan):
     def _serves(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> bool:
         """Whether they are what was proven: rows of tokens, and plain weights in their dtype."""
         own = [getattr(module, name) for name in (self.first, _DOWN)]
+        if getattr(module, "num_experts", len(own[0])) != len(own[0]):  # of all ranks
+            return False
         alike = all(w.dtype == x.dtype and w.device == x.device for w in own)
         if autocast_dtype(x) is not None:
             alike = all(w.is_floating_point() and w.element_size() > 1 for w in own)
@@ -117,12 +119,13 @@ def _layouts(
         w1, w2 = (s[::-1] if transposed else s for s in (shapes[first][1:], shapes[_DOWN][1:]))
         if len(w1) != 2 or w1 != torch.Size(((1 + gated) * w2[1], w2[0])):
             continue
-        n_experts, wide = shapes[first][0], (1 + gated) * _FEATURES
+        # perhaps of this rank only, where the weight is that of all
+        n_experts, wide = getattr(module, "num_experts", shapes[first][0]), (1 + gated) * _FEATURES
         matrices = {first: (wide, _HIDDEN), _DOWN: (_HIDDEN, _FEATURES)}
         small: dict[str, tuple[int, ...]] = {}
         small |= {n: (n_experts, *(s[::-1] if transposed else s)) for n, s in matrices.items()}
         small.update({f"{n}_bias": (n_experts, s[0]) for n, s in matrices.items()})
-        if shapes.keys() <= small.keys():
+        if shapes.keys() <= small.keys() and isinstance(n_experts, int):
             yield gated, transposed, {name: small[name] for name in shapes}
 
 
@@ -182,14 +185,20 @@ def find_plan(module: nn.Module) -> ExpertsPlan | str:
     """The proven plan for this module, or why there is none.
 
     Where only the registry reads the config, the facts are without it, and `holds` looks at what the registry reads: to
-    compare a whole config takes 0.3 ms, at every call of every layer.
+    compare a whole config takes 0.3 ms, at every call of every layer. They are without the number of experts, too,
+    which transformers changes when it spreads them over ranks.
     """
     found = _find_plan(module)
-    if isinstance(found, str) or _reads_config(type(module)):
+    if isinstance(found, str):
         return found
     known: Any = found.facts
+    free = {"num_experts"} if _reads_config(type(module)) else {"num_experts", "config"}
     parts = (
-        replace(part, pinned=tuple(pin for pin in part.pinned if pin[0] != "config"))
+        replace(
+            part,
+            plain=tuple(fact for fact in part.plain if fact[0] not in free),
+            pinned=tuple(fact for fact in part.pinned if fact[0] not in free),
+        )
         for part in known.parts
     )
     return replace(found, facts=facts.Facts(find_plan, tuple(parts)))
