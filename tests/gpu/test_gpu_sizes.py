@@ -156,6 +156,14 @@ def gradients(rows: int, columns: int) -> Huge:
     return Huge("scale_gradients", f"{rows}x{columns}", inputs, (0, None, None, None))
 
 
+def short_conv(sequences: int, tokens: int, channels: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor, ...]:
+        bcx = make.randn(sequences, tokens, 3 * channels)
+        return bcx, make.randn(channels, 3), make.randn(channels)
+
+    return Huge("short_conv", f"{sequences}x{tokens}x{channels}", inputs, (0, None, None))
+
+
 NORM = {"eps": 1e-6, "offset": 0.0, "casting_mode": "llama"}
 GLU = {"activation": "silu", "gate_multiplier": 1.0, "down_multiplier": 1.0}
 ROPE = {"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False}
@@ -198,6 +206,8 @@ HUGE = (
     divergence("jsd", *TALL, True, True),
     divergence("tvd", *TALL, False, False, reduction="none"),
     gradients(*WIDE),
+    short_conv(5_592_411, 3, 43),
+    short_conv(257, 257, 10_925),
 )
 MANY = (
     rope("70001-tokens", 1, 2, 70_001, 8, axis=2),
@@ -222,6 +232,8 @@ MANY = (
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),
+    short_conv(70_001, 17, 4),
+    short_conv(4, 3, 70_001 * 256),
 )
 
 

@@ -13,6 +13,7 @@ _FILES = (
     "cross_entropy",
     "norms",
     "hyper_connections",
+    "short_conv",
     "mlps",
     "relu_squared",
     "experts",

@@ -161,10 +161,10 @@ def find_plan(module: nn.Module) -> HyperConnectionPlan | None:
     pairs = ((wide, narrow_x), (narrow, narrow_x), (narrow, x))
     mixed = [proof.Theirs(forward, twin, [t], backward=False) for twin, t in pairs]
     with torch.no_grad():
-        theirs = [_tuple(forward(*pair)) for pair in pairs]
+        found = forward(wide, x)
+    found = found if isinstance(found, tuple) else (found,)
     outputs = tuple(
-        "comb" if o.ndim == 4 else "post" if o.shape[-1] == streams else "collapsed"
-        for o in theirs[0]
+        "comb" if o.ndim == 4 else "post" if o.shape[-1] == streams else "collapsed" for o in found
     )
     usual = {1: {"collapsed"}, 2: {"post", "collapsed"}, 3: {"post", "comb", "collapsed"}}
     parts = proof.whole_shape(module._parameters[named[2]])[0]  # type: ignore[arg-type]
@@ -172,16 +172,10 @@ def find_plan(module: nn.Module) -> HyperConnectionPlan | None:
         return None
     for plan in _candidates(module, named, outputs):
         if exact.might_agree(plan.compute) and all(
-            run.agrees(plan.compute) for run in (exact, *mixed)
+            theirs.agrees(plan.compute) for theirs in (exact, *mixed)
         ):
-            ours = [_tuple(plan.compute(*pair)) for pair in pairs]
-            same = [[o.dtype for o in found] for found in theirs]
-            return plan if [[o.dtype for o in found] for found in ours] == same else None
+            return plan
     return None
-
-
-def _tuple(found: Any) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
 
 
 SITE = Site(
