@@ -40,6 +40,17 @@ class RowGroups:
             (grad,) = torch.autograd.grad(self.loss_of(leaf)[0], leaf)
         return grad[where]
 
+    def loss_and_reported(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """What the caller gets. Raises: ValueError if the loss has a gradient with respect to anything but `losses`."""
+        with torch.enable_grad():
+            value, reported = self.loss_of(losses.detach())
+        if value.requires_grad:
+            raise ValueError(
+                "The function of the loss reads a tensor that requires a gradient, which it would not get here: only "
+                "hidden states, weight and bias do. Pass it detached, or compute the loss of linear_logprobs(...)."
+            )
+        return value, *reported
+
 
 def rows_to_visit(
     target: Tensor,

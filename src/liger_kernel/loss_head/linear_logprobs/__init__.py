@@ -94,13 +94,14 @@ def linear_logprobs_loss(
     Args:
         loss_of: from the numbers of all tokens to the loss, and what is reported beside it, without gradient. The loss
             is a sum over groups, no term of which reads a token of another group. It is called for every chunk, with
-            arbitrary numbers for the tokens of others.
+            arbitrary numbers for the tokens of others. No other tensor that it reads gets a gradient.
         group_size: tokens of a group; with 1, a token stands for itself. order: (ids.numel(),) the tokens group by
             group; None: they are so already.
         options: of `linear_logprobs`, but the largest classes and how the work is done.
 
     The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
     torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
+    Raises: as `linear_logprobs`; ValueError for a `loss_of` that reads a tensor that requires a gradient.
     """
     number, of_rows = split_temperature(options.get("temperature", 1.0), ids)
     own = {**options, "temperature": number}

@@ -21,11 +21,9 @@ from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.ops.qk_norm_rope.contract import QKNormRopeOptions
 from liger_kernel.ops.rope.triton import Config, load_angles, load_pairs, store_pairs, strides_of
 
-FORWARD_TILE = 4096  # elements
-BACKWARD_TILE = (
-    2048  # elements, three times in registers: x, its gradient, the sums of the weight's
-)
-PROGRAMS = 8  # of backward, per processor and tensor
+# Not measured. Elements of a tile: in backward three times in registers, as x, its gradient and the weight's sums
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048
+PROGRAMS = 8  # of backward, per processor and tensor: enough to hide loads, and few sums to add up
 
 
 @triton.jit

@@ -19,6 +19,7 @@ _FILES = (
     "experts",
     "rope",
     "lora",
+    "lora_experts",
     "qk_norms",
 )
 

@@ -6,14 +6,16 @@ sum of plain products (DoRA and other variants, quantised or sharded weights, ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound
 from liger_kernel.ops import gated_mlp as gated_mlp_op
@@ -55,12 +57,14 @@ class LoRAPlan(plans.MethodPlan):
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) or host_bound(x, _SMALL) else _read(module)
-        if found is None:
+        # another dtype than that of the weight is an error of PyTorch's, unless autocast converts both
+        if found is None or (x.dtype != found[0].dtype and autocast_dtype(x) is None):
             return type(module).forward(module, x)
         return op.adapted(x, *found[:2], _adapters(x, found[2]))
 
 
 Adapters = list[tuple[Tensor, Tensor, float, Any]]
+_P = TypeVar("_P", bound=plans.MethodPlan)
 
 
 def _read(module: Any) -> tuple[Tensor, Tensor | None, Adapters] | None:
@@ -122,6 +126,7 @@ def is_candidate(module: nn.Module) -> bool:
     children = module._modules
     return (
         {"base_layer", *_TABLES} <= children.keys()
+        and "parameter_name" not in module.__dict__  # its wrappers of parameters
         and maps_features(children["base_layer"])
         and hasattr(module, "active_adapters")
     )
@@ -150,7 +155,27 @@ def _twin(module: nn.Module, dropout: Callable[[], nn.Module]) -> nn.Module:
     return twin
 
 
-def _find(module: nn.Module) -> LoRAPlan | None:
+def verdict_of_class(
+    find: Callable[[nn.Module], _P | None],
+) -> Callable[[nn.Module], _P | str]:
+    """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
+    #: class of PEFT -> its code when it was proven, and the verdict
+    kept: dict[type, tuple[Reading, _P | str]] = {}
+
+    @functools.wraps(find)
+    def found(module: nn.Module) -> _P | str:
+        cls = type(module)
+        known = kept.get(cls)
+        if known is None or not _same(cls, known[0]):
+            known = kept[cls] = Reading(None, cls, "forward"), proof.proven(find, module)
+        return known[1]
+
+    found.cache_clear = kept.clear  # type: ignore[attr-defined]
+    return found
+
+
+@verdict_of_class
+def _verdict(module: nn.Module) -> LoRAPlan | None:
     """The plan, if PEFT's code computes it: with and without dropout, and with adapters in fp32."""
     plan = LoRAPlan()
     forward, compute = type(module).forward, plan.compute
@@ -163,19 +188,6 @@ def _find(module: nn.Module) -> LoRAPlan | None:
         if not exact.agrees(compute) or not rounded.rounds_like(compute):
             return None
     return plan
-
-
-#: class of PEFT -> its code when it was proven, and the verdict
-_verdicts: dict[type, tuple[Reading, LoRAPlan | str]] = {}
-
-
-def _verdict(module: nn.Module) -> LoRAPlan | str:
-    """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
-    cls = type(module)
-    known = _verdicts.get(cls)
-    if known is None or not _same(cls, known[0]):
-        known = _verdicts[cls] = Reading(None, cls, "forward"), proof.proven(_find, module)
-    return known[1]
 
 
 def _same(cls: type, code: Reading) -> bool:

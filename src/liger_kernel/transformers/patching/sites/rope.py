@@ -118,7 +118,8 @@ class Form:
     ) -> Any:
         """`compute` of heads that are not normed yet; None where one op does not compute both."""
         heads, angles = args[: self.n_heads], args[self.n_heads :]
-        if not all(isinstance(x, Unnormed) for x in heads) or len({x.norm for x in heads}) > 1:
+        waiting = all(isinstance(x, Unnormed) and x.may_wait() for x in heads)
+        if not waiting or len({x.norm for x in heads}) > 1:
             return None
         raw = (*(x.raw for x in heads), *angles)
         at = kwargs.get("unsqueeze_dim", self.heads)
