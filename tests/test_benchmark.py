@@ -227,6 +227,7 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     of its own."""
     apart = {
         "attn_res",
+        "dequantize_4bit",
         "gated_mlp",
         "grpo_loss",
         "logprobs",

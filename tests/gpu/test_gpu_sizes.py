@@ -7,7 +7,7 @@ on those rows alone is the truth for them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -149,6 +149,20 @@ def gated_mlp(rows: int, hidden: int, features: int) -> Huge:
     return Huge("gated_mlp", f"{rows}x{hidden}x{features}", inputs, (0, None, None, None), options)
 
 
+def tiled_mlp(rows: int, hidden: int, features: int) -> Huge:
+    whole = gated_mlp(rows, hidden, features)
+    return replace(whole, op="tiled_mlp", options={"activation": "silu", "num_tiles": None})
+
+
+def lora_linear(rows: int, hidden: int, outputs: int, rank: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        factors = make.randn(rank, hidden, scale=hidden**-0.5), make.randn(outputs, rank)
+        return make.randn(rows, hidden), make.randn(outputs, hidden), None, *factors
+
+    name = f"{rows}x{hidden}x{outputs}"
+    return Huge("lora_linear", name, inputs, (0, *(None,) * 4), {"scaling": 2.0})
+
+
 def gradients(rows: int, columns: int) -> Huge:
     def inputs(make: Make) -> tuple[Tensor | None, ...]:
         return make.randn(rows, columns), None, None, make.randn(1)[0]
@@ -263,6 +277,8 @@ HUGE = (
     of_parameters("poly_norm", *WIDE, 3, 1, eps=1e-6),
     of_parameters("poly_norm", *TALL, 3, 1, eps=1e-6),
     gated_mlp(16_777_221, 129, 128),
+    tiled_mlp(16_777_221, 129, 128),
+    lora_linear(16_777_221, 129, 128, 8),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
     rope("heads", 1, 262_148, 64, 128, axis=1),

@@ -281,5 +281,5 @@ def test_heads_whose_input_was_overwritten() -> None:
     x, module = Make(torch.float32).randn(2, 5, 8), norm()
     heads = Unnormed(Norm(1e-6, 0.0, "llama"), module, None, x, functools.partial(module, x))
     x.add_(1)
-    with pytest.raises(RuntimeError, match="overwritten.*rope=False"):
+    with pytest.raises(RuntimeError, match=r"overwritten.*rope=False"):
         heads.materialize()

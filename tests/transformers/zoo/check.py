@@ -174,6 +174,7 @@ def _assert_told(result: Result) -> None:
     """The report names every kind of op that ran."""
     kinds = {
         "rms_norm": ("norm",),
+        "fused_add_rms_norm": ("residual",),
         "layer_norm": ("norm",),
         "glu": ("mlp", "norm"),  # norms with a gate
         "fused_moe": ("experts",),

@@ -82,6 +82,12 @@ class Reading:
                 waiting += self._enter(value, cls)
         self.known = any(isinstance(value, FunctionType) for value in seen.values())
 
+    def holds(self, cls: type) -> bool:
+        """Whether `cls`, of which this was read, is what it was."""
+        now = ((getattr(cls, name, _NOWHERE), value) for name, value in self.members.items())
+        # `__dict__` is another object each time
+        return all(a is b or a == b for a, b in now) and unchanged(self.globals)
+
     def _enter(self, function: FunctionType, cls: type) -> Iterator[Any]:
         """Note what one function names, and what is to be read next."""
         for cell in function.__closure__ or ():

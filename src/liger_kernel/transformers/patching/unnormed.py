@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from liger_kernel.backends import served_alike
 from liger_kernel.transformers.patching.linears import is_hooked
+from liger_kernel.transformers.patching.waiting import Waiting
 
 
 class _Running(threading.local):
@@ -70,7 +71,7 @@ class _Call:
         return self.normed
 
 
-class Unnormed:
+class Unnormed(Waiting):
     """`compute()`, the norm of x, after the views in `steps`, which made `raw` of x itself.
 
     `heads` is the dimension of raw that the heads have been split off to, where all of them are normed together.
@@ -130,41 +131,6 @@ class Unnormed:
 
     def reshape(self, *shape: Any) -> Any:
         return self._reshaped("reshape", *shape)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"Unnormed has no attribute {name!r}")
-        same = name in ("shape", "dtype", "device", "ndim", "size", "dim")
-        return getattr(self.raw if same else self.materialize(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return func(*real(args), **{name: real(value) for name, value in (kwargs or {}).items()})
-
-
-def real(value: Any) -> Any:
-    """`value` with tensors in it that have their numbers."""
-    if isinstance(value, Unnormed):
-        return value.materialize()
-    return type(value)(map(real, value)) if type(value) in (list, tuple) else value
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: Unnormed, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*real(args))
-
-    return method
-
-
-_DELEGATED = (
-    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv pow neg abs matmul rmatmul "
-    "getitem setitem len iter lt le gt ge eq ne bool float int"
-)
-for _name in _DELEGATED.split():
-    setattr(Unnormed, f"__{_name}__", _delegate(f"__{_name}__"))
-Unnormed.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def may_wait(module: nn.Module, x: Any, weight: Any) -> bool:

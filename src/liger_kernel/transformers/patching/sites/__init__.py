@@ -13,6 +13,7 @@ _FILES = (
     "cross_entropy",
     "norms",
     "hyper_connections",
+    "residual",
     "short_conv",
     "mlps",
     "relu_squared",
@@ -21,6 +22,7 @@ _FILES = (
     "lora",
     "lora_experts",
     "qk_norms",
+    "checkpoints",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.ops.fused_moe import fused_moe
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.transformers.patching import plans, proof
+from liger_kernel.transformers.patching import adapters, plans, proof
 from liger_kernel.transformers.patching.facts import Reading
 from liger_kernel.transformers.patching.linears import is_hooked, matmul_weight
 from liger_kernel.transformers.patching.site import Places, Site
-from liger_kernel.transformers.patching.sites import lora
 from liger_kernel.transformers.patching.sites.experts import ExpertsPlan
+from liger_kernel.transformers.patching.sites.lora import LORA
 from liger_kernel.transformers.patching.state import State
 
 _SWAPPED = "_did_swap_in_out_features"
@@ -32,7 +32,7 @@ _SWAPPED = "_did_swap_in_out_features"
 class LoRAExpertsPlan(plans.MethodPlan):
     """`base_layer(x, index, weights)` with a low rank beside its weights."""
 
-    kind = lora.LoRAPlan.kind
+    kind = adapters.LoRAPlan.kind
 
     def __str__(self) -> str:
         return "LoRA in the node of the experts"
@@ -148,7 +148,7 @@ def _twin(module: nn.Module, swapped: bool) -> nn.Module:
     return twin
 
 
-@lora.verdict_of_class
+@adapters.verdict_of_class
 def _verdict(module: nn.Module) -> LoRAExpertsPlan | None:
     """The plan, if PEFT's code computes it, for weights of either orientation."""
     plan = ExpertsPlan("gate_up_proj", MoEOptions())
@@ -185,7 +185,7 @@ def _prove(module: Any, state: State) -> LoRAExpertsPlan | str:
 
 
 SITE = Site(
-    options=(lora.LORA,),
+    options=(LORA,),
     kind=LoRAExpertsPlan.kind,
     candidates=_candidates,
     prove=_prove,

@@ -27,7 +27,8 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import Method, MethodPlan, call, marker, ours_runs
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites.norms import NormPlan, twin_of
-from liger_kernel.transformers.patching.unnormed import Unnormed, real, running
+from liger_kernel.transformers.patching.unnormed import Unnormed, running
+from liger_kernel.transformers.patching.waiting import real
 
 
 @dataclass(frozen=True)
