@@ -233,8 +233,11 @@ def test_the_options_come_from_the_sites() -> None:
         "residual",
         "short_conv",
         "mlp",
+        "tiled_mlp",
         "rope",
         "lora",
+        "offload_checkpoints",
+        "long_context",
     ]
     text = inspect.getdoc(liger_kernel.patch) or ""
     for option in patching.OPTIONS:

@@ -14,6 +14,7 @@ _FILES = (
     "norms",
     "hyper_connections",
     "residual",
+    "streams",
     "short_conv",
     "mlps",
     "relu_squared",
