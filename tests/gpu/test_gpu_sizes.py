@@ -369,6 +369,8 @@ HUGE = (
         labels=(1, 4_194_307, False),
         entropy=True,
     ),
+    parts("short_conv", (5_592_411, 3, 129), (43, 3), (43,)),
+    parts("short_conv", (257, 257, 32_775), (10_925, 3), (10_925,)),
 )
 MANY = (
     rope("70001-tokens", 1, 2, 70_001, 8, axis=2),
@@ -399,6 +401,8 @@ MANY = (
     parts("mhc_mix", *((3, 4, 65_536 * 16 + 1), (3, 4, 4)), None, None, axes=(0, 0, None, None)),
     router(70_001, 16),
     ternary(70_001, 16, 40),
+    parts("short_conv", (70_001, 17, 12), (4, 3), (4,)),
+    parts("short_conv", (4, 3, 3 * 70_001 * 256), (70_001 * 256, 3), (70_001 * 256,)),
 )
 
 

@@ -153,3 +153,72 @@ def test_switched_off(calls: Calls) -> None:
     ours(torch.randn(1, 2, STREAMS, COLUMNS))
     assert not calls["mhc_project"]
     assert calls["rms_norm"] == 1
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """DeepSeek's sums behind one layer; `scale`: of what that gives to the streams."""
+
+    def __init__(self, scale: float | None = None, before: bool = False):
+        super().__init__()
+        self.hc, self.inner = made(MHC), nn.Linear(COLUMNS, COLUMNS)
+        self.scale, self.before = scale, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        post, comb, collapsed = self.hc(x)
+        weights = post.to(x.dtype).unsqueeze(-1)
+        if self.scale is not None:
+            weights = weights * self.scale
+        given = weights * self.inner(collapsed).unsqueeze(-2)
+        mixed = torch.matmul(comb.to(x.dtype).transpose(-1, -2), x)
+        return mixed + given if self.before else given + mixed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_streams_are_mixed_by_one_op(before: bool, dtype: torch.dtype, calls: Calls) -> None:
+    torch.manual_seed(0)
+    theirs = Layer(before=before)
+    ours, rows = patched(theirs)
+    assert rows["0"] == "streams mixed behind hc"
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    x = Make(torch.float32, seed=2).randn(2, 5, STREAMS, COLUMNS).to(dtype)
+    low = run(theirs, x)
+    high = in_float64(lambda: run(copy.deepcopy(theirs).double(), x.double()))
+    calls.clear()
+    found = run(ours, x)
+    assert calls["mhc_mix"] == 2
+    for name, of_theirs in low.items():
+        assert_no_worse(name, found[name], high[name].double(), of_theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == theirs(x).dtype
+
+
+def test_sums_of_another_form_are_the_layers_own(calls: Calls) -> None:
+    theirs = Layer(scale=3.0)
+    ours, rows = patched(theirs)
+    assert "0" not in rows
+    x = torch.randn(2, 5, STREAMS, COLUMNS)
+    calls.clear()
+    high, low = copy.deepcopy(theirs).double()(x.double()), theirs(x)
+    assert_no_worse("y", ours(x), high, low)
+    assert calls["mhc_mix"] == 1
+
+
+def test_who_sees_coefficients_gets_tensors(calls: Calls) -> None:
+    theirs = Layer()
+    ours, _ = patched(theirs)
+    seen: list[Any] = []
+    hook = ours.hc.register_forward_hook(lambda module, args, found: seen.extend(found))
+    x = torch.randn(2, 5, STREAMS, COLUMNS)
+    calls.clear()
+    ours(x)
+    assert [type(t) for t in seen] == [Tensor] * 3
+    assert calls["mhc_mix"] == 1
+    hook.remove()
+    ours(x)
+    assert calls["mhc_mix"] == 3
+    assert type(ours.hc(x)[0]) is Tensor  # outside of its layer
+    assert torch.equal(copy.deepcopy(ours)(x), ours(x))

@@ -287,6 +287,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "phi4_multimodal": {"audio_config": {}, "vision_config": {}},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}},
 }
+#: with a cache its convolutions are HF's
+_LFM2 = {"layer_types": ["conv", "full_attention"], "use_cache": False}
 #: model type -> dotted path -> value, set after shrinking
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -347,7 +349,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 16},  # 2 layers, called 2 * (3 + 1) times
     "hunyuan_vl": {"text_config.rope_parameters.mrope_section": [4, 4, 4, 4]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2,
+    "lfm2_vl": {f"text_config.{path}": value for path, value in _LFM2.items()},
+    "lfm3": {"use_cache": False},
     "mamba2": {"num_heads": 8},
     "minicpm3": {"dim_model_base": 75},  # logits are divided by hidden_size / dim_model_base
     "mistral4": {"head_dim": 48, "rope_parameters.partial_rotary_factor": 1 / 3},

@@ -181,6 +181,7 @@ def _assert_told(result: Result) -> None:
         "relu_squared": ("mlp",),
         "rope": ("rope",),
         "qk_norm_rope": ("rope",),
+        "short_conv": ("short_conv",),
         **dict.fromkeys(("mhc_project", "mhc_sinkhorn", "mhc_mix"), ("hyper_connection",)),
         **dict.fromkeys((*LOSS_OPS, "scale_gradients"), ("loss",)),
     }

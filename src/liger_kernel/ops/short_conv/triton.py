@@ -23,22 +23,24 @@ from liger_kernel.ops.short_conv.contract import ShortConvOptions
 @dataclass(frozen=True)
 class Config:
     """Tiles of (rows, cols): tokens, one after the other, and channels. In backward a thread holds a sum for each of
-    its elements and taps. `programs`: how many share the tokens there."""
+    its elements and taps, which bounds these. `programs`: how many share the tokens there."""
 
     rows: int
     cols: int
-    programs: int
-    warps: int = 4
+    warps: int
+    programs: int = 0
 
     @staticmethod
     @functools.cache
     def forward(facts: DeviceFacts, n_cols: int) -> Config:
-        return Config(16, min(256, max(32, next_power_of_2(n_cols))), 0)
+        cols = min(256, max(32, next_power_of_2(n_cols)))
+        return Config(16, cols, warps=cols // 32)
 
     @staticmethod
     @functools.cache
     def backward(facts: DeviceFacts, n_cols: int) -> Config:
-        return Config(8, min(256, max(32, next_power_of_2(n_cols))), 4 * facts.processors)
+        cols = min(256, max(32, next_power_of_2(n_cols)))
+        return Config(8, cols, warps=cols // 32, programs=4 * facts.processors)
 
 
 def unserved(

@@ -172,13 +172,17 @@ class Theirs:
         own truth in another way. So in float64, where neither has an error, ours has to be that truth. Where theirs
         draws random numbers, ours has to draw the same.
         """
+        return self.is_computed_by(ours) and self._rounds(ours, 2.0)
+
+    def is_computed_by(self, ours: Callable[..., Any]) -> bool:
+        """Whether `ours` is the same function, by outputs and gradients in float64, whatever it rounds otherwise."""
         for training, (_, high) in self._runs.items():
             true = _Run(ours, *self._in_float64, training, self._backward)
             if not true.leaves_alike(high) or not _within(
                 true.values, high.values, high.values, 2.0
             ):
                 return False
-        return self._rounds(ours, 2.0)
+        return True
 
     def might_agree(self, ours: Callable[..., Any]) -> bool:
         """Whether its outputs are the truth: a cheap look at one of many candidates, before `agrees`."""

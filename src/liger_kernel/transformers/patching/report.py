@@ -18,7 +18,7 @@ COLUMNS = ("kind", "modules", "", "replaced by")
 class Row:
     """One place in the model. `by` names the replacement, or is None where `reason` says why there is none."""
 
-    kind: str  # that of a site: "loss", "norm", "mlp", "experts", "rope", "lora"
+    kind: str  # that of a site: "loss", "norm", "mlp", "experts", "rope", "lora", ...
     path: str
     by: str | None = None
     reason: str = ""

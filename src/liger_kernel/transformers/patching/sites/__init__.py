@@ -14,6 +14,8 @@ _FILES = (
     "norms",
     "hyper_connections",
     "residual",
+    "streams",
+    "short_conv",
     "mlps",
     "relu_squared",
     "experts",

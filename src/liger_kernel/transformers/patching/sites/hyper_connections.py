@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from liger_kernel.ops.mhc_mix import mhc_pre
 from liger_kernel.ops.mhc_project import mhc_project
 from liger_kernel.ops.mhc_sinkhorn import mhc_sinkhorn
-from liger_kernel.transformers.patching import facts, proof
-from liger_kernel.transformers.patching.linears import is_inert
+from liger_kernel.transformers.patching import facts, proof, streams
+from liger_kernel.transformers.patching.linears import is_hooked, is_inert
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
@@ -84,6 +84,10 @@ class HyperConnectionPlan(MethodPlan):
         if self.post_eps:
             found["post"] = found["post"] + self.post_eps
         found["collapsed"] = mhc_pre(x, pre)
+        waits = any(module is c for c in streams.running.connections)
+        if waits and not is_hooked(module.__dict__):
+            for name in ("post", "comb"):
+                found[name] = streams.Coefficients.of(found[name], found[name])
         outputs = tuple(found[name] for name in self.outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -132,7 +136,7 @@ def _candidates(
                 )
 
 
-def _twin(module: nn.Module, columns: int, dtype: torch.dtype) -> nn.Module:
+def twin_of(module: nn.Module, columns: int, dtype: torch.dtype) -> nn.Module:
     """A clone of `columns` in a stream, with random parameters that spread the logits of "comb"."""
     fn, _, scale, streams = _named(module) or ("", "", "", 0)
     generator = torch.Generator().manual_seed(0)
@@ -155,16 +159,16 @@ def find_plan(module: nn.Module) -> HyperConnectionPlan | None:
     generator = torch.Generator().manual_seed(1)
     sizes = torch.logspace(-3, 1, 6).view(2, 3, 1, 1)  # the eps of the norm decides over small ones
     x = torch.randn(2, 3, streams, columns, generator=generator) * sizes
-    forward, wide = type(module).forward, _twin(module, columns, torch.float32)
+    forward, wide = type(module).forward, twin_of(module, columns, torch.float32)
     exact = proof.Theirs(forward, wide, [x])
-    narrow, narrow_x = _twin(module, columns, torch.bfloat16), x.bfloat16()
+    narrow, narrow_x = twin_of(module, columns, torch.bfloat16), x.bfloat16()
     pairs = ((wide, narrow_x), (narrow, narrow_x), (narrow, x))
     mixed = [proof.Theirs(forward, twin, [t], backward=False) for twin, t in pairs]
     with torch.no_grad():
-        theirs = [_tuple(forward(*pair)) for pair in pairs]
+        found = forward(wide, x)
+    found = found if isinstance(found, tuple) else (found,)
     outputs = tuple(
-        "comb" if o.ndim == 4 else "post" if o.shape[-1] == streams else "collapsed"
-        for o in theirs[0]
+        "comb" if o.ndim == 4 else "post" if o.shape[-1] == streams else "collapsed" for o in found
     )
     usual = {1: {"collapsed"}, 2: {"post", "collapsed"}, 3: {"post", "comb", "collapsed"}}
     parts = proof.whole_shape(module._parameters[named[2]])[0]  # type: ignore[arg-type]
@@ -172,16 +176,10 @@ def find_plan(module: nn.Module) -> HyperConnectionPlan | None:
         return None
     for plan in _candidates(module, named, outputs):
         if exact.might_agree(plan.compute) and all(
-            run.agrees(plan.compute) for run in (exact, *mixed)
+            theirs.agrees(plan.compute) for theirs in (exact, *mixed)
         ):
-            ours = [_tuple(plan.compute(*pair)) for pair in pairs]
-            same = [[o.dtype for o in found] for found in theirs]
-            return plan if [[o.dtype for o in found] for found in ours] == same else None
+            return plan
     return None
-
-
-def _tuple(found: Any) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
 
 
 SITE = Site(

@@ -7,11 +7,8 @@ and so are those of all of its children but the norms.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -19,8 +16,7 @@ from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import host_bound, served_alike
-from liger_kernel.transformers.patching import proof
-from liger_kernel.transformers.patching.linears import is_inert
+from liger_kernel.transformers.patching import proof, stand_ins
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan, marker, runs_bare
 from liger_kernel.transformers.patching.site import Places, Site
@@ -29,7 +25,7 @@ from liger_kernel.transformers.patching.sites.norms import find_plan as find_nor
 from liger_kernel.transformers.patching.sites.norms import is_candidate as is_norm_module
 from liger_kernel.transformers.patching.state import State
 from liger_kernel.transformers.patching.sums import Sum
-from liger_kernel.transformers.patching.waiting import Waiting, real
+from liger_kernel.transformers.patching.waiting import real
 
 #: elements of the hidden states up to which a GPU is done before the host: norm and sum are PyTorch's own ops there
 _SMALL = 2**22
@@ -100,61 +96,10 @@ def candidates(model: nn.Module) -> Places:
     return ((path, m) for path, m in model.named_modules() if m in layers)
 
 
-class _StandIn(nn.Module):
-    """In the place of a child with parameters: a function of the first tensor, which has to be one."""
-
-    def __init__(self, scale: float, more: int | None):
-        super().__init__()
-        self.scale, self.more = scale, more
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        if any(isinstance(value, Waiting) for value in given):
-            raise TypeError("a child that is no norm is given a sum")
-        y = torch.sin(self.scale * next(v for v in given if isinstance(v, Tensor)))
-        return y if self.more is None else (y, *(None,) * self.more)
-
-
-def _twins(module: nn.Module, norms: Iterable[str]) -> Iterator[nn.Module]:
-    """Clones whose attention and MLP return a tuple that starts with a tensor, or a tensor."""
-    children: dict[str, nn.Module] = {n: c for n, c in module._modules.items() if c is not None}
-    others = [
-        name
-        for name, child in children.items()
-        if name not in norms and type(child) is not nn.Dropout and not is_inert(child)
-    ]
-    own: dict[str, Tensor | None] = {
-        name: p if p is None else nn.Parameter(torch.randn(proof.whole_shape(p)))
-        for name, p in module._parameters.items()
-    }
-    for forms in product((1, 2, None), repeat=len(others)) if len(others) < 5 else ():
-        inner: dict[str, nn.Module] = {
-            name: _StandIn(1.0 + i, forms[i]) for i, name in enumerate(others)
-        }
-        for name in norms:
-            inner[name] = twin_of(children[name], torch.float32, torch.float32)
-        yield proof.clone(module, own, inner)
-
-
-def _parameters(layer: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(type(layer).forward).parameters.values())[1:]
-
-
-def _run(layer: nn.Module, x: Any) -> Any:
-    """The first result of the layer's own forward, in which what has no default is None."""
-    needed = [
-        p.name
-        for p in _parameters(layer)[1:]
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    found = type(layer).forward(layer, x, **dict.fromkeys(needed))
-    return found[0] if isinstance(found, tuple) else found
-
-
 def _run_on_sums(
     layer: nn.Module, x: Tensor, norms: dict[str, NormPlan], reached: set[str]
 ) -> Tensor:
-    """`_run` as the plan has it; notes the norms that get a sum."""
+    """`stand_ins.run` as the plan has it; notes the norms that get a sum."""
 
     def take(name: str, norm: Any, h: Any) -> Tensor:
         if isinstance(h, Sum):
@@ -165,7 +110,7 @@ def _run_on_sums(
         norm = layer._modules[name]
         norm.__dict__["forward"] = partial(take, name, norm)
     try:
-        found: Tensor = real(_run(layer, Sum(x)))
+        found: Tensor = real(stand_ins.run(layer, Sum(x)))
         return found
     finally:
         for name in norms:
@@ -181,16 +126,17 @@ def find_plan(module: nn.Module) -> ResidualPlan | None:
     if not norms:
         return None
     x = torch.randn(5, 1, size_of(children[next(iter(norms))]))
-    for twin in _twins(module, norms):
+    kept = {name: twin_of(children[name], torch.float32, torch.float32) for name in norms}
+    for twin in stand_ins.twins(module, kept):
         reached: set[str] = set()
         ours = partial(_run_on_sums, norms=norms, reached=reached)
         try:
             ours(twin, x)
         except Exception:  # foreign code, with stand-ins for its children, may raise anything
             continue
-        if reached and proof.Theirs(_run, twin, [x]).agrees(ours):
+        if reached and proof.Theirs(stand_ins.run, twin, [x]).agrees(ours):
             of_layer = tuple(name for name in norms if name in reached)
-            return ResidualPlan(of_layer, _parameters(module)[0].name)
+            return ResidualPlan(of_layer, stand_ins.parameters(module)[0].name)
     return None
 
 
