@@ -396,3 +396,39 @@ def test_on_the_cpu_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints.Copy, "__init__", None)
     model = offloaded()
     model(**batch()).loss.backward()
+
+
+def test_the_boundaries_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What flash attention would find in each layer is found once, and only where something is packed."""
+    utils = pytest.importorskip("transformers.modeling_utils")
+    flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
+    seen: list[Any] = []
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **given: Any) -> Any:
+        seen.append([given.get(name) for name in checkpoints._BOUNDARIES])
+        return q.transpose(1, 2), None
+
+    monkeypatch.setitem(
+        utils.ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", attention
+    )
+    model = build("llama")
+    model.config._attn_implementation = model.model.config._attn_implementation = (
+        "flash_attention_2"
+    )
+    liger_kernel.patch(model, long_context=True)
+    ids = batch(1, 9)["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+    model(input_ids=ids, position_ids=positions, use_cache=False)
+    (q, k), (longest, _) = flash.prepare_fa_kwargs_from_position_ids(positions)
+    for found in seen:
+        assert torch.equal(found[0], q)
+        assert torch.equal(found[1], k)
+        assert found[2:] == [int(longest)] * 2 == [4, 4]
+    assert len(seen) == 2
+    seen.clear()
+    model(input_ids=ids, position_ids=torch.arange(9)[None], use_cache=False)
+    told = dict.fromkeys(checkpoints._BOUNDARIES[:2], q)
+    model(input_ids=ids, position_ids=positions, use_cache=False, **told)
+    assert seen[:2] == [[None] * 4] * 2
+    assert seen[2][0] is q
+    assert seen[2][2] is None
