@@ -34,8 +34,8 @@ from benchmark import children
 from benchmark.measure import release, synchronize
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, said
-from benchmark.savings import LiveBytes
 from benchmark.shapes import MODELS
+from liger_kernel.cli.paper import LiveBytes
 
 #: what `--options` may name: none (stock HuggingFace), plain (patch), and options of patch
 STOCK, PLAIN = "none", "plain"

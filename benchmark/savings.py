@@ -13,50 +13,21 @@ import contextlib
 import gc
 import json
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmark.options import MeasuringParser
 from benchmark.results import describe_run
 from benchmark.shapes import SAVINGS, Saving
 from benchmark.tables import markdown
+from liger_kernel.cli.paper import LiveBytes
 
 LOSS_ONLY = {"rms_norm": False, "layer_norm": False, "mlp": False, "rope": False}
 OFF = 0.1
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes at once in tensors made inside the block: a peak that no allocator rounds, on any device."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.live -= nbytes
 
 
 def build(case: Saving, device: str) -> Any:

@@ -211,7 +211,7 @@ def test_averaged_gradients(scenario: str, outcomes: list[dict[str, str]]) -> No
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("scenario", tiled.SCENARIOS)
+@pytest.mark.parametrize("scenario", tiled.checks())
 def test_tiled_mlp(scenario: str, outcomes: list[dict[str, str]]) -> None:
     ranks.assert_passed(scenario, outcomes)
 

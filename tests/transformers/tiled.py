@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import liger_kernel
 from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers import LigerTiledSwiGLUMLP
 from tests.transformers import ranks
+from tests.transformers.tiny import batch, build
 
 
 def config(act: str = "silu", **more: Any) -> Any:
@@ -104,6 +106,42 @@ def check(rank: int, wrap: Callable[[nn.Module], nn.Module], adapted: bool) -> N
         assert_no_worse(name, value, high, low)
 
 
+def of_layers(model: nn.Module) -> nn.Module:
+    """FSDP2 around each layer of an HF model."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:  # type: ignore[attr-defined,union-attr]
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def check_patched(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A patched model with biases in its MLPs, which are called in tiles, in checkpointed layers."""
+    from liger_kernel.ops import tiled_mlp
+
+    inputs = [batch(seed=seed, ignored=0.0) for seed in range(ranks.WORLD)]
+
+    def gradients(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        model.train()(**given, use_cache=False).loss.backward()
+        grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+        return {n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in grads.items()}
+
+    model: Any = build("llama")
+    with patch.object(tiled_mlp, "_TILE_BYTES", 2**12), patch.object(tiled_mlp, "_MIN_ROWS", 6):
+        liger_kernel.patch(model, long_context=True)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        ours = gradients(wrap(model), inputs[rank])
+    high, low = (
+        [gradients(build("llama", dtype), given) for given in inputs]
+        for dtype in (torch.float64, torch.float32)
+    )
+    for name, value in ours.items():
+        wide, narrow = (
+            sum(of[name] for of in all_ranks) / ranks.WORLD for all_ranks in (high, low)
+        )
+        assert_no_worse(name, value, wide, narrow)
+
+
 SCENARIOS = {
     f"tiled MLP, {wrap.__name__}{', adapted' if adapted else ''}": (wrap, adapted)
     for wrap in (ddp, fsdp2, fsdp2_each_linear)
@@ -114,4 +152,7 @@ SCENARIOS = {
 
 
 def checks() -> dict[str, ranks.Check]:
-    return {n: partial(check, wrap=w, adapted=a) for n, (w, a) in SCENARIOS.items()}
+    wraps = [ddp, *[of_layers] * ranks.HAS_FSDP2_ON_CPU]
+    patched = {f"long_context, {w.__name__}": partial(check_patched, wrap=w) for w in wraps}
+    found = {n: partial(check, wrap=w, adapted=a) for n, (w, a) in SCENARIOS.items()}
+    return {**found, **patched}

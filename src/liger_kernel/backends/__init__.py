@@ -19,6 +19,7 @@ import pkgutil
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from liger_kernel._core.lazy import compat_names
 from liger_kernel.backends import disabled
 from liger_kernel.backends.capability import NAMES
 from liger_kernel.backends.capability import Capability as Capability
-from liger_kernel.backends.records import Backend, DeviceFacts, Implementation
+from liger_kernel.backends.records import Backend, DeviceFacts, Implementation, no_guard
 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
@@ -117,13 +118,22 @@ def can_assert(device_type: str) -> bool:
 
 
 @contextlib.contextmanager
-def on_paper(facts: DeviceFacts) -> Iterator[None]:
-    """Let tensors of the meta device stand for those of a device with these facts."""
-    register(Backend("paper", ("meta",), lambda device: facts))
+def on_paper(facts: DeviceFacts, kernels: bool = False) -> Iterator[None]:
+    """Let tensors of the meta device stand for those of a device with these facts.
+
+    kernels: whether ops allocate what those of Triton allocate, where it is installed; none is started.
+    """
+    triton, files = IMPLEMENTATIONS["triton"], None
+    if kernels:
+        facts = replace(facts, streams=None, guard=no_guard)
+        if importlib.util.find_spec("triton") is not None:
+            files = replace(triton, unavailable=lambda device: None)
+    register(Backend("paper", ("meta",), lambda device: facts, implementation=files))
     try:
         yield
     finally:
         del BACKENDS["paper"]
+        IMPLEMENTATIONS["triton"] = triton
         forget()
 
 

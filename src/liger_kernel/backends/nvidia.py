@@ -56,7 +56,13 @@ def described(
 
 #: a card that is not here, for forecasts
 ON_PAPER = DeviceFacts(
-    name="an NVIDIA GPU", queues=True, product_multiple=8, mixed_products=SIXTEEN_BITS
+    name="an NVIDIA GPU",
+    architecture="hopper",
+    processors=132,
+    shared_memory=232_448,
+    queues=True,
+    product_multiple=8,
+    mixed_products=SIXTEEN_BITS,
 )
 BACKEND = Backend(
     "nvidia", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is None

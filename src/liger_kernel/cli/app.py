@@ -67,14 +67,27 @@ def estimate(
     lora: Annotated[int, "Rank of LoRA on all linears; 0: all weights are trained."] = 0,
     optimizer: Annotated[str, "adamw, adamw_8bit, sgd or sgd_momentum."] = "adamw",
     checkpointing: Annotated[bool, "Layers are computed again in the backward."] = False,
+    long_context: Annotated[bool, "Patched for long sequences, with --checkpointing."] = False,
+    quantised: Annotated[str, "Linears beneath the adapters: nf4 or int8."] = "",
+    memory: Annotated[int, "GB of the GPU, for the longest sequence; 0: this machine's."] = 0,
     download: _Download = False,
 ) -> Answer:
-    """Memory of a training step on one GPU, part by part, without and with the library.
+    """Memory of a training step on one GPU, part by part, without and with the library; the longest sequence.
 
     The whole model is built without its weights, in no memory.
     """
     return _room("estimate").answer(
-        model, batch, seq, dtype, lora, optimizer, checkpointing, download
+        model,
+        batch,
+        seq,
+        dtype,
+        lora,
+        optimizer,
+        checkpointing,
+        long_context,
+        quantised,
+        memory,
+        download,
     )
 
 

@@ -1,40 +1,32 @@
 """`liger_kernel estimate`: the memory of a training step, part by part, without and with the library.
 
-The model is on paper. Parts:
+The model is on paper, and so is the step (`paper.py`): forward, loss and backward run on the meta device, and what they
+allocate is counted as it comes and goes. Parts:
 
     weights        bytes of parameters and buffers
     gradients      bytes of parameters that are trained
     optimizer      its state for these
-    activations    what autograd keeps of a forward, counted: every storage once, attention and RMSNorm as fused kernels
-                   keep them
+    activations    what a forward keeps, without logits
     logits, loss   the formula of `liger_kernel.transformers.patching.savings`, with the chunks of this machine's GPU
+    peak           weights + optimizer + the most that the step has at once, of activations, logits and gradients
 
-With checkpointing the activations are the inputs of the layers, counted likewise, and a layer that is computed again is
-a part of its own: what checkpointing does not keep, over the number of layers. The gradient of its widest tensor comes
-while all of that is there.
-
-    peak = weights + optimizer + max(activations + logits and loss, gradients, each with a layer and its gradient)
-
-since gradients come while activations go.
+The longest sequence that fits is where the line through the peaks of two lengths meets the memory of the GPU: of two
+lengths, and then of the second and where that line ended.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liger_kernel import backends, utils
 from liger_kernel.backends import nvidia
-from liger_kernel.cli import models
+from liger_kernel.cli import models, paper
 from liger_kernel.cli.answer import Answer, Table, UserError, size
 from liger_kernel.transformers.patching import patch
-from liger_kernel.transformers.patching.savings import text_setting
 from liger_kernel.transformers.patching.sites.loss import loss_sites
 
 #: bytes of state of an optimizer for a parameter of so many bytes
@@ -44,18 +36,22 @@ OPTIMIZERS = {
     "sgd": lambda itemsize: 0,
     "sgd_momentum": lambda itemsize: itemsize,
 }
+#: bytes of a weight of a Linear: bitsandbytes' NF4 with quantised scales of blocks of 64, and int8 with one of a row
+QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+#: tokens of the two steps from which the longest sequence follows
+LENGTHS = (32768, 65536)
+#: what a process has beside its tensors: the context of CUDA, workspaces of cuBLAS
+BESIDE = 2**30
 HOW = {
     "weights": "bytes of all parameters and buffers; exact. Adapters are in the dtype of the weights: PEFT makes them "
     "float32, and without autocast then keeps a float32 copy of every input",
     "gradients": "bytes of the parameters that are trained; exact",
     "optimizer": "states in the dtype of the weights (8 bits for adamw_8bit); exact for fused AdamW",
-    "activations": "every tensor that autograd keeps of a forward on the meta device, attention and RMSNorm as fused "
-    "kernels keep them",
-    "recomputed": "what one checkpointed layer keeps while it runs again",
-    "its_gradient": "that of the widest tensor in it",
+    "activations": "every tensor that a forward on the meta device keeps, logits aside, attention as flash attention "
+    "keeps it",
     "logits_and_loss": "the formula of report.savings; within 0.4 % where it was measured",
-    "peak": "weights + optimizer + max(activations + logits and loss, gradients), each with a layer that runs again "
-    "and its gradient. Beside it come the CUDA context (0.5 GiB), the workspace of cuBLAS and gaps of the allocator",
+    "peak": "weights + optimizer + the most bytes at once in forward and backward. Beside it come the CUDA context "
+    "(0.5 GiB), the workspace of cuBLAS and gaps of the allocator",
 }
 
 
@@ -67,93 +63,60 @@ class Step:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    recomputed: int = 0
-    its_gradient: int = 0
     logits_and_loss: int = 0
-    of_head: int = 0  # the gradients that are there when the loss is done
-
-    @property
-    def peak(self) -> int:
-        again = self.recomputed + self.its_gradient
-        at_loss = self.activations + max(self.logits_and_loss, self.of_head + again)
-        return self.weights + self.optimizer + max(at_loss, self.gradients + again)
-
-    def count(self, found: tuple[int, int, int]) -> None:
-        self.activations, self.recomputed, self.its_gradient = found
-
-    def as_dict(self) -> dict[str, int]:
-        parts = {**asdict(self), "peak": self.peak}
-        del parts["of_head"]
-        return parts
+    peak: int = 0
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash and memory-efficient attention keep; computes nothing."""
+@dataclass(frozen=True)
+class Setup:
+    """How it is trained."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, length, _ = q.shape
-        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # their layout
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
+    optimizer: str
+    checkpointing: bool
+    quantised: str = ""
 
+    def fixed(self, model: nn.Module) -> dict[str, int]:
+        """The parts that no token changes."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        per_byte = OPTIMIZERS[self.optimizer]
+        return {
+            "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            - int(sum(w.nbytes - w.numel() * QUANTISED[self.quantised] for w in self._small(model))),
+            "gradients": sum(p.nbytes for p in trained),
+            "optimizer": int(sum(p.numel() * per_byte(p.itemsize) for p in trained)),
+        }  # fmt: skip
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-    return _FusedAttention.apply(query, key, value)
+    def _small(self, model: Any) -> list[torch.Tensor]:
+        """Weights that are quantised: of frozen Linears, but not of the head."""
+        head = model.get_output_embeddings() if self.quantised else None
+        linears = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        return [m.weight for m in linears if self.quantised and not m.weight.requires_grad]
 
-
-RMS_NORM = nn.functional.rms_norm
-FUSED_IN_TORCH = hasattr(torch.ops.aten, "_fused_rms_norm")  # since torch 2.8
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """Keeps what `F.rms_norm` keeps on a GPU; on the meta device it is a chain of ops, two of them in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
-    return _FusedRMSNorm.apply(x, weight) if FUSED_IN_TORCH else RMS_NORM(x, shape, weight, eps)
+    def whole(self, model: nn.Module) -> int:
+        """The largest of these, as it is while it is multiplied by."""
+        return max((w.nbytes for w in self._small(model)), default=0)
 
 
-def kept(model: nn.Module, batch: int, seq: int) -> list[int]:
-    """Bytes of every storage that autograd keeps of a forward without labels."""
-    given = models.inputs(model, batch, seq)
-    tensors = (*model.parameters(), *model.buffers(), *given.values())
-    ours = {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
-    found: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()._cdata
-        if storage not in ours:
-            found.setdefault(storage, t)  # and so its address stays its own
-        return t
-
-    with (
-        models.runnable(),
-        mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
-        mock.patch.object(nn.functional, "rms_norm", _rms_norm),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-    ):
-        outputs = model(**given)
-    del outputs
-    return [t.untyped_storage().nbytes() for t in found.values()]
-
-
-@contextlib.contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    """By the kind that keeps its inputs where autograd shows them; the memory is that of the other kind."""
+def measured(model: Any, batch: int, seq: int, setup: Setup) -> Step:
+    """Of the model as it is, patched or not."""
+    found = Step(**setup.fixed(model))
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+        found.activations, passing = paper.step(model, batch, seq)
+    except Exception as error:  # a forward that needs numbers, images, or fewer tokens
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "
+            f"tokens of text alone, its forward raises: {reason}"
+        ) from error
+    found.peak = found.weights + found.optimizer + passing + setup.whole(model)
+    return found
+
+
+def _checkpointed(model: Any) -> None:
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise UserError(f"--checkpointing: {error}") from error
-    model.enable_input_require_grads()
-    yield
-    model.disable_input_require_grads()
-    model.gradient_checkpointing_disable()
 
 
 def _with_lora(model: Any, rank: int) -> Any:
@@ -167,47 +130,40 @@ def _with_lora(model: Any, rank: int) -> Any:
     return made.to(dtype)
 
 
-def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple[int, int, int]:
-    """What is kept, what one layer keeps while it is computed again, and the gradient of its widest tensor."""
-    try:
-        everything = kept(model, batch, seq)
-        if not checkpointing:
-            return sum(everything), 0, 0
-        with _checkpointed(model):
-            inputs = sum(kept(model, batch, seq))
-    except UserError:
-        raise
-    except Exception as error:  # a forward that needs numbers, images, or fewer tokens
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "
-            f"tokens of text alone, its forward raises: {reason}"
-        ) from error
-    layers = text_setting(model, "num_hidden_layers") or 1
-    return inputs, (sum(everything) - inputs) // layers, max(everything, default=0)
-
-
 def steps(
-    model: Any, batch: int, seq: int, optimizer: str, checkpointing: bool
-) -> tuple[Step, Step]:
-    """Without and with the library."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    fixed = {
-        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-        "gradients": sum(p.nbytes for p in trained),
-        "optimizer": int(sum(p.numel() * OPTIMIZERS[optimizer](p.itemsize) for p in trained)),
-    }
-    stock = Step(**fixed)
-    stock.count(_activations(model, batch, seq, checkpointing))
-    # a rotary embedding keeps the same with and without ours, but the reference, which would run here, more
-    patch(model, rope=False)
-    ours = Step(**fixed)
-    ours.count(_activations(model, batch, seq, checkpointing))
-    for loss in loss_sites(model, batch * seq):
-        stock.logits_and_loss = max(stock.logits_and_loss, loss.stock())
-        ours.logits_and_loss = max(ours.logits_and_loss, loss.fused())
-        stock.of_head = ours.of_head = max(ours.of_head, loss.gradients())
-    return stock, ours
+    model: Any, batch: int, seq: int, setup: Setup, room: int, **options: bool
+) -> tuple[Step, Step, list[int]]:
+    """Without and with the library, and the longest sequences that fit into `room` bytes so."""
+    if setup.checkpointing:
+        _checkpointed(model)
+    stock, longest = measured(model, batch, seq, setup), [_longest(model, batch, setup, room)]
+    patch(model, **options)
+    ours = measured(model, batch, seq, setup)
+    longest.append(_longest(model, batch, setup, room))
+    losses = list(loss_sites(model, batch * seq))
+    stock.logits_and_loss = max((loss.stock() for loss in losses), default=0)
+    ours.logits_and_loss = max((loss.fused() for loss in losses), default=0)
+    return stock, ours, longest
+
+
+def _longest(model: Any, batch: int, setup: Setup, room: int) -> int:
+    """0 where not even the weights fit, where the model takes no sequences of these lengths, or for no `room`."""
+    if not room:
+        return 0
+    try:
+        (x, low), (at, high) = ((n, measured(model, batch, n, setup).peak) for n in LENGTHS)
+        guess = _meets(x, low, at, high, room - BESIDE)
+        if guess > at:  # and what was the peak there may be another one here
+            again = measured(model, batch, guess, setup).peak
+            guess = _meets(at, high, guess, again, room - BESIDE)
+    except UserError:
+        return 0
+    return guess
+
+
+def _meets(x1: int, y1: int, x2: int, y2: int, y: int) -> int:
+    """Where the line through two points meets y."""
+    return max(0, int(x1 + (y - y1) * (x2 - x1) / max(y2 - y1, 1)))
 
 
 def answer(
@@ -218,46 +174,62 @@ def answer(
     lora: int,
     optimizer: str,
     checkpointing: bool,
+    long_context: bool,
+    quantised: str,
+    memory: int,
     download: bool,
 ) -> Answer:
-    for name, value, least in (("batch", batch, 1), ("seq", seq, 1), ("lora", lora, 0)):
+    sizes = (("batch", batch, 1), ("seq", seq, 1), ("lora", lora, 0), ("memory", memory, 0))
+    for name, value, least in sizes:
         if value < least:
             raise UserError(f"--{name} {value} is below {least}")
     for name, choice, known in (
         ("dtype", dtype, models.DTYPES),
         ("optimizer", optimizer, OPTIMIZERS),
+        ("quantised", quantised, ("", *QUANTISED)),
     ):
         if choice not in known:
-            raise UserError(f"--{name} {choice} is unknown; known: {', '.join(known)}")
+            raise UserError(
+                f"--{name} {choice} is unknown; known: {', '.join(filter(None, known))}"
+            )
+    if quantised and not lora:
+        raise UserError(f"--quantised {quantised} freezes the weights; add --lora 16")
     made = models.on_paper(model, download, models.DTYPES[dtype])
-    model_class = type(made).__name__
+    name = type(made).__name__
     if lora:
         made = _with_lora(made, lora)
     device = utils.infer_device()
-    facts = nvidia.ON_PAPER
+    facts, room = nvidia.ON_PAPER, memory * 10**9
     if device != "cpu":
-        facts = backends.facts_of(backends.devices_of(device)[0])
-    with backends.on_paper(facts):
-        stock, ours = (step.as_dict() for step in steps(made, batch, seq, optimizer, checkpointing))
-    parts = {name: name.replace("_", " ") for name in stock}
-    if not checkpointing:
-        del parts["recomputed"], parts["its_gradient"]
-    rows = [[shown, size(stock[part]), size(ours[part])] for part, shown in parts.items()]
-    how = [[shown, HOW[part]] for part, shown in parts.items()]
-    quantised = getattr(made.config, "quantization_config", None) is not None
-    setup = f"{model_class}, {batch} x {seq} tokens, {dtype}, {optimizer}"
+        here = backends.devices_of(device)[0]
+        facts = backends.facts_of(here)
+        room = memory * 10**9 or torch.accelerator.get_memory_info(here)[1]
+    # offloading is of checkpoints
+    how_trained = Setup(optimizer, checkpointing or long_context, quantised)
+    with backends.on_paper(facts, kernels=True):
+        *found, longest = steps(made, batch, seq, how_trained, room, long_context=long_context)
+    stock, ours = map(asdict, found)
+    rows = [[part.replace("_", " "), size(stock[part]), size(ours[part])] for part in stock]
+    if room:
+        rows.append([f"longest sequence in {size(room)}", *(f"{n:,}" for n in longest)])
+    asks = not quantised and getattr(made.config, "quantization_config", None) is not None
+    how = [[part.replace("_", " "), HOW[part]] for part in stock]
+    setup = f"{name}, {batch} x {seq} tokens, {dtype}, {optimizer}"
     setup += (
-        f", LoRA of rank {lora} on all linears" * bool(lora) + ", checkpointing" * checkpointing
+        f", LoRA of rank {lora} on all linears" * bool(lora)
+        + f", linears in {quantised}" * bool(quantised)
+        + ", checkpointing" * how_trained.checkpointing
+        + ", long_context" * long_context
     )
     saved = stock["peak"] - ours["peak"]
     data = {"setup": setup, "device": facts.name, "stock": stock, "patched": ours, "how": HOW}
+    data["longest"] = {"stock": longest[0], "patched": longest[1]}
     return Answer(
         data,
         [
             Table(f"{setup}, on {facts.name}", ["part", "stock", "patched"], rows),
             f"{size(saved)} less at the peak, {100 * saved / stock['peak']:.0f} %.",
-            *["The configuration asks for quantised weights; they are counted unquantised."]
-            * quantised,
+            *["The configuration asks for quantised weights; they are counted unquantised."] * asks,
             Table("How", (), how),
         ],
     )

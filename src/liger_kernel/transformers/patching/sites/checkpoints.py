@@ -6,6 +6,7 @@ again. On devices without such streams, as on the CPU, nothing is moved.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ class OffloadPlan(MethodPlan):
 
     kind = "checkpoints"
 
+    #: whether it also finds the boundaries of packed sequences, once for all layers
+    packed: bool = False
+
     def __str__(self) -> str:
         return "pinned host memory (while checkpointing is on, on a GPU)"
 
@@ -47,6 +51,7 @@ class OffloadPlan(MethodPlan):
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = type(module).forward
+        kwargs |= boundaries(module, kwargs) if self.packed else {}
         if not torch.is_grad_enabled() or not _is_checkpointed(module):
             return forward(module, *args, **kwargs)
         copies, embedding = Copies(), _embedding(module)
@@ -88,6 +93,37 @@ def _embedding(module: Any) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+#: what HF's flash attention is told of packed sequences
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def boundaries(module: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What HF's flash attention would find in every layer, from the positions of packed sequences, and wait for.
+
+    Nothing where somebody has told it, where nothing is packed, and for layers that are not all plain attention.
+    """
+    positions = given.get("position_ids")
+    told = any(given.get(name) is not None for name in ("attention_mask", *_BOUNDARIES))
+    if told or not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return {}
+    attention = str(getattr(getattr(module, "config", None), "_attn_implementation", None))
+    layers = (m for child in module.children() if type(child) is nn.ModuleList for m in child)
+    takes = inspect.signature(type(module).forward).parameters.values()
+    if (
+        "flash_attention" not in attention
+        or not all(hasattr(layer, "self_attn") for layer in layers)
+        or all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in takes)
+    ):
+        return {}
+    from transformers import modeling_flash_attention_utils as flash
+
+    packed = getattr(flash, "_is_packed_sequence", None)
+    if packed is None or not packed(positions, batch_size=1):
+        return {}
+    of_both, (longest, _) = flash.prepare_fa_kwargs_from_position_ids(positions)
+    return dict(zip(_BOUNDARIES, (*of_both, int(longest), int(longest)), strict=True))
 
 
 class Copies:
@@ -247,7 +283,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _prove(module: nn.Module, state: State) -> OffloadPlan:
-    return OffloadPlan()
+    return OffloadPlan(LONG.name in state.options.enabled)
 
 
 SITE = Site(
