@@ -126,7 +126,7 @@ class TestBadInput:
     def test_more_tokens_than_the_model_takes(self, run: Run) -> None:
         done = run("estimate", "bert", "--seq", "513")
         assert (done.status, done.err.count("\n")) == (2, 1)
-        assert "512 tokens at most, --seq 513" in done.err
+        assert "512 tokens at most; --seq 513" in done.err
 
     def test_nothing_is_downloaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any) -> Any:

@@ -178,11 +178,12 @@ def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple
     except UserError:
         raise
     except Exception as error:  # a forward that needs numbers, images, or fewer tokens
-        reason = " ".join(str(error).split()) or type(error).__name__
         most = text_setting(model, "max_position_embeddings")
         if isinstance(most, int) and seq > most:
-            reason = f"{type(model).__name__} takes {most} tokens at most, --seq {seq} is above; {reason}"
-            raise UserError(reason) from error
+            raise UserError(
+                f"{type(model).__name__} takes {most} tokens at most; --seq {seq} is above"
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "
             f"tokens of text alone, its forward raises: {reason}"
