@@ -33,7 +33,7 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetuning.lora --pretraining 1 --trainer trl": ("trl", ("LigerSwiGLU", "LoRA in one node")),
     "finetuning.qlora --pretraining 0": (
         "bitsandbytes",
-        ("fused linear cross entropy", "Linear4bit"),
+        ("fused linear cross entropy",),
     ),
     "moe": ("torch", ("fused linear cross entropy", "experts")),
     "vision_language": ("torch", ("fused linear cross entropy", "LigerLayerNorm")),
