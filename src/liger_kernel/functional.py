@@ -16,6 +16,7 @@ from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
 from liger_kernel.ops.attn_res import attn_res
 from liger_kernel.ops.cross_entropy import cross_entropy
+from liger_kernel.ops.dequantize_4bit import dequantize_4bit
 from liger_kernel.ops.dyt import dyt
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.fused_ce_tvd import fused_ce_tvd
@@ -44,6 +45,7 @@ from liger_kernel.ops.qk_norm_rope import qk_norm_rope
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import complex_rope, rope
+from liger_kernel.ops.short_conv import short_conv
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
 from liger_kernel.ops.tiled_mlp import apply_tiled_mlp, tiled_mlp
@@ -56,6 +58,7 @@ __all__ = [
     "attn_res",
     "complex_rope",
     "cross_entropy",
+    "dequantize_4bit",
     "dyt",
     "fused_add_rms_norm",
     "fused_ce_tvd",
@@ -94,6 +97,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "router_z_loss",
+    "short_conv",
     "softmax",
     "sparsemax",
     "swiglu",

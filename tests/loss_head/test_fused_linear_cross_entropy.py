@@ -324,12 +324,14 @@ def test_compiles_under_autocast(plain_implementation: None) -> None:
 def test_custom_op(reduction: str, plain_implementation: None) -> None:
     states, weight, target = drawn()
     bias = torch.zeros(50, device=DEVICE, requires_grad=True)
+    low_rank = torch.rand(7, 3, device=DEVICE), torch.rand(50, 3, device=DEVICE)
     loss = CrossEntropyLoss(-100, 1e-3, 0.1, reduction, None, True, True, True, True)
     options = (*library._encoded(loss), torch.float32, None, None, 3, None)
     rest = (target, None, *(None,) * 3, None)  # no class weights, no teacher, no scale of rows
-    for needs in ([True, True, True], [False, False, False]):
+    for needs, low in ([True] * 5, low_rank), ([False] * 5, (None, None)):
         tensors = [t.detach().requires_grad_(any(needs)) for t in (states, weight, bias)]
-        torch.library.opcheck(library._op, (*tensors, *rest, needs, *options))
+        low = [t if t is None else t.requires_grad_() for t in low]
+        torch.library.opcheck(library._op, (*tensors, *low, *rest, needs, *options))
 
 
 def test_frameworks_may_wrap_the_helpers(

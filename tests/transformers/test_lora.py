@@ -18,6 +18,7 @@ import liger_kernel
 from liger_kernel.ops import lora_linear as op
 from liger_kernel.ops.lora_linear import lora_linear
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
+from liger_kernel.transformers.patching import adapters
 from liger_kernel.transformers.patching.sites import lora
 from tests.transformers.steps import BATCHES, move, unrounded
 from tests.transformers.tiny import batch, build
@@ -240,7 +241,8 @@ class TestWhatIsLeftToPEFT:
             asked.append((x.shape, limit))
             return True
 
-        monkeypatch.setattr(lora, "host_bound", host_bound)
+        for module in (adapters, lora):
+            monkeypatch.setattr(module, "host_bound", host_bound)
         assert_as_peft(adapted, nodes=0)
         assert {limit for _, limit in asked} == {2**21, 2**23}
 
@@ -257,7 +259,7 @@ class TestWhatIsLeftToPEFT:
         rows = [row for row in liger_kernel.patch(adapted()).rows if row.kind == "lora"]
         assert {row.reason for row in rows} == {"Linear computes something else"}
         monkeypatch.undo()
-        lora._verdicts.clear()
+        adapters.verdict.cache_clear()
 
     def test_compiled(self) -> None:
         def compiled(model: Any) -> Any:
@@ -375,6 +377,14 @@ class TestGradientOfASharedInput:
     def test_a_second_derivative_is_refused(self, leaves: list[Tensor]) -> None:
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(self.loss(lora_linear, *leaves), leaves, create_graph=True)
+
+
+def test_dtypes_that_do_not_meet_are_an_error_as_with_peft() -> None:
+    model = adapted()
+    liger_kernel.patch(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").bfloat16()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.ones(2, 48))
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,20 @@ from liger_kernel._core.autograd import refuse_double_backward
 from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.losses import row_loss_class
 from liger_kernel.loss_head.plan import ChunkOptions
-from liger_kernel.loss_head.products import GivenRows, HeadInputs
+from liger_kernel.loss_head.products import GivenRows, HeadInputs, LowRank
 from liger_kernel.loss_head.row_loss import MOST_OUTPUTS, RowLoss
 from liger_kernel.ops.cross_entropy import check_labels
 
 _SCHEMA = """(
-    Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,
-    Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? row_scale, bool[] needs,
+    Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rows, Tensor? low_columns,
+    Tensor target, Tensor? class_weight, Tensor? teacher_hidden, Tensor? teacher_weight,
+    Tensor? teacher_bias, Tensor? row_scale, bool[] needs,
     str loss, str kinds, int[] ints, float[] floats, str[] strings,
     ScalarType dtype, ScalarType? teacher_dtype, ScalarType? accum_dtype, int? chunk_size, int? memory_budget
-) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_N_TENSORS = 9
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+_N_TENSORS = 11
+#: of them the first: hidden, weight, bias, and what is added to the logits
+_N_GRADIENTS = 5
 
 
 def _encoded(loss: RowLoss) -> tuple[str, str, list[int], list[float], list[str]]:
@@ -74,16 +77,12 @@ def call(
     chunks: ChunkOptions,
     teacher: HeadInputs | GivenRows | None,
 ) -> tuple[Any, ...]:
-    hidden, weight, bias, dtype = student
+    *tensors, dtype, low = student
+    tensors += low or (None, None)
     t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher[:4]
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    ]
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     found = _op(
-        hidden,
-        weight,
-        bias,
+        *tensors,
         target,
         class_weight,
         t_hidden,
@@ -111,6 +110,8 @@ def _op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_rows: Tensor | None,
+    low_columns: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
     teacher_hidden: Tensor | None,
@@ -120,7 +121,7 @@ def _op(
     needs: Sequence[bool],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """At most `MOST_OUTPUTS` outputs, and the three gradients; an empty tensor where there is none.
+    """At most `MOST_OUTPUTS` outputs, and the `_N_GRADIENTS`; an empty tensor where there is none.
 
     With reduction "none" the gradients exist only once the gradient of the loss, `row_scale`, is known.
     """
@@ -131,11 +132,14 @@ def _op(
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     elif teacher_hidden is not None:
         teacher = GivenRows.of(teacher_hidden, teacher_bias, target, weight.shape[0])
+    low = None
+    if low_rows is not None and low_columns is not None:
+        low = LowRank(low_rows, low_columns)
     now = not loss.recomputes or row_scale is not None
     with _autograd_within_an_op():
         _, outputs, grads = loop.run(
             loss,
-            HeadInputs(hidden, weight, bias, dtype),
+            HeadInputs(hidden, weight, bias, dtype, low),
             target,
             class_weight,
             chunks,
@@ -145,10 +149,11 @@ def _op(
         )
     likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
     dtypes = [like[1] for like in likes] + [hidden.dtype] * (MOST_OUTPUTS - len(likes))
-    found = (*outputs, *(None,) * (MOST_OUTPUTS - len(outputs)), *grads)
+    missing = (None,) * (_N_GRADIENTS - len(grads))
+    found = (*outputs, *(None,) * (MOST_OUTPUTS - len(outputs)), *grads, *missing)
     return tuple(
         hidden.new_empty(0, dtype=like) if t is None else t
-        for t, like in zip(found, (*dtypes, *(hidden.dtype,) * 3), strict=True)
+        for t, like in zip(found, (*dtypes, *(hidden.dtype,) * _N_GRADIENTS), strict=True)
     )
 
 
@@ -170,16 +175,17 @@ def _options(options: Sequence[Any]) -> tuple[RowLoss, torch.dtype, Any, ChunkOp
 
 
 @_op.register_fake
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    target, *_, row_scale, needs = rest[: _N_TENSORS - 2]
-    loss, dtype, _, _ = _options(rest[_N_TENSORS - 2 :])
+def _fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    tensors = (hidden, *rest[: _N_GRADIENTS - 1])
+    target, *_, row_scale, needs = rest[_N_GRADIENTS - 1 : _N_TENSORS]
+    loss, dtype, _, _ = _options(rest[_N_TENSORS:])
     likes = loss.output_likes(target, torch.promote_types(dtype, torch.float32))
     outputs = [hidden.new_empty(0 if shape is None else shape, dtype=d) for shape, d in likes]
     outputs += [hidden.new_empty(0)] * (MOST_OUTPUTS - len(likes))
     now = not loss.recomputes or row_scale is not None
     grads = (
         t.new_empty(t.shape) if need and now and t is not None else hidden.new_empty(0)
-        for t, need in zip((hidden, weight, bias), needs, strict=True)
+        for t, need in zip(tensors, needs, strict=True)
     )
     return (*outputs, *grads)
 
@@ -195,10 +201,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     found: tuple[Tensor, ...]
-    nothing = (None,) * (_N_TENSORS - 3 + 1 + len(ctx.options))
+    nothing = (None,) * (_N_TENSORS - _N_GRADIENTS + 1 + len(ctx.options))
     if grads[0] is None:
-        return (None, None, None, *nothing)
-    asked = ctx.needs_input_grad[:3]
+        return (*(None,) * _N_GRADIENTS, *nothing)
+    asked = ctx.needs_input_grad[:_N_GRADIENTS]
     if ctx.recomputes:
         found = _op(*ctx.saved_tensors, grads[0], list(asked), *ctx.options)[MOST_OUTPUTS:]
     else:

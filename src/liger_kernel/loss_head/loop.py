@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import autocast_dtype
+from liger_kernel._core.autograd import autocast_dtype_of
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
@@ -17,7 +17,8 @@ from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.scale_gradients import scale_gradients
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+#: of hidden states, weight and bias; where there is a low-rank addition to the logits, of its two matrices, too
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -50,10 +51,10 @@ def run(
     """What `loss` says of each row and of all, and the gradients of sum(loss * row_scale) for which `needs` is true.
 
     target: (N,). row_scale: in the shape of the loss, or the groups that make it from the losses. The gradients are
-    those of the student's hidden, weight and bias, in their dtypes. Rows with an ignored label are left out where their
-    number is known. `kept_logits`: where there are gradients to make, its slab is used up; where not, it gets one.
+    those of the student's tensors, in their dtypes. Rows with an ignored label are left out where one knows how many.
+    `kept_logits`: where there are gradients to make, its slab is used up; where not, it gets one.
     """
-    hidden, weight, _, dtype = student
+    hidden, weight, _, dtype, _ = student
     target = target.to(torch.int64).contiguous()
     groups = row_scale if isinstance(row_scale, RowGroups) else None
     # `.sum().backward()` hands an expanded scalar to backward
@@ -73,7 +74,7 @@ def run(
     sums = HeadGradients(student, needs, plan.sum_dtype(len(chunks)), all_rows=kept is None)
 
     enlarged = None
-    if row_scale is None and any(needs) and (sums.dw is None or sums.dw.takes_large(dtype)):
+    if row_scale is None and any(needs) and sums.takes_large:
         enlarged = gradient_scale(dtype, loss.divisor(prepared), hidden.device)
         scale = None if enlarged is None else enlarged.expand(n_rows).contiguous()
 
@@ -89,7 +90,7 @@ def run(
         where = at if kept is None else kept[at]
         logits, x = rows[:, : weight.shape[0]], hidden[where].to(dtype)
         if at is not made:
-            head.project(x, rows)
+            head.logits(where, rows, x)
         teacher_logits = None
         if teacher_head is not None and teacher_rows is not None:
             teacher_logits = teacher_head.logits(where, teacher_rows)
@@ -119,6 +120,5 @@ def run(
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    if autocast_dtype(x) is not None:
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    narrow = autocast_dtype_of(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if narrow else contextlib.nullcontext()

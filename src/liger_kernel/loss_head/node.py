@@ -23,7 +23,7 @@ from liger_kernel.loss_head.groups import RowGroups
 from liger_kernel.loss_head.label_count import check_label_count
 from liger_kernel.loss_head.losses import ROW_LOSSES
 from liger_kernel.loss_head.plan import ChunkOptions
-from liger_kernel.loss_head.products import GivenRows, HeadInputs
+from liger_kernel.loss_head.products import GivenRows, HeadInputs, LowRank
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.cross_entropy import (
     check_class_indices,
@@ -42,6 +42,7 @@ def linear_loss(
     *,
     class_weight: Tensor | None = None,
     teacher: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     chunks: ChunkOptions = ChunkOptions(),  # noqa: B008 - frozen
     groups: RowGroups | None = None,
     helpers: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
@@ -54,6 +55,7 @@ def linear_loss(
         teacher: hidden states (N, Ht), weight (Vt, Ht) and bias of a second model, constants; or, where the weight is
             None, what that model said of each row (N, Vt) itself; or (N, K) of some classes, whose ids (N, K) stand in
             place of the bias. The others have probability 0 then.
+        low_rank: (N, r) and (V, r), whose product is added to the logits, as LoRA on the head does.
         groups: the loss of all rows by groups; what is returned is then (loss, *reported) of `groups.loss_of`.
         helpers: the functions that eager calls go through, where frameworks wrap them by name: see
             `fused_linear_cross_entropy_forward` and `..._backward`.
@@ -66,7 +68,8 @@ def linear_loss(
     """
     check_tensors(hidden, weight, target, bias, class_weight, weighs_rows=loss.weighs_rows)
     check_label_count(chunks.label_count, target.numel(), loss.ignore_index)
-    student = HeadInputs(hidden, weight, bias, compute_dtype(hidden, weight))
+    low = None if low_rank is None else _checked(hidden, weight, LowRank(*low_rank))
+    student = HeadInputs(hidden, weight, bias, compute_dtype(hidden, weight), low)
     other: HeadInputs | GivenRows | None = None
     if teacher is not None:
         t_hidden, t_weight, t_bias = teacher
@@ -102,12 +105,12 @@ def _run(
     helpers: Any = None,
 ) -> tuple[Any, ...]:
     check_labels(target, loss.whole_vocabulary(student.weight.shape[0]), loss.ignore_index)
-    hidden, weight, bias, dtype = student
+    *tensors, dtype, low = student
+    tensors += low or ()
     if not torch.is_grad_enabled():  # `needs_input_grad` does not know about no_grad
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
+        tensors = [None if t is None else t.detach() for t in tensors]
     rest = (dtype, target, class_weight, teacher, loss, chunks, groups, helpers)
-    found: tuple[Any, ...] = _LinearLoss.apply(hidden, weight, bias, rest)
+    found: tuple[Any, ...] = _LinearLoss.apply(rest, *tensors)
     return found
 
 
@@ -121,9 +124,11 @@ def _by_all_logits(
     def logits(head: HeadInputs | GivenRows) -> Tensor:
         if isinstance(head, GivenRows):
             return head.logits(slice(None), head.slab(target.shape[0]))
-        hidden, weight, bias, dtype = head
+        hidden, weight, bias, dtype, low = head
         bias = None if bias is None else bias.to(dtype)
         found = F.linear(hidden.to(dtype), weight.to(dtype), bias)
+        if low is not None:
+            found = found + F.linear(low.rows.to(dtype), low.columns.to(dtype))
         return found.to(torch.promote_types(dtype, torch.float32))
 
     of_teacher = None if teacher is None else logits(teacher)
@@ -135,50 +140,57 @@ def _outside_the_graph(*arguments: Any) -> tuple[Any, ...]:
     return _run(*arguments)
 
 
+def _head(dtype: torch.dtype, hidden: Tensor, weight: Tensor, *others: Any) -> HeadInputs:
+    bias, *low = others
+    return HeadInputs(hidden, weight, bias, dtype, LowRank(*low) if low else None)
+
+
 class _LinearLoss(torch.autograd.Function):
+    """Of what is no tensor of the head, then hidden, weight, bias and, if there is one, the low-rank pair."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: Any) -> Any:
+    def forward(ctx: Any, rest: Any, *tensors: Any) -> Any:
         dtype, target, class_weight, teacher, loss, chunks, groups, helpers = rest
-        needs = ctx.needs_input_grad[:3]
+        hidden, weight, bias, *_ = tensors
+        needs = ctx.needs_input_grad[1:]
         ctx.recomputes = groups is None and loss.recomputes
-        now = (False,) * 3 if ctx.recomputes else needs
+        now = (False,) * len(needs) if ctx.recomputes else needs
         ctx.kept_logits = loop.Kept(needs[1]) if ctx.recomputes and any(needs) else None
         if helpers is not None:
             settings = (loss, chunks, dtype)
             *outputs, dx, dw, db = helpers[0](
                 hidden, weight, target, class_weight, bias, settings=settings, needs=now
             )
-            grads = (dx, dw, db)
+            grads: tuple[Tensor | None, ...] = (dx, dw, db)
         else:
-            head = HeadInputs(hidden, weight, bias, dtype)
+            head = _head(dtype, *tensors)
             out, outputs, grads = loop.run(
                 loss, head, target, class_weight, chunks, now, groups, teacher, ctx.kept_logits
             )
         if groups is not None:
-            value, reported = groups.loss_of(out.loss)
-            outputs = (value, *reported)
+            outputs = groups.loss_and_reported(out.loss)
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
             # what makes no gradient any more is let go, such as the logits of a teacher
             ctx.rest = rest if ctx.recomputes else (*(None,) * 7, helpers)
-            ctx.save_for_backward(*((hidden, weight, bias) if ctx.recomputes else grads))
+            ctx.save_for_backward(*(tensors if ctx.recomputes else grads))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if grads[0] is None:
-            return (None,) * 4
+            return (None,) * len(ctx.needs_input_grad)
         dtype, target, class_weight, teacher, loss, chunks, _, helpers = ctx.rest
         if not ctx.recomputes:
             found = made_in_forward(ctx)
             if helpers is not None:
-                return *helpers[1](grads[0], *found), None
+                return None, *helpers[1](grads[0], *found)
             scale_gradients(found, grads[0])
-            return *found, None
-        hidden, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+            return None, *found
+        needs = ctx.needs_input_grad[1:]
         if helpers is not None:
+            hidden, weight, bias = ctx.saved_tensors
             found = helpers[
                 0
             ](
@@ -191,24 +203,41 @@ class _LinearLoss(torch.autograd.Function):
                 needs=needs,
                 token_grad_output=grads[0],
             )[-3:]
-            return *found, None
-        head = HeadInputs(hidden, weight, bias, dtype)
+            return None, *found
+        head = _head(dtype, *ctx.saved_tensors)
         found = loop.run(
             loss, head, target, class_weight, chunks, needs, grads[0], teacher, ctx.kept_logits
         )[2]
-        return *found, None
+        return None, *found
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
     autocast = autocast_dtype(hidden)
-    if autocast is not None and hidden.dtype != torch.float64:
+    if autocast is not None:
         return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"hidden is {hidden.dtype}, but weight is {weight.dtype}; convert one with .to(), or use torch.autocast."
         )
     return hidden.dtype
+
+
+def _checked(hidden: Tensor, weight: Tensor, low: LowRank) -> LowRank:
+    rows, columns = low
+    check_floating(low_rank_rows=rows, low_rank_columns=columns)
+    check_same_device(hidden=hidden, low_rank_rows=rows, low_rank_columns=columns)
+    wanted = (hidden.shape[:1], weight.shape[:1])
+    if rows.ndim != 2 or columns.ndim != 2 or (rows.shape[:1], columns.shape[:1]) != wanted:
+        raise ValueError(
+            f"low_rank has shapes {tuple(rows.shape)} and {tuple(columns.shape)} for {hidden.shape[0]} rows and "
+            f"{weight.shape[0]} classes; pass ({hidden.shape[0]}, r) and ({weight.shape[0]}, r)."
+        )
+    if rows.shape[1] != columns.shape[1]:
+        raise ValueError(
+            f"low_rank has ranks {rows.shape[1]} and {columns.shape[1]}; pass (N, r) and (V, r)."
+        )
+    return low
 
 
 def check_tensors(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.checks import check_floating
@@ -17,6 +18,13 @@ from liger_kernel.backends.products import ProductSum, has_mixed_product
 ROW_MULTIPLE = 64  # elements: rows of 16-bit numbers start at multiples of 128 bytes
 
 
+class LowRank(NamedTuple):
+    """Two thin matrices whose product is added to logits, as by LoRA."""
+
+    rows: Tensor  # (N, r)
+    columns: Tensor  # (V, r)
+
+
 class HeadInputs(NamedTuple):
     """Hidden states and the linear layer that makes logits of them."""
 
@@ -24,6 +32,7 @@ class HeadInputs(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     dtype: torch.dtype  # of the logits and the matrix products
+    low_rank: LowRank | None = None
 
     def products(self) -> HeadProducts:
         return HeadProducts(self)
@@ -119,6 +128,7 @@ class HeadProducts:
         if not parted:
             whole = slice(0, n_classes)
             self.parts = [Part(whole, whole, weight)]
+            self.columns = self._low_columns()
             return
         main, last = slice(0, even), slice(even, n_classes)
         rest = weight.new_zeros(multiple, weight.shape[1])
@@ -127,6 +137,16 @@ class HeadProducts:
             Part(main, main, weight[main]),
             Part(last, slice(even, even + multiple), rest),
         ]
+        self.columns = self._low_columns()
+
+    def _low_columns(self) -> Tensor | None:
+        """(columns in use, r), those of the low-rank addition, and zeros; None without one."""
+        low = self.inputs.low_rank
+        if low is None:
+            return None
+        used, n_classes = self.parts[-1].columns.stop, low.columns.shape[0]
+        columns = low.columns.to(self.inputs.dtype)
+        return columns if used == n_classes else F.pad(columns, (0, 0, 0, used - n_classes))
 
     def slab(self, n_rows: int) -> Tensor:
         """Uninitialised memory for the logits of `n_rows` rows."""
@@ -134,9 +154,12 @@ class HeadProducts:
             n_rows, self.width, dtype=self.inputs.dtype, device=self.inputs.hidden.device
         )
 
-    def logits(self, where: slice | Tensor, slab: Tensor) -> Tensor:
-        """The logits of the rows `where` of the hidden states, in the memory of `slab`."""
-        self.project(self.inputs.hidden[where].to(self.inputs.dtype), slab)
+    def logits(self, where: slice | Tensor, slab: Tensor, x: Tensor | None = None) -> Tensor:
+        """The logits of the rows `where` of the hidden states, which are x, in the memory of `slab`."""
+        x = self.inputs.hidden[where].to(self.inputs.dtype) if x is None else x
+        self.project(x, slab)
+        if self.columns is not None:  # what is padded with zeros stays so
+            slab[:, : self.columns.shape[0]].addmm_(self.low_rows(where), self.columns.t())
         return slab[:, : self.inputs.weight.shape[0]]
 
     def project(self, x: Tensor, rows: Tensor) -> None:
@@ -146,6 +169,10 @@ class HeadProducts:
                 torch.mm(x, part.weight.t(), out=rows[:, part.columns])
             else:
                 torch.addmm(self.bias, x, part.weight.t(), out=rows)
+
+    def low_rows(self, where: slice | Tensor) -> Tensor:
+        assert self.inputs.low_rank is not None
+        return self.inputs.low_rank.rows[where].to(self.inputs.dtype)
 
     def back(self, rows: Tensor, dx: Tensor, where: slice | Tensor) -> None:
         """dx[where] = rows @ weight, rounded once; rows of zeros where they are padded"""
@@ -196,14 +223,21 @@ class HeadGradients:
         self, inputs: HeadInputs, needs: Sequence[bool], sum_dtype: torch.dtype, all_rows: bool
     ):
         """`all_rows`: whether every row of the hidden states gets its gradient from some chunk."""
-        hidden, weight, self.bias, dtype = inputs
-        needs_dx, needs_dw, needs_db = needs
+        hidden, weight, self.bias, self.dtype, low = inputs
+        needs_dx, needs_dw, needs_db, *needs_low = needs
         new = torch.empty_like if all_rows else torch.zeros_like
+        self.low_rows, self.low_columns = None, None
+        if low is not None and needs_low[0]:
+            self.low_rows = new(low.rows, memory_format=torch.contiguous_format)
+        if low is not None and needs_low[1]:
+            wide = torch.promote_types(low.columns.dtype, torch.float32)
+            self.low_columns = WeightGradient(low.columns, wide)
+        self.has_low_rank = low is not None
         self.dx = new(hidden, memory_format=torch.contiguous_format) if needs_dx else None
         self.dw = WeightGradient(weight, sum_dtype) if needs_dw else None
         self.db = None
         if needs_db:
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = torch.promote_types(self.dtype, torch.float32)
             self.db = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device)
 
     def add(self, head: HeadProducts, rows: Tensor, x: Tensor, where: slice | Tensor) -> None:
@@ -215,12 +249,28 @@ class HeadGradients:
         if self.db is not None:
             n_classes = head.inputs.weight.shape[0]
             self.db.add_(rows[:, :n_classes].sum(0, dtype=self.db.dtype))
+        if self.low_rows is not None and head.columns is not None:
+            used = rows[:, : head.columns.shape[0]]
+            product = torch.mm(used, head.columns).to(self.low_rows.dtype)
+            if isinstance(where, Tensor):
+                self.low_rows.index_copy_(0, where, product)
+            else:
+                self.low_rows[where] = product
+        if self.low_columns is not None:
+            n_classes = head.inputs.weight.shape[0]
+            self.low_columns.add(rows[:, :n_classes].t(), head.low_rows(where))
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In the dtypes of hidden states, weight and bias."""
+    @property
+    def takes_large(self) -> bool:
+        """Whether sums over rows do not overflow where the gradient of the logits is large."""
+        sums = [total for total in (self.dw, self.low_columns) if total is not None]
+        return all(total.takes_large(self.dtype) for total in sums)
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """In the dtypes of hidden states, weight and bias, and of the two low-rank matrices where there are some."""
         dw = None if self.dw is None else self.dw.result()
-        return (
-            self.dx,
-            dw,
-            None if self.db is None or self.bias is None else self.db.to(self.bias.dtype),
-        )
+        db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
+        if not self.has_low_rank:
+            return self.dx, dw, db
+        columns = None if self.low_columns is None else self.low_columns.result()
+        return self.dx, dw, db, self.low_rows, columns

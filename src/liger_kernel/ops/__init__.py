@@ -12,6 +12,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "cross_entropy_backward",
         "cross_entropy_forward",
     ),
+    "dequantize_4bit": (),
     "dyt": ("LigerDyTFunction", "liger_dyt_bwd", "liger_dyt_fwd"),
     "gated_mlp": ("LigerMLPFunction",),
     "glu": (
@@ -76,6 +77,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "rope_forward",
     ),
     "scale_gradients": (),
+    "short_conv": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
     "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),

@@ -44,6 +44,7 @@ def fused_linear_cross_entropy(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     label_count: LabelCount | int | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Outputs:
     """Cross entropy of `hidden @ weight.T + bias` with memory for one chunk of logits; options as in `cross_entropy`.
 
@@ -57,6 +58,8 @@ def fused_linear_cross_entropy(
             memory in all than many small ones and an fp32 sum. Default: `backends.records.ChunkSizes`.
         label_count: how many labels are not ignored, or more; rows beyond cost nothing then. `LabelCount(target)` finds
             it without a stall if it is made well before this call. Not needed on the CPU; unused under torch.compile.
+        low_rank: (N, r) and (V, r), whose product is added to the logits of each chunk: LoRA on the head is
+            `(scaling * hidden @ lora_a.T, lora_b)`. In any floating dtypes, which their gradients have.
 
     Returns: `(loss, z_loss, token_accuracy, predicted_tokens)` as `cross_entropy`, but loss and z_loss in fp32.
     Under autocast the matrix products run in its dtype; the gradients have the dtypes of their parameters.
@@ -77,6 +80,7 @@ def fused_linear_cross_entropy(
         use_token_scaling,
     )
     chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
+    helpers = (fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward)
     found: Any = linear_loss(
         loss,
         hidden,
@@ -85,7 +89,8 @@ def fused_linear_cross_entropy(
         bias,
         class_weight=class_weight,
         chunks=chunks,
-        helpers=(fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward),
+        low_rank=low_rank,
+        helpers=None if low_rank is not None else helpers,
     )
     outputs: Outputs = found
     return outputs

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger_kernel._core.autograd import autocast_dtype, is_transformed, refuse_double_backward
+from liger_kernel._core.autograd import (
+    autocast_dtype,
+    graph_task,
+    is_checkpointed,
+    is_transformed,
+    refuse_double_backward,
+)
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.shapes import as_rows
@@ -30,6 +36,18 @@ class Adapter(NamedTuple):
     lora_b: Tensor
     scaling: float
     dropped: Tensor | None = None
+
+
+class Quantised(NamedTuple):
+    """A frozen weight (O, H) in fewer bits.
+
+    dense: the weight in a dtype. dtype: of the products with it; None: that of x. forward: what its own layer makes of
+    x, where that is no product with `dense`; backward is.
+    """
+
+    dense: Callable[[torch.dtype], Tensor]
+    dtype: torch.dtype | None = None
+    forward: Callable[[Tensor], Tensor] | None = None
 
 
 def lora_linear(
@@ -61,24 +79,80 @@ def lora_linear(
 
 def adapted(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Quantised,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     again: Callable[[Tensor], Tensor] | None = None,
+    read: bool = True,
 ) -> Tensor:
-    """`lora_linear` of several adapters; of tensors that fit.
+    """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x.
 
     again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
         gradient goes no other way.
+    read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
     """
-    dtype = autocast_dtype(x) or x.dtype
+    dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
     meeting = None
     if again is None:
         x, meeting = _met(x, dtype)
     flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
     scalings = [a.scaling for a in adapters]
-    y: Tensor = _Adapted.apply((dtype, scalings, again), meeting, x, weight, bias, *flat)
+    base = _Base(dtype, of_x, weight) if isinstance(weight, Quantised) else _Base(dtype, dtype)
+    own = None if isinstance(weight, Quantised) else weight
+    y: Tensor = _Adapted.apply((base, scalings, again, read), meeting, x, own, bias, *flat)
     return y
+
+
+class _Base(NamedTuple):
+    """What lies beneath the adapters. dtype: of its products and of the gradient of x, but where `quantised` says more.
+
+    out: dtype of the result.
+    """
+
+    dtype: torch.dtype
+    out: torch.dtype
+    quantised: Quantised | None = None
+
+    @property
+    def product(self) -> torch.dtype:
+        return (self.quantised and self.quantised.dtype) or self.dtype
+
+    def dense(self, weight: Tensor | None) -> Tensor:
+        """The weight for a product; of a quantised one, `weight` was made before, or is None."""
+        if self.quantised is not None and weight is None:
+            return self.quantised.dense(self.product)
+        assert weight is not None
+        return weight.to(self.product)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The base's own result, and the weight that a backward may use: where it was made for this one product."""
+        if self.quantised is not None and self.quantised.forward is not None:
+            return self.quantised.forward(x).to(self.out), None
+        dense = self.dense(weight)
+        y = F.linear(x.to(self.product), dense, None if bias is None else bias.to(self.product))
+        return y.to(self.out), weight if self.quantised is None else dense
+
+    def keeps(self, dense: Tensor | None, x: Tensor, y: Tensor) -> bool:
+        """Whether backward is given the weight, rather than to make it again.
+
+        So it is in the forward that a checkpoint repeats, whose backward comes at once; if it takes no more memory than
+        what else is kept for that.
+        """
+        if self.quantised is None or dense is None:
+            return True
+        return is_checkpointed() and dense.numel() <= x.numel() + y.numel()
+
+    def backward(self, dy: Tensor, weight: Tensor | None, total: Tensor | None) -> Tensor:
+        """dy @ weight (T, H), added to `total` in place."""
+        dense, dy = self.dense(weight), dy.to(self.product)
+        if total is None:
+            return torch.mm(dy, dense).to(self.dtype)
+        total = total.view(-1, dense.shape[1])
+        if self.product == self.dtype:
+            return total.addmm_(dy, dense)
+        return total.add_(torch.mm(dy, dense))
 
 
 class _Meeting(torch.autograd.Function):
@@ -104,11 +178,7 @@ class _Meeting(torch.autograd.Function):
 def _total(node: Any) -> Tensor | None:
     """What this backward has added up; one that stopped before this node may have left its own."""
     task, total = node.of_task or (None, None)
-    return total if task == _task() else None
-
-
-def _task() -> int:
-    return int(torch._C._current_graph_task_id())
+    return total if task == graph_task() else None
 
 
 def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -126,36 +196,41 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the dtype of the products, the scalings, `again`.
+    """options: the base, the scalings, `again`, `read`.
 
     Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
     """
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        dtype, scalings, again = options
+        base, scalings, again, is_read = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
-        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        rows, out = as_rows(x), y.view(-1, weight.shape[0])
+        if is_read:
+            y, weight = base.forward(x, weight, bias)
+        else:
+            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
+        rows = as_rows(x)
         needs = ctx.needs_input_grad[2:]
         middles, products = [], []
         reads: list[Tensor | None] = [None] * len(scalings)
         for i, scaling in enumerate(scalings):
             lora_a, lora_b, dropped = flat[3 * i : 3 * i + 3]
-            wide = dtype if autocast else lora_a.dtype
+            wide = base.dtype if autocast else lora_a.dtype
             read = (rows if dropped is None else as_rows(dropped)).to(wide)
             if dropped is not None and needs[3 + 3 * i]:
                 reads[i] = read
             middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
-        _add_products(out, products)
+        if is_read:
+            _add_products(y.view(-1, y.shape[-1]), products)
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
         kept = again is None and (needs[1] or any(need and not drop for need, drop in reads_x))
+        weight = weight if base.keeps(weight, x, y) else None
         ctx.save_for_backward(
             rows if kept else None, weight, *flat[0::3], *flat[1::3], *reads, *middles
         )
@@ -164,7 +239,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (dtype, scalings, again), drops, shape, meeting = ctx.of_forward
+        (base, scalings, again, _), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))
@@ -174,9 +249,8 @@ class _Adapted(torch.autograd.Function):
         dy = as_rows(grads[0])
         dx = None
         if meeting is not None or needs[0]:
-            dx = None if meeting is None else _total(meeting)
-            w = weight.to(dtype)
-            dx = torch.mm(dy, w) if dx is None else dx.view(-1, w.shape[1]).addmm_(dy, w)
+            dx = base.backward(dy, weight, None if meeting is None else _total(meeting))
+        del weight
         found: list[Tensor | None] = [None] * (3 * n)
         inner, products = [], []
         for i, scaling in enumerate(scalings):
@@ -198,10 +272,10 @@ class _Adapted(torch.autograd.Function):
             if needs[3 + 3 * i]:
                 read = reads[i] if drops[i] else rows.to(g.dtype)
                 found[3 * i] = torch.mm(g.t(), read)
-        dw = torch.mm(dy.t(), rows.to(dtype)) if needs[1] else None
+        dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
         if meeting is not None and dx is not None:
-            meeting.of_task, dx = (_task(), dx.view(shape)), None
+            meeting.of_task, dx = (graph_task(), dx.view(shape)), None
         elif dx is not None:
             dx = dx.new_zeros(()).expand(shape)  # never read
         return None, None, dx, dw, db, *found

@@ -10,10 +10,10 @@ from liger_kernel.backends import kernels_of
 
 
 def scale_gradients(buffers: Sequence[Tensor | None], factor: Tensor) -> None:
-    """Multiply up to three contiguous buffers, or None, by the 0-d `factor`, in place.
+    """Multiply contiguous buffers, or None, by the 0-d `factor`, in place.
 
     No wait for the device: where kernels compute and the factor is 1, as after `loss.backward()`, nothing is touched.
     """
     there = [buffer for buffer in buffers if buffer is not None and buffer.numel()]
-    if there:
-        kernels_of("scale_gradients", there[0]).scale_(there, factor)
+    for start in range(0, len(there), 3):
+        kernels_of("scale_gradients", there[0]).scale_(there[start : start + 3], factor)

@@ -58,6 +58,9 @@ class LossRequest:
     ):
         self.target, self.fused, self.arguments, self.run = target, fused, arguments, run
         self.refused: str | None = None  # why the head returned logits all the same
+        self.low_rank: tuple[Tensor, Tensor] | None = (
+            None  # what adapters of the head add to logits
+        )
 
 
 #: recorded operations by their names; those of the first kind act on each element
@@ -348,6 +351,7 @@ class DeferredLogits:
                 if name in _ELEMENTWISE:
                     result = _ELEMENTWISE[name](result, *args, **kwargs)
             return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        result = origin.call.loss(result)
         # as the loss of real logits: autocast computes it in float32
         wide = now.autocast is not None and self.dtype.itemsize < 4
         return result.to(self.device, torch.float32 if wide else self.dtype)

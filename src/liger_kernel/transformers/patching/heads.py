@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from liger_kernel.transformers.patching import tensor_parallel
+from liger_kernel.transformers.patching import adapters, plans, tensor_parallel
 from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
 
@@ -86,6 +86,25 @@ class LigerLMHead(FusedHead, nn.Linear):
     """The usual head; a class of its own so that a patched model can be pickled."""
 
 
+class AdaptedHead(Intercepted):
+    """Mixed into the class of PEFT's layer around a head: what its adapters add goes into the loss as two matrices."""
+
+    prefix = "Liger"
+
+    def forward(self, hidden: Tensor, request: Any = None, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if request is not None and not kwargs:
+            request.low_rank = adapters.low_rank(layer, hidden, _weight(layer.base_layer))
+            if request.low_rank is not None:
+                found: Tensor = layer.base_layer(hidden, request)
+                return found
+        if request is not None:
+            request.refused = "its adapters do more than to add a product"
+        if not isinstance(self, AdaptedHead):  # somebody holds this method, and the class is gone
+            return type(layer).forward(layer, hidden, **kwargs)
+        return super().forward(hidden, **kwargs)  # type: ignore[misc]
+
+
 def logits_of(around: Any, hidden: Tensor) -> Tensor:
     """What the model would get from a call, hooks included: ours hands on nothing here."""
     if isinstance(around, Intercepted):
@@ -124,7 +143,16 @@ def parts(around: nn.Module) -> list[nn.Module]:
 
 
 def leaves(around: nn.Module) -> list[nn.Module]:
-    return [m for m in parts(around) if isinstance(m, nn.Linear)]
+    """The Linears onto the vocabulary; those of adapters are none."""
+    thin = _of_adapters(around)
+    return [m for m in parts(around) if isinstance(m, nn.Linear) and m not in thin]
+
+
+def _of_adapters(around: nn.Module) -> set[nn.Module]:
+    """What lies in layers of PEFT, but for their base layers."""
+    layers = filter(adapters.is_candidate, parts(around)) if around._modules else ()
+    children = (c for m in layers for n, c in m._modules.items() if n != "base_layer")
+    return {inner for c in children if c is not None for inner in c.modules()}
 
 
 def is_armed(around: nn.Module) -> bool:
@@ -135,9 +163,11 @@ def is_armed(around: nn.Module) -> bool:
 @beneath_hooks
 def adopt(around: nn.Module, state: State) -> None:
     """Let `around` hand on deferred logits, and the Linears in it compute the loss."""
+    thin = _of_adapters(around)
     for module in parts(around):
-        linear = computes_linear(module)
-        mixin = FusedHead if linear else Intercepted if module is around else None
+        linear = computes_linear(module) and module not in thin
+        mixin: Any = FusedHead if linear else Intercepted if module is around else None
+        mixin = AdaptedHead if adapters.is_candidate(module) else mixin
         if mixin is not None and not isinstance(module, mixin):
             state.mix(module, mixin)
 
@@ -254,7 +284,7 @@ def obstacle(around: nn.Module) -> str | None:
                 return f"a hook of {_home(hook)} on all modules has to see its logits"
     if sharded_by(around) is not None:
         return None
-    sharded = False
+    sharded, thin = False, _of_adapters(around)
     for module in parts(around):
         attributes = module.__dict__
         compiled = "_orig_mod" in attributes["_modules"]
@@ -266,7 +296,8 @@ def obstacle(around: nn.Module) -> str | None:
                 sharded = sharded or home.startswith(_SHARDING)
         if module is not around and (compiled or attributes.get("_compiled_call_impl")):
             return "it is compiled on its own, within something else"
-        reason = None if is_wrapper(module) else _unsuitable(module, sharded)
+        passed = is_wrapper(module) or module in thin
+        reason = None if passed else _unsuitable(module, sharded)
         reason = reason or (None if compiled else _of_its_forward(module))
         if reason is not None:
             return reason
@@ -276,6 +307,8 @@ def obstacle(around: nn.Module) -> str | None:
 def _unsuitable(head: nn.Module, sharded: bool) -> str | None:
     if "parametrizations" in head._modules:
         return "its weight is parametrised"
+    if adapters.is_candidate(head):
+        return _unsuitable_adapters(head)
     if not computes_linear(head):
         if any("lora" in name for name, _ in head.named_parameters()):
             return "an adapter adds to its output"
@@ -286,11 +319,20 @@ def _unsuitable(head: nn.Module, sharded: bool) -> str | None:
     return f"its weight is a {type(weight).__name__}"
 
 
+def _unsuitable_adapters(layer: Any) -> str | None:
+    """Of PEFT's layer around a head."""
+    if torch.compiler.is_compiling():
+        return "an adapter adds to its output, in a compiled model"
+    if layer._forward_pre_hooks:
+        return "a hook chooses the adapters of each row"
+    return adapters.obstacle(layer)
+
+
 def _of_its_forward(module: nn.Module) -> str | None:
     """A `forward` of the instance is somebody's, but for that of accelerate, whose hooks move tensors."""
     attributes = module.__dict__
     own = attributes.get("forward")
-    if own is None:
+    if own is None or getattr(own, "func", None) is plans.call:
         return None
     if "_hf_hook" in attributes and "_old_forward" in attributes:
         own, hook = attributes["_old_forward"], attributes["_hf_hook"]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from liger_kernel.transformers.patching.mixins import made_of
+
 _FORWARDS: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity)}
 _F_LINEAR = F.linear
 _OF_TORCH = (nn.Parameter, torch.Tensor)  # sharded and quantised weights are subclasses
@@ -25,7 +27,7 @@ def _is_plain(module: nn.Module, cls: Any) -> bool:
     """Whether its call is torch's forward and nothing else. That is not so for hooks (ZeRO-3, offloading, yours)."""
     attributes = module.__dict__
     return (
-        type(module) is cls
+        made_of(type(module)) is cls
         and cls.forward is _FORWARDS[cls]
         and "forward" not in attributes
         and not is_hooked(attributes)

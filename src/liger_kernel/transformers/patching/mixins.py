@@ -36,6 +36,11 @@ def register(made: Any) -> Any:
     return made
 
 
+def made_of(cls: type) -> Any:
+    """The class that `mixed` made `cls` of; any other one itself."""
+    return _MADE[cls][1] if cls in _MADE else cls
+
+
 def without(cls: Any) -> Any:
     """`cls` without our mixins, also where FSDP2 or a parametrisation has made a class of its own on top."""
     if cls in _MADE:

@@ -1,0 +1,230 @@
+"""What a layer of PEFT with LoRA adapters computes now, and the proof that its class computes just that."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liger_kernel._core.autograd import autocast_dtype
+from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.backends import host_bound
+from liger_kernel.ops import lora_linear as op
+from liger_kernel.transformers.patching import plans, proof, quantised
+from liger_kernel.transformers.patching.facts import Reading
+from liger_kernel.transformers.patching.linears import (
+    drops_nothing,
+    maps_features,
+    matmul_weight,
+    weight_and_bias,
+)
+from liger_kernel.transformers.patching.mixins import without
+
+#: elements of x up to which PEFT's code computes on a GPU, as PyTorch's does for a gate four times as wide
+#: (`ops/gated_mlp`): there the host is the bound, and of a tiny layer q, k and v took it 551 us in nodes of ours,
+#: 425 us in PEFT's ops, the MLP 764 and 487 (one Xeon thread, forward and backward)
+SMALL = 2**21
+#: children of PEFT's layer by the name of an adapter
+_TABLES = ("lora_A", "lora_B", "lora_dropout")
+
+
+@dataclass(frozen=True)
+class LoRAPlan(plans.MethodPlan):
+    """`base_layer(x)` and the products of the active adapters."""
+
+    kind = "lora"
+
+    #: what the frozen weights are called, where they are quantised
+    weights: str | None = None
+
+    def __str__(self) -> str:
+        return "LoRA in one node" + (f" on {self.weights}" if self.weights else "")
+
+    def holds(self, module: nn.Module) -> bool:
+        """PEFT's class has the code that was proven; the rest is looked up in every call."""
+        return not isinstance(verdict(module), str)
+
+    def compute(self, module: nn.Module, x: Tensor) -> Any:
+        found = None if is_dtensor(x) or host_bound(x, SMALL) else read(module, x)
+        if found is None or not _fits(found[0], x):
+            return type(module).forward(module, x)
+        return op.adapted(x, *found[:2], with_inputs(x, found[2]))
+
+
+def _fits(weight: Tensor | op.Quantised, x: Tensor) -> bool:
+    """Another dtype than that of the weight is an error of PyTorch's, unless autocast converts both."""
+    return (
+        not isinstance(weight, Tensor) or x.dtype == weight.dtype or autocast_dtype(x) is not None
+    )
+
+
+Adapters = list[tuple[Tensor, Tensor, float, Any]]
+
+
+def read(module: Any, x: Tensor) -> tuple[Tensor | op.Quantised, Tensor | None, Adapters] | None:
+    """Weight, bias and active adapters of PEFT's layer; None where it does anything else now."""
+    layer = module.__dict__["_modules"]["base_layer"]
+    base = weight_and_bias(layer) or quantised.weight_and_bias(layer)
+    if base is None or module.disable_adapters or module.merged:
+        return None
+    wanted = dtype_of(base[0], x)
+    found = None if wanted is None else active(module, wanted)
+    return (*base, found) if found else None
+
+
+def active(module: Any, dtype: torch.dtype) -> Adapters | None:
+    """The adapters that add to a result in `dtype`; None where one does more than that."""
+    children = module.__dict__["_modules"]
+    lora_a, lora_b, dropouts = (children[name].__dict__["_modules"] for name in _TABLES)
+    found: Adapters = []
+    for name in module.active_adapters:
+        if name not in lora_a:
+            continue
+        a, b = matmul_weight(lora_a[name]), matmul_weight(lora_b[name])
+        if a is None or b is None or name in getattr(module, "lora_variant", ()):
+            return None
+        if not _fit(dtype, a, b, module):
+            return None
+        dropout = None if drops_nothing(dropouts[name]) else dropouts[name]
+        found.append((a, b, module.scaling[name], dropout))
+    return found
+
+
+def dtype_of(weight: Tensor | op.Quantised, x: Tensor) -> torch.dtype | None:
+    """What the adapters are given; None where the base computes in another dtype than autocast asks for."""
+    if isinstance(weight, Tensor):
+        return weight.dtype
+    autocast = autocast_dtype(x)
+    if autocast is None:
+        return x.dtype
+    return autocast if autocast == (weight.dtype or x.dtype) else None
+
+
+def _fit(dtype: torch.dtype, a: Tensor, b: Tensor, module: Any) -> bool:
+    """Whether an adapter has one dtype, to which x is converted."""
+    return a.dtype == b.dtype and (
+        a.dtype == dtype or getattr(module, "cast_input_dtype_enabled", True)
+    )
+
+
+def with_inputs(x: Tensor, found: Adapters) -> list[op.Adapter]:
+    """With what each adapter reads: PEFT converts x first, and drops then."""
+    return [
+        op.Adapter(a, b, scaling, None if dropout is None else dropout(x.to(a.dtype)))
+        for a, b, scaling, dropout in found
+    ]
+
+
+def low_rank(module: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(T, r) and (O, r), whose product the active adapters add to that of `hidden` (T, H) and `weight`; None where they
+    do more than that. Of adapters that are off it is nothing, of rank 0.
+    """
+    off = module.disable_adapters or module.merged
+    found = [] if off else active(module, autocast_dtype(hidden) or weight.dtype)
+    if found is None:
+        return None
+    thin = [
+        (F.linear(hidden.to(a.dtype) if read is None else read, a) * scaling, b)
+        for a, b, scaling, read in with_inputs(hidden, found)
+    ]
+    if not thin:
+        return hidden.new_empty(hidden.shape[0], 0), weight.new_empty(weight.shape[0], 0)
+    rows, columns = zip(*thin, strict=True)
+    return (rows[0], columns[0]) if len(thin) == 1 else (torch.cat(rows, 1), torch.cat(columns, 1))
+
+
+def obstacle(module: Any) -> str | None:
+    """Why what the adapters of this layer add cannot be added elsewhere; None if it can."""
+    if module.disable_adapters and module.merged:
+        return "its adapter is merged, and switched off"
+    found = no_plain_lora(module) or verdict(module)
+    return found if isinstance(found, str) else None
+
+
+def no_plain_lora(module: Any) -> str | None:
+    """Why not, as far as one can see."""
+    variants = getattr(module, "lora_variant", None) or {}
+    if variants:
+        names = sorted({type(variant).__name__ for variant in variants.values()})
+        return f"{', '.join(names)} is no plain LoRA"
+    if any(getattr(b, "bias", None) is not None for b in module._modules["lora_B"].children()):
+        return "an adapter has a bias"
+    return None
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """PEFT's layer around something that maps features."""
+    children = module._modules
+    return (
+        {"base_layer", *_TABLES} <= children.keys()
+        and "parameter_name" not in module.__dict__  # its wrappers of parameters
+        and maps_features(children["base_layer"])
+        and hasattr(module, "active_adapters")
+    )
+
+
+def _twin(module: nn.Module, dropout: Callable[[], nn.Module]) -> nn.Module:
+    """A small layer of the same class with two active adapters."""
+    ranks = {"a": 3, "b": 5}
+    children: dict[str, nn.Module] = {
+        "base_layer": nn.Linear(24, 32),
+        "lora_A": nn.ModuleDict({n: nn.Linear(24, r, bias=False) for n, r in ranks.items()}),
+        "lora_B": nn.ModuleDict({n: nn.Linear(r, 32, bias=False) for n, r in ranks.items()}),
+        "lora_dropout": nn.ModuleDict({n: dropout() for n in ranks}),
+    }
+    twin = proof.clone(module, {}, children)
+    twin.__dict__ |= {
+        "_disable_adapters": False,
+        "_active_adapter": list(ranks),
+        "merged_adapters": [],
+        "lora_variant": {},
+        "scaling": {"a": 0.5, "b": 2.0},
+        "cast_input_dtype_enabled": True,
+        "in_features": 24,
+        "out_features": 32,
+    }
+    return twin
+
+
+_P = TypeVar("_P", bound=plans.MethodPlan)
+
+
+def verdict_of_class(
+    find: Callable[[nn.Module], _P | None],
+) -> Callable[[nn.Module], _P | str]:
+    """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
+    #: class of PEFT -> its code when it was proven, and the verdict
+    kept: dict[type, tuple[Reading, _P | str]] = {}
+
+    @functools.wraps(find)
+    def found(module: nn.Module) -> _P | str:
+        cls = without(type(module))
+        known = kept.get(cls)
+        if known is None or not known[0].holds(cls):
+            known = kept[cls] = Reading(None, cls, "forward"), proof.proven(find, module)
+        return known[1]
+
+    found.cache_clear = kept.clear  # type: ignore[attr-defined]
+    return found
+
+
+@verdict_of_class
+def verdict(module: nn.Module) -> LoRAPlan | None:
+    """The plan, if PEFT's code computes it: with and without dropout, and with adapters in fp32."""
+    plan = LoRAPlan()
+    forward, compute = without(type(module)).forward, plan.compute
+    x = torch.randn(5, 24)
+    for dropout in (nn.Identity, partial(nn.Dropout, 0.5)):
+        exact = proof.Theirs(forward, _twin(module, dropout), [x])
+        mixed = _twin(module, dropout)
+        mixed.get_submodule("base_layer").bfloat16()
+        rounded = proof.Theirs(forward, mixed, [x.bfloat16()], backward=False)
+        if not exact.agrees(compute) or not rounded.rounds_like(compute):
+            return None
+    return plan
