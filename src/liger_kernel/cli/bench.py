@@ -123,7 +123,7 @@ def measure(
 def answer(op: str, case: Sequence[str] | None, dtype: str, no_compile: bool) -> Answer:
     known = specs()
     if op not in known:
-        raise UserError(f"unknown op {op!r}; known: {', '.join(known)}")
+        raise UserError(f"unknown op {op!r}; known: {', '.join(sorted(known))}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; known: {', '.join(DTYPES)}")
     spec, device_type = known[op], utils.infer_device()

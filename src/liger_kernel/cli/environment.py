@@ -72,7 +72,7 @@ def variables() -> dict[str, str]:
 def implementations() -> dict[str, dict[str, str]]:
     """By op and device type, who computes: by choice of the device, or by LIGER_KERNEL_IMPL."""
     found: dict[str, dict[str, str]] = {}
-    for op in OPS:
+    for op in sorted(OPS):
         for kind in device_types():
             found.setdefault(op, {})[kind] = _implementation(op, kind)
     return found

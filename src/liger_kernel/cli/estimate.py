@@ -103,6 +103,11 @@ def measured(model: Any, batch: int, seq: int, setup: Setup) -> Step:
     try:
         found.activations, passing = paper.step(model, batch, seq)
     except Exception as error:  # a forward that needs numbers, images, or fewer tokens
+        most = text_setting(model, "max_position_embeddings")
+        if isinstance(most, int) and seq > most:
+            raise UserError(
+                f"{type(model).__name__} takes {most} tokens at most; --seq {seq} is above"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "

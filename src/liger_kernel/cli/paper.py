@@ -56,7 +56,9 @@ def step(model: Any, batch: int, seq: int) -> tuple[int, int]:
         stack.enter_context(models.runnable())
         sdpa = "scaled_dot_product_attention"
         stack.enter_context(mock.patch.object(nn.functional, sdpa, _attention))
-        if hasattr(torch.ops.aten, "_fused_rms_norm"):  # since torch 2.8; before, a GPU runs the same chain of ops
+        if hasattr(
+            torch.ops.aten, "_fused_rms_norm"
+        ):  # since torch 2.8; before, a GPU runs the same chain of ops
             stack.enter_context(mock.patch.object(nn.functional, "rms_norm", _rms_norm))
         stack.enter_context(_checkpoints_on_the_host())
         with LiveBytes(model) as live:

@@ -20,7 +20,10 @@ def present(answer: Answer, as_json: bool = False) -> None:
         print(json.dumps(answer.data, indent=2))
         return
     draw = _rich() or _plain
-    for part in answer.parts:
+    tables = [isinstance(part, Table) for part in answer.parts]
+    for i, part in enumerate(answer.parts):
+        if i and any(tables[i - 1 : i + 1]):
+            print()
         draw(part)
 
 
@@ -45,7 +48,7 @@ def _rich() -> Any:
             drawn.add_row(
                 *(markup.escape(_folded(*cell)) for cell in zip(row, widths, strict=True))
             )
-        out.print("", text.Text(part.title, "bold"), drawn, "", sep="\n")
+        out.print(text.Text(part.title, "bold"), drawn, sep="\n")
 
     return draw
 
@@ -56,7 +59,7 @@ def _plain(part: Table | str) -> None:
         for line in part.splitlines():
             print(textwrap.fill(line, width) if line else "")
         return
-    print("\n" + "\n".join([textwrap.fill(part.title, width), *_lines(part, width)]) + "\n")
+    print("\n".join([textwrap.fill(part.title, width), *_lines(part, width)]))
 
 
 def _all_rows(part: Table) -> list[Sequence[str]]:

@@ -181,7 +181,7 @@ def record(results: Sequence[Result], device_type: str) -> list[disabled.Entry]:
 def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
     for name in given or ():
         if name not in known:
-            raise UserError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+            raise UserError(f"unknown {what} {name!r}; known: {', '.join(sorted(known))}")
     return [name for name in known if not given or name in given]
 
 
