@@ -88,7 +88,9 @@ class MLPPlan(MethodPlan):
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         children: Any = module.__dict__["_modules"]
         form, (into_act, scale) = self.form, self.multipliers
-        inner, last = (_dropout(module, d) for d in self.dropouts)
+        inner = last = None
+        if self.dropouts != (None, None):
+            inner, last = (_dropout(module, d) for d in self.dropouts)
         up = None if self.up is None else children[self.up]
         gate, down = children[self.gate], children[self.down]
         w_gate, w_down = matmul_weight(gate), matmul_weight(down)
