@@ -47,7 +47,9 @@ def test_loss_and_every_gradient(
     model(**batch())
     assert calls["fused_linear_cross_entropy"] + calls["cross_entropy"] >= 1
     with_norms = calls["qk_norm_rope"]  # those of q and k leave their work to the rotation
-    assert calls["rms_norm"] + 2 * with_norms == kinds["norm"]
+    with_sums = calls["fused_add_rms_norm"]
+    assert with_sums == 2 * kinds["residual"] == 2 * layers
+    assert calls["rms_norm"] + 2 * with_norms + with_sums == kinds["norm"]
     assert with_norms == (layers if model_type in QK_NORMS else 0)
     assert calls["glu"] == calls["rope"] + with_norms == layers
     assert_same_step(model_type, dtype, model)
@@ -183,7 +185,7 @@ def test_patching_twice_is_patching_once() -> None:
     assert liger_kernel.patch(model) is first
     assert_identical(after_first, snapshot(model))
     second = liger_kernel.patch(model, mlp=False)
-    assert {row.kind for row in second.replaced} == {"loss", "norm", "rope"}
+    assert {row.kind for row in second.replaced} == {"loss", "norm", "residual", "rope"}
     assert "forward" not in vars(model.model.layers[0].mlp)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import Tensor
 
 
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    choices = tuple(choices)
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
@@ -28,12 +27,14 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
     One pass where all is well: a small model calls it a hundred times a step.
     """
     size, device = x.shape[-1], x.device
-    if x.is_floating_point() and all(
-        p is None
-        or (p.ndim == 1 and p.shape[0] == size and p.device == device and p.is_floating_point())
-        for p in parameters.values()
-    ):
-        return
+    for p in parameters.values():
+        if p is not None and (
+            p.shape != (size,) or p.device != device or not p.is_floating_point()
+        ):
+            break
+    else:
+        if x.is_floating_point():
+            return
     check_floating(x=x, **parameters)
     for name, parameter in parameters.items():
         check_last_dim(name, parameter, size, "x")
@@ -41,7 +42,13 @@ def check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    if len({t.device for t in tensors.values() if t is not None}) > 1:
+    first = None
+    for t in tensors.values():
+        if t is None or t.device == first:
+            continue
+        if first is None:
+            first = t.device
+            continue
         found = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
         raise ValueError(f"All tensors must be on one device, got {found}; move them with .to().")
 

@@ -39,6 +39,9 @@ from liger_kernel.backends.capability import NAMES
 CHOSEN: dict[str, Callable[..., Any]] = {}
 
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """What an op declares; calling it computes the op: `dispatch(options, *tensors)`.
@@ -72,7 +75,7 @@ class Dispatch:
     def run(self, options: Any, *tensors: Tensor | None) -> Any:
         """The op in eager mode."""
         for tensor in tensors:
-            if is_dtensor(tensor):
+            if type(tensor) not in _PLAIN and is_dtensor(tensor):
                 return self.shards(lambda *local: self.run(options, *local), *tensors)
         x: Any = tensors[0]
         if self.eager is not None and host_bound(x, self.small):

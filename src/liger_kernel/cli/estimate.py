@@ -27,6 +27,7 @@ from liger_kernel.backends import nvidia
 from liger_kernel.cli import models, paper
 from liger_kernel.cli.answer import Answer, Table, UserError, size
 from liger_kernel.transformers.patching import patch
+from liger_kernel.transformers.patching.savings import text_setting
 from liger_kernel.transformers.patching.sites.loss import loss_sites
 
 #: bytes of state of an optimizer for a parameter of so many bytes

@@ -28,7 +28,7 @@ from liger_kernel.backends import host_bound
 from liger_kernel.backends.dispatch import kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
-from liger_kernel.ops.glu import gate_options, gated_product
+from liger_kernel.ops.glu import ACTIVATIONS, gate_options, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
 
 #: elements of the gate up to which the block is plain PyTorch on a GPU: there the host is the bound, and there is
@@ -58,6 +58,15 @@ def gated_mlp(
     Under autocast and torch.compile, and for DTensors, it is composed of single ops.
     Raises: ValueError as `glu`, or for shapes that do not fit; TypeError for integers or other dtypes.
     """
+    weights = (gate_weight, up_weight, down_weight)
+    autocast = autocast_dtype(x) is not None
+    check_tensors(x, *weights, autocast)
+    transformed = is_transformed()
+    usual = gate_multiplier == 1 and limit is None and alpha == 1 and activation in ACTIVATIONS
+    if usual and not transformed:
+        elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
+        if elements <= _SMALL and host_bound(x, x.numel()):
+            return reference.gated_mlp(x, *weights, activation, 1.0)
     glu = gate_options(activation, gate_multiplier, limit=limit, alpha=alpha)
     options: dict[str, Any] = {
         "activation": activation,
@@ -65,14 +74,6 @@ def gated_mlp(
         "limit": glu.limit,
         "alpha": glu.alpha,
     }
-    weights = (gate_weight, up_weight, down_weight)
-    autocast = autocast_dtype(x) is not None
-    check_tensors(x, *weights, autocast)
-    transformed = is_transformed()
-    if not transformed and glu == GLUOptions(activation):
-        elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
-        if elements <= _SMALL and host_bound(x, x.numel()):
-            return reference.gated_mlp(x, *weights, **options)
     if (
         transformed
         or autocast
@@ -205,14 +206,18 @@ def check_tensors(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor, autocast: bool
 ) -> None:
     """Of `gated_mlp`."""
-    named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
-    weights = [w for w in named.values() if w is not None]
     features = down_weight.shape[-1] if down_weight.ndim == 2 else -1
     inner = (features if up_weight is not None else 2 * features, x.shape[-1] if x.ndim else -1)
-    fit = all(w.shape == inner for w in weights[:-1])
-    alike = all(w.dtype == x.dtype and w.device == x.device for w in weights)
-    if fit and alike and x.is_floating_point():
-        return  # the usual case, in one pass: every layer of a small model comes here
+    fit = gate_weight.shape == inner and (up_weight is None or up_weight.shape == inner)
+    dtype, device = x.dtype, x.device
+    for w in (gate_weight, up_weight, down_weight):
+        if w is not None and (w.dtype != dtype or w.device != device):
+            break
+    else:
+        if fit and dtype.is_floating_point:
+            return  # the usual case, in one pass: every layer of a small model comes here
+    named = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
+    weights = [w for w in named.values() if w is not None]
     check_floating(x=x, **named)
     if not fit:
         shapes = ", ".join(f"{k} {w if w is None else tuple(w.shape)}" for k, w in named.items())

@@ -53,11 +53,11 @@ def qk_norm_rope(
     Raises: ValueError for shapes that do not fit or an unknown mode; TypeError for integer tensors and for DTensors.
     """
     check_choice("casting_mode", casting_mode, CASTING_MODES)
+    check_floating(q_weight=q_weight, k_weight=k_weight)
+    check_same_device(q=q, q_weight=q_weight, k_weight=k_weight)
     for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
         if weight is None or x is None:
             continue
-        check_floating(**{f"{name}_weight": weight})
-        check_same_device(**{name: x, f"{name}_weight": weight})
         heads, size = x.shape[unsqueeze_dim] if x.ndim == 4 else 1, x.shape[-1]
         if weight.numel() not in (size, heads * size):
             raise ValueError(

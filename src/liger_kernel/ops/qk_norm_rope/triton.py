@@ -6,6 +6,7 @@ the gradients of the weights by program; these sums are added up in a fixed orde
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -283,75 +284,92 @@ def _bwd(
         )  # fmt: skip
 
 
-def _is_whole(x: Tensor, weight: Tensor | None, heads_dim: int) -> bool:
-    """Whether all heads of a token are normed together."""
-    n_heads, head_dim = x.shape[heads_dim], x.shape[3]
-    return n_heads > 1 and weight is not None and weight.numel() == n_heads * head_dim
+#: of q or k: its heads, their columns, elements of the weight (None: there is none), and flags of the kernel
+Side = tuple[int, int, int | None, tuple[bool, ...]]
 
 
-def _configs(
-    sides: Sequence[tuple[Tensor, Tensor | None]], options: QKNormRopeOptions, tile: int
-) -> list[Config]:
-    at = options.unsqueeze_dim
-    return [
-        Config.of((x.shape[at],), x.shape[3], options.rotary_dim, tile, (_is_whole(x, w, at),))
-        for x, w in sides
-    ]
+@functools.cache
+def _compiled_for(
+    sides: tuple[Side, ...],
+    rotary_dim: int,
+    interleaved: bool,
+    rounds: bool,
+    tile: int,
+    flags: tuple[str, ...] = (),
+) -> tuple[dict[str, Any], int]:
+    """Constants of a kernel for q and k, or one of them, and the fewest tokens of a program."""
+    configs, constants = [], dict[str, Any]()
+    for i, prefix in enumerate("QK"):
+        # of one tensor, the second half of the kernel is never run
+        heads, columns, n_weight, values = sides[min(i, len(sides) - 1)]
+        whole = (
+            heads > 1 and n_weight == heads * columns
+        )  # all heads of a token are normed together
+        config = Config.of((heads,), columns, rotary_dim, tile, (whole,))
+        configs.append(config)
+        constants |= {
+            f"{prefix}_HEADS": heads,
+            f"{prefix}_WEIGHT": n_weight is not None,
+            f"{prefix}_WHOLE": whole,
+            **{f"{prefix}_{name}": value for name, value in zip(flags, values, strict=True)},
+            f"{prefix}_TOKENS": config.tokens,
+            f"{prefix}_BLOCK": config.heads[0],
+        }
+    constants |= {
+        "D": sides[0][1],
+        "ROTARY": rotary_dim,
+        "INTERLEAVED": interleaved,
+        "ROUND": rounds,
+        "BLOCK_HALF": configs[0].block_half,
+        "BLOCK_REST": configs[0].block_rest,
+        "num_warps": max(config.warps for config in configs),
+    }
+    return constants, min(config.tokens for config in configs)
+
+
+def _form(options: QKNormRopeOptions) -> tuple[int, bool, bool]:
+    return options.rotary_dim, options.interleaved, options.casting_mode == "llama"
+
+
+def _side(x: Tensor, weight: Tensor | None, heads_dim: int, flags: tuple[bool, ...] = ()) -> Side:
+    shape = x.shape
+    return shape[heads_dim], shape[3], None if weight is None else weight.numel(), flags
 
 
 def _launch(
     kernel: Any,
     programs: int,
-    sides: Sequence[tuple[Sequence[Any], Sequence[Any], Sequence[bool]]],
-    configs: Sequence[Config],
+    sides: Sequence[Sequence[Tensor | None]],
+    with_heads: int,
     angles: tuple[Tensor, Tensor],
     options: QKNormRopeOptions,
-    names: tuple[str, ...] = (),
+    constants: dict[str, Any],
 ) -> None:
-    """`sides`, of q and of k or one of them: tensors with heads, other ones from the weight on, and flags."""
+    """`sides`, of q and of k or one of them: `with_heads` tensors with heads, and the others from the weight on."""
     cos, sin = angles
-    at, x = options.unsqueeze_dim, sides[0][0][0]
-    constants: dict[str, Any] = {}
-    pointers: tuple[Any, ...] = ()
+    at = options.unsqueeze_dim
     strides: tuple[int, ...] = ()
-    for i, prefix in enumerate("QK"):
-        one = min(i, len(sides) - 1)  # of one tensor, the second half of the kernel is never run
-        tensors, others, flags = sides[one]
-        pointers += (*tensors, *others)
-        for t in tensors:
+    for side in (sides[0], sides[-1]):
+        for t in side[:with_heads]:
             strides += (0,) * 4 if t is None else strides_of(t, at)
-        config = configs[one]
-        constants |= {
-            f"{prefix}_HEADS": tensors[0].shape[at],
-            f"{prefix}_WEIGHT": others[0] is not None,
-            f"{prefix}_WHOLE": _is_whole(tensors[0], others[0], at),
-            **{f"{prefix}_{name}": flag for name, flag in zip(names, flags, strict=True)},
-            f"{prefix}_TOKENS": config.tokens,
-            f"{prefix}_BLOCK": config.heads[0],
-        }
+    batch, seq = (sides[0][0].shape[i] for i in (0, 3 - at))  # type: ignore[union-attr]
+    wide = options.interleaved and cos.shape[2] >= options.rotary_dim
     launch(
         kernel,
         (programs, len(sides)),
-        *pointers,
+        *sides[0],
+        *sides[-1],
         cos,
         sin,
         options.eps,
         options.offset,
-        x.shape[0] * x.shape[3 - at],
-        x.shape[3 - at],
+        batch * seq,
+        seq,
         0 if cos.shape[0] == 1 else cos.stride(0),
         cos.stride(1),
         *strides,
         **constants,
-        D=x.shape[3],
-        ROTARY=options.rotary_dim,
-        INTERLEAVED=options.interleaved,
-        COS_STEP=cos.stride(2)
-        * (2 if options.interleaved and cos.shape[2] >= options.rotary_dim else 1),
-        ROUND=options.casting_mode == "llama",
-        BLOCK_HALF=configs[0].block_half,
-        BLOCK_REST=configs[0].block_rest,
-        num_warps=max(config.warps for config in configs),
+        COS_STEP=cos.stride(2) * (2 if wide else 1),
     )
 
 
@@ -367,15 +385,17 @@ def forward(
     needs: Needs,
 ) -> tuple[Grads, Saved]:
     weights = [None if w is None else w.contiguous() for w in (q_weight, k_weight)]
-    given = [(x, w) for x, w in zip((q, k), weights, strict=True) if x is not None]
-    outs = [torch.empty_like(x) for x, _ in given]
-    configs = _configs(given, options, FORWARD_TILE)
-    n_tokens = q.shape[0] * q.shape[3 - options.unsqueeze_dim]
+    outs = [x if x is None else torch.empty_like(x) for x in (q, k)]
+    at = options.unsqueeze_dim
+    n_tokens = q.shape[0] * q.shape[3 - at]
     if n_tokens:
-        programs = max(cdiv(n_tokens, config.tokens) for config in configs)
-        sides = [((x, out), (w,), ()) for (x, w), out in zip(given, outs, strict=True)]
-        _launch(_fwd, programs, sides, configs, (cos, sin), options)
-    return (*outs, None)[:2], (q, k, *weights, cos, sin)
+        kinds: tuple[Side, ...] = (_side(q, weights[0], at),)
+        if k is not None:
+            kinds += (_side(k, weights[1], at),)
+        constants, tokens = _compiled_for(kinds, *_form(options), FORWARD_TILE)
+        sides = [(q, outs[0], weights[0]), (k, outs[1], weights[1])][: len(kinds)]
+        _launch(_fwd, cdiv(n_tokens, tokens), sides, 2, (cos, sin), options, constants)
+    return (outs[0], outs[1]), (q, k, *weights, cos, sin)
 
 
 def backward(grads: Grads, saved: Saved, *, options: QKNormRopeOptions, needs: Needs) -> Grads:
@@ -388,10 +408,12 @@ def backward(grads: Grads, saved: Saved, *, options: QKNormRopeOptions, needs: N
     if not at:
         return found
     given: list[Any] = [(tensors[i], tensors[2 + i]) for i in at]
-    configs = _configs(given, options, BACKWARD_TILE)
-    x = given[0][0]
-    n_tokens = x.shape[0] * x.shape[3 - options.unsqueeze_dim]
-    tiles = max(cdiv(n_tokens, config.tokens) for config in configs)
+    heads_dim, x = options.unsqueeze_dim, given[0][0]
+    kinds = tuple(
+        [_side(*xw, heads_dim, (needs[i], needs[2 + i])) for i, xw in zip(at, given, strict=True)]
+    )
+    constants, tokens = _compiled_for(kinds, *_form(options), BACKWARD_TILE, ("DX", "DW"))
+    tiles = cdiv(x.shape[0] * x.shape[3 - heads_dim], tokens)
     programs = max(1, min(tiles, PROGRAMS * facts_of(x.device).processors))
     sizes = [given[i][1].numel() if needs[2 + at[i]] else 0 for i in range(len(at))]
     partial = x.new_empty(programs * sum(sizes), dtype=torch.float32)
@@ -399,8 +421,8 @@ def backward(grads: Grads, saved: Saved, *, options: QKNormRopeOptions, needs: N
     sides = []
     for i, (x, w), part in zip(at, given, parts, strict=True):
         found[i] = torch.empty_like(x) if needs[i] else None
-        sides.append(((x, grads[i], found[i]), (w, part), (needs[i], needs[2 + i])))
-    _launch(_bwd, programs, sides, configs, angles, options, ("DX", "DW"))
+        sides.append((x, grads[i], found[i], w, part))
+    _launch(_bwd, programs, sides, 3, angles, options, constants)
     summed = [i for i, size in enumerate(sizes) if size]
     if len(summed) == 2 and sizes[0] == sizes[1]:
         both = column_sums(partial.view(2, programs, -1), [w.dtype for _, w in given])

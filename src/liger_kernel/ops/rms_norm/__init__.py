@@ -30,7 +30,7 @@ def _by_torch(options: RMSNormOptions, x: Tensor, weight: Tensor | None) -> Tens
         return None
     if options.casting_mode == "none":
         return None
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, options.eps)
+    return torch.rms_norm(x, x.shape[-1:], weight, options.eps)
 
 
 _dispatch = Dispatch(

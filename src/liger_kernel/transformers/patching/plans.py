@@ -44,7 +44,8 @@ class MethodPlan(Plan):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module still is what it was when this was proven."""
-        return self.facts is None or self.facts.hold(self, module)
+        facts = self.facts
+        return facts is None or facts.hold(self, module)
 
     def lost(self, module: nn.Module) -> str | None:
         """As things are in the module; `lost` below knows what is around it."""
@@ -73,7 +74,10 @@ def ours_runs() -> bool:
 
 def marker(kind: str) -> str:
     """The attribute of a module that holds its plan of one kind."""
-    return f"_liger_{kind}"
+    return _MARKER + kind
+
+
+_MARKER = "_liger_"
 
 
 class Method(Bound):
@@ -87,9 +91,9 @@ class Method(Bound):
 
 
 def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
-    plan: MethodPlan | None = module.__dict__.get(marker(kind))
+    plan: MethodPlan | None = module.__dict__.get(_MARKER + kind)
     # None: taken back; somebody had put a method of his own around this one
-    if plan is not None and ours_runs() and plan.holds(module):
+    if plan is not None and (not is_transformed() or ours_runs()) and plan.holds(module):
         return plan.call(module, *args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 

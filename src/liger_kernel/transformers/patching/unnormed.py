@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ class _Running(threading.local):
 running = _Running()
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """`qk_norm_rope`'s options of a norm; equal for q and k."""
 
     eps: float
@@ -134,13 +132,12 @@ class Unnormed(Waiting):
 
 
 def may_wait(module: nn.Module, x: Any, weight: Any) -> bool:
-    """Whether the norm that runs is that of heads which a rotary function is waiting for, and nobody has to see it.
+    """Whether nobody has to see what a norm returns that is among `running.norms`.
 
     NPUs have kernels of norm and rotation alone.
     """
     return (
-        any(module is norm for norm in running.norms)
-        and type(x) is Tensor
+        type(x) is Tensor
         and type(weight) in (nn.Parameter, Tensor, type(None))
         and not is_hooked(module.__dict__)
         and served_alike(("qk_norm_rope", "rms_norm", "rope"), x.device.type)

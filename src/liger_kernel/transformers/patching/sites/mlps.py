@@ -100,7 +100,9 @@ class MLPPlan(MethodPlan):
         return self.form.named(*form, *["tiled"] * self.tiled)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        inner, last = (_dropout(module, d) for d in self.dropouts)
+        inner = last = None
+        if self.dropouts != (None, None):
+            inner, last = (_dropout(module, d) for d in self.dropouts)
         num_tiles = self._num_tiles(module, x) if self.tiled else 1
         whole = self._weights(module, x) if inner is None else None
         form, (into_act, scale) = self.form, self.multipliers

@@ -22,6 +22,7 @@ from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
 from liger_kernel.transformers.patching.sums import Sum
+from liger_kernel.transformers.patching.waiting import real
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -69,9 +70,9 @@ class NormPlan(MethodPlan):
         """The call forms that have to be proven: without a gate, with one."""
         return (False,) * self.ungated + (True,) * (self.gate is not None)
 
-    @property
+    @functools.cached_property
     def can_wait(self) -> bool:
-        """Whether `qk_norm_rope` computes it."""
+        """Whether `qk_norm_rope` and `fused_add_rms_norm` compute it."""
         return self.op == "rms_norm" and not self.group_size and self.ungated
 
     @property
@@ -99,17 +100,19 @@ class NormPlan(MethodPlan):
         else:
             return type(module).forward(module, *args, **kwargs)
         weight = self._weight(module)
-        if not self._takes(weight, x, gate):
+        usual = gate is None and self.ungated and weight is not None and weight.dtype == x.dtype
+        if not usual and not self._takes(weight, x, gate):
             return type(module).forward(module, *args, **kwargs)
+        if gate is not None or not self.can_wait:
+            return self.compute(module, real(x), gate, weight)
+        eps = self._eps(module)
         if isinstance(x, Sum):
-            if gate is None and self.can_wait:
-                return x.normed(weight, self._eps(module), self.offset, self.casting_mode)
-            x = x.materialize()
-        if gate is None and self.can_wait and unnormed.may_wait(module, x, weight):
-            norm = unnormed.Norm(self._eps(module), self.offset, self.casting_mode)
+            return x.normed(weight, eps, self.offset, self.casting_mode)
+        if module in unnormed.running.norms and unnormed.may_wait(module, x, weight):
+            norm = unnormed.Norm(eps, self.offset, self.casting_mode)
             compute = functools.partial(self.compute, module, x, None, weight)
             return unnormed.Unnormed(norm, module, weight, x, compute)
-        return self.compute(module, x, gate, weight)
+        return rms_norm_op.rms_norm(x, weight, eps, self.offset, self.casting_mode)
 
     def _takes(self, weight: Tensor | None, x: Tensor, gate: Any) -> bool:
         """Whether this is a call of the proven form."""
@@ -125,7 +128,10 @@ class NormPlan(MethodPlan):
         )
 
     def _weight(self, module: nn.Module) -> Tensor | None:
-        return getattr(module, "weight", None) if self.weighted else None
+        if not self.weighted:
+            return None
+        weight: Tensor | None = module.__dict__["_parameters"].get("weight")
+        return getattr(module, "weight", None) if weight is None else weight
 
     def compute(
         self,

@@ -47,10 +47,6 @@ class ResidualPlan(MethodPlan):
     def __str__(self) -> str:
         return f"sums with {', '.join(self.norms)}"
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the norms are ours, too, and nobody has to see what goes into them."""
-        return super().holds(module) and all(_takes_sums(module, name) for name in self.norms)
-
     def lost(self, module: nn.Module) -> str | None:
         for name in self.norms:
             if not _takes_sums(module, name):
@@ -62,9 +58,10 @@ class ResidualPlan(MethodPlan):
         x = args[0] if args else kwargs.get(self.first)
         if (
             type(x) is not Tensor
-            or is_transformed()
             or host_bound(x, _SMALL)
+            or is_transformed()
             or not served_alike(("fused_add_rms_norm", "rms_norm"), x.device.type)
+            or not all(_takes_sums(module, name) for name in self.norms)
         ):
             return forward(module, *args, **kwargs)
         if args:

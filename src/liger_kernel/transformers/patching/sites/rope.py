@@ -49,27 +49,29 @@ class Form:
     )
     narrow: str = ""  # proven for cos narrower than the heads, too: the "first" or "last" columns
 
-    @property
+    @functools.cached_property
     def n_heads(self) -> int:
         """How many of the arguments have heads."""
         return 1 + self.keys
 
-    @property
+    @functools.cached_property
     def n_tensors(self) -> int:
         return self.n_heads + (1 if self.angles == "complex" else 2)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this is a call of the proven form."""
-        tensors, more = args[: self.n_tensors], args[self.n_tensors :]
-        if len(args) != self.n_tensors + self.sections:
+        n_tensors = self.n_tensors
+        if len(args) != n_tensors + self.sections:
             return False
-        if not all(isinstance(t, Tensor) for t in tensors):
-            return False
+        for t in args[:n_tensors]:
+            if not isinstance(t, Tensor):
+                return False
         q, cos, is_complex = args[0], args[self.n_heads], self.angles == "complex"
         known = kwargs.keys() <= (set() if self.flat or is_complex else {"unsqueeze_dim"})
         whole = cos.shape[-1] * (1 if self.angles in ("twice", "pairs") else 2) == q.shape[-1]
         dims = (3, 2) if self.flat and not is_complex else (4, 3 + self.sections)
-        selects = all(isinstance(m, list) and 2 * sum(m) == cos.shape[-1] for m in more)
+        more = args[n_tensors:]
+        selects = not more or (isinstance(more[0], list) and 2 * sum(more[0]) == cos.shape[-1])
         return bool(
             known
             and (whole or self.narrow)
@@ -119,11 +121,14 @@ class Form:
     ) -> Any:
         """`compute` of heads that are not normed yet; None where one op does not compute both."""
         heads, angles = args[: self.n_heads], args[self.n_heads :]
-        waiting = all(isinstance(x, Unnormed) and x.may_wait() for x in heads)
-        if not waiting or len({x.norm for x in heads}) > 1:
-            return None
-        raw = (*(x.raw for x in heads), *angles)
         at = kwargs.get("unsqueeze_dim", self.heads)
+        raw = angles
+        for x in reversed(heads):
+            if type(x) is not Unnormed or not x.may_wait():
+                return None
+            if x.norm != heads[-1].norm or x.heads not in (None, at):
+                return None
+            raw = (x.raw, *raw)
         if (
             not self.takes(raw, kwargs)
             or self.flat
@@ -131,7 +136,6 @@ class Form:
             or self.sections
             or self.angles == "complex"
             or self.narrow == "last"
-            or any(x.heads not in (None, at) for x in heads)
         ):
             return None
         norm = heads[0].norm
@@ -251,7 +255,7 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any] | None:
     def liger_rope(*args: Any, **kwargs: Any) -> Any:
         while len(args) < len(required) and required[len(args)] in kwargs:
             args = (*args, kwargs.pop(required[len(args)]))
-        if any(isinstance(x, Unnormed) for x in args):
+        if Unnormed in map(type, args):
             for form in forms:
                 found = form.norm_and_compute(args, kwargs, original)
                 if found is not None:
@@ -326,7 +330,7 @@ class RopePlan(MethodPlan):
         forward: Any = type(module).forward
         forward = _rebound(forward) or forward
         children = module.__dict__["_modules"]
-        norms = tuple(children.get(name) for name in self.norms)
+        norms = tuple(map(children.get, self.norms))
         return unnormed.run(norms, forward, module, *args, **kwargs)
 
 
