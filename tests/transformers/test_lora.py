@@ -199,6 +199,48 @@ class TestStates:
         assert not [row for row in report.rows if row.kind == "lora"]
 
 
+class TestEmbedding:
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """Whether ours computed, in each call."""
+        calls: list[bool] = []
+        original = adapters.LoRAEmbeddingPlan._read
+
+        def recorded(module: nn.Module) -> Any:
+            found = original(module)
+            calls.append(found is not None)
+            return found
+
+        monkeypatch.setattr(adapters.LoRAEmbeddingPlan, "_read", staticmethod(recorded))
+        return calls
+
+    def make(self, name: str = "llama", **options: Any) -> Any:
+        return adapted(name, target_modules=["embed_tokens", "q_proj"], **options)
+
+    def report(self, model: nn.Module) -> Any:
+        rows = liger_kernel.patch(model).rows
+        (row,) = (row for row in rows if row.path.endswith("embed_tokens"))
+        return row
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_step(self, dtype: torch.dtype, read: list[bool]) -> None:
+        ours = assert_as_peft(lambda: self.make(dtype=dtype), nodes=2)
+        assert self.report(ours).by == "LoRA of an embedding"
+        assert read
+        assert all(read)
+
+    def test_left_to_peft(self, read: list[bool]) -> None:
+        """An embedding that multiplies its result; an adapter that is no plain LoRA, or off."""
+        model = self.make("gemma3")
+        low, high = copy.deepcopy(model), copy.deepcopy(model).double()
+        liger_kernel.patch(model)
+        assert_no_worse("loss", *(step(m)["loss"] for m in (model, high, low)))
+        with model.disable_adapter(), torch.no_grad():
+            model(**batch())
+        assert read == [False, False]
+        assert "Dora" in self.report(self.make(use_dora=True)).reason
+
+
 class TestWhatIsLeftToPEFT:
     @pytest.mark.parametrize(
         ("options", "reason"), [({"use_dora": True}, "Dora"), ({"lora_bias": True}, "bias")]
