@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liger_kernel._core.autograd import autocast_dtype, autocast_dtype_of
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound
 from liger_kernel.ops import lora_linear as op
@@ -239,7 +239,7 @@ class LoRAEmbeddingPlan(plans.MethodPlan):
 
     def compute(self, module: Any, x: Tensor) -> Any:
         found = self._read(module)
-        if found is None or is_dtensor(x) or autocast_dtype_of(found[0][1].device.type) is not None:
+        if found is None or is_dtensor(x) or autocast_dtype(found[0][0]) is not None:
             return type(module).forward(module, x)
         y = module.base_layer(x)
         wide = functools.reduce(torch.promote_types, (a.dtype for a, _, _ in found), y.dtype)
