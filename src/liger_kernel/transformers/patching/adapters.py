@@ -200,7 +200,7 @@ def _find(module: nn.Module) -> LoRAPlan | None:
         mixed = _twin(module, dropout)
         mixed.get_submodule("base_layer").bfloat16()
         rounded = proof.Theirs(forward, mixed, [x.bfloat16()], backward=False)
-        if not exact.agrees(compute) or not rounded.rounds_like(compute):
+        if not exact.agrees(compute) or not rounded.agrees(compute):
             return None
     return plan
 
