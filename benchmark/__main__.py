@@ -14,6 +14,7 @@ COMMANDS = {
     "cpu": "ops on a processor, beside eager PyTorch",
     "host": "how long Python is busy with a call",
     "savings": "what the patch report predicts against what a step needs less",
+    "longest": "the longest sequence that a training step with LoRA fits into memory",
     "ablation": "which replacement in a model pays",
     "budget": "the fused loss against its memory budget",
     "results": "merge files of results",

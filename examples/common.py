@@ -31,20 +31,40 @@ SIZES: dict[str, Any] = {
 }
 
 
-def options(description: str | None, **more: Any) -> argparse.Namespace:
+def parser(description: str | None, **more: Any) -> argparse.ArgumentParser:
     """The command line that every example has; `more` adds choices: name=("default", "other", ...)."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=128)
+    made = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--steps", type=int, default=50)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--seq", type=int, default=128)
     for name, choices in more.items():
-        parser.add_argument(f"--{name}", choices=choices, default=choices[0])
-    found = parser.parse_args()
+        made.add_argument(f"--{name}", choices=choices, default=choices[0])
+    return made
+
+
+def parsed(
+    made: argparse.ArgumentParser, on_gpu: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """`on_gpu`: other defaults for `--gpu-shape`, which an example then has."""
+    if on_gpu is not None:
+        made.add_argument(
+            "--gpu-shape", action="store_true", help="a 1B model in bfloat16, on a GPU"
+        )
+        if made.parse_args().gpu_shape:
+            made.set_defaults(device="cuda", **on_gpu)
+    found = made.parse_args()
     if found.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+        made.error(f"--device cuda: torch {torch.__version__} sees no GPU")
+    for name, least in (("steps", 1), ("batch", 1), ("seq", 2)):
+        if getattr(found, name) < least:
+            made.error(f"--{name} {getattr(found, name)} is below {least}")
     torch.manual_seed(0)
     return found
+
+
+def options(description: str | None, **more: Any) -> argparse.Namespace:
+    return parsed(parser(description, **more))
 
 
 def need(package: str, install: str) -> None:
@@ -54,10 +74,10 @@ def need(package: str, install: str) -> None:
 
 
 class Text(Dataset[dict[str, Tensor]]):
-    """The source of a module of Python's library, in rows of `seq` bytes; the labels are the bytes themselves."""
+    """Files, or the source of a module of Python's library, in rows of `seq` bytes; the labels are the bytes."""
 
-    def __init__(self, seq: int) -> None:
-        data = Path(argparse.__file__).read_bytes()
+    def __init__(self, seq: int, files: Iterable[Path] = (Path(argparse.__file__),)) -> None:
+        data = b"".join(file.read_bytes() for file in sorted(files))
         self.rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         self.rows = self.rows[: len(data) // seq * seq].view(-1, seq)
 
@@ -72,8 +92,9 @@ def causal_lm(model_type: str = "llama", **settings: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    dtype = settings.pop("dtype", torch.float32)
     config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def tokenizer() -> Any:
@@ -93,15 +114,17 @@ def train(
     model: nn.Module,
     args: argparse.Namespace,
     loss_of: Callable[[Any], Tensor],
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Any] | Text | None = None,
     quiet: bool = False,
+    learning_rate: float = 3e-3,
 ) -> None:
-    """A plain loop: `loss_of(batch)` is made small; without `batches` they are of `Text`."""
+    """A plain loop: `loss_of(batch)` is made small; `batches` may be a `Text`, and by default are one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 3e-3)
-    if batches is None:
+    optimizer = torch.optim.AdamW(parameters, learning_rate)
+    if batches is None or isinstance(batches, Text):
         order = torch.Generator().manual_seed(0)
-        batches = DataLoader(Text(args.seq), args.batch, shuffle=True, generator=order)
+        text = batches or Text(args.seq)
+        batches = DataLoader(text, args.batch, shuffle=True, generator=order)
     losses: list[float] = []
     began = time.perf_counter()
     while len(losses) < args.steps:

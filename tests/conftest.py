@@ -26,6 +26,13 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def on_the_kernels_device() -> Iterator[None]:
+    """Tensors are made where the Triton kernels run on this machine."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
+@pytest.fixture
 def quiet_on_one_thread() -> Iterator[None]:
     """For models from the zoo: as many processes as cores run these tests, and HF warns about tiny configs."""
     import transformers

@@ -238,6 +238,7 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "mm_int8int2",
         "moe_router",
         "scale_gradients",
+        "short_conv",
         "tiled_mlp",
         "vocab_parallel_cross_entropy",
         "vocab_parallel_logprobs",

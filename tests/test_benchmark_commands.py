@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmark import __main__ as command_line
-from benchmark import children, run, sources
+from benchmark import children, longest, run, sources
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ from benchmark import children, run, sources
         ("e2e --modes incumbent --device cpu", "mode incumbent needs --peer-site"),
         ("losses --shape huge --device cpu", "invalid choice: 'huge'"),
         ("host no_such_op --device cpu", "unknown op no_such_op"),
+        ("longest --device cpu", "--device cpu needs --limit"),
         ("tables none-such.json", "no file none-such.json"),
         ("results into.json", "no file to merge into into.json"),
     ],
@@ -152,3 +153,30 @@ def test_ops_on_a_processor(tmp_path: Path) -> None:
         (name, dtype) for name in ("ours", "eager", "torch") for dtype in ("float32", "bfloat16")
     }
     assert all(r["ms"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize("waste", [0.0, 0.05])
+def test_the_longest_sequence_is_found_in_few_steps(waste: float) -> None:
+    """Of a peak that is a line, `waste` of which the allocator cannot use."""
+    tried = []
+
+    def trial(seq: int) -> dict[str, Any] | None:
+        tried.append(seq)
+        peak = 18.0 + 80e-6 * seq
+        return {"seq": seq, "peak_gb": peak} if peak * (1 + waste) <= 80 else None
+
+    best = longest.search(trial, 80e9, [32768, 65536])
+    exact = (80 / (1 + waste) - 18) / 80e-6
+    assert 0.985 * exact <= best <= exact
+    assert len(tried) <= 8
+
+
+def test_a_deeper_model_is_forecast_from_two_depths() -> None:
+    def rows(layers: int) -> list[dict[str, Any]]:
+        peaks = ((s, 2 + 0.5 * layers + (80 + layers) * 1e-6 * s) for s in (1000, 500_000))
+        of_run = {"layers": layers, "room_gb": 80.0}
+        return [{**of_run, "seq": s, "peak_gb": peak} for s, peak in peaks]
+
+    told = longest.forecast(rows(2) + rows(4), 32, 4096)
+    assert "18.00 GB + 112.00 kB a token; in the 44.0 GB that were used of 80.0: 232,142" in told
+    assert "needed, 1 are there" in longest.forecast(rows(2), 32, 4096)

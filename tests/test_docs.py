@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-FROM_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+FROM_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
 SOURCES = [*(ROOT / name for name in FROM_ROOT), *sorted(DOCS.rglob("*.md"))]
 README_LINES = 150
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,12 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trl_trainers --trainer dpo": ("trl", ("LigerSwiGLU",)),
     "trl_trainers --trainer grpo": ("trl", ("LigerSwiGLU",)),
     "plain_pytorch": ("torch", ()),
-    "lora": ("peft", ("fused linear cross entropy",)),
+    "finetuning.lora --pretraining 0": ("peft", ("fused linear cross entropy", "LoRA in one node")),
+    "finetuning.lora --pretraining 1 --trainer trl": ("trl", ("LigerSwiGLU", "LoRA in one node")),
+    "finetuning.qlora --pretraining 0": (
+        "bitsandbytes",
+        ("fused linear cross entropy", "Linear4bit"),
+    ),
     "moe": ("torch", ("fused linear cross entropy", "experts")),
     "vision_language": ("torch", ("fused linear cross entropy", "LigerLayerNorm")),
     "lightning_module": ("lightning", ("fused linear cross entropy",)),
@@ -74,6 +81,71 @@ def test_custom_loss_is_that_of_all_logits(
     assert fused == whole
 
 
+SMALL = (
+    *("--steps", "3", "--pretraining", "2", "--batch", "8", "--seq", "16"),
+    *("--vocabulary", "400", "--text", "src/liger_kernel/megatron"),
+)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("alignment")
+
+
+@pytest.mark.parametrize("name", ["orpo", "dpo", "grpo", "distillation"])
+def test_alignment(
+    name: str, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends well only where the losses of both runs agree."""
+    pytest.importorskip("matplotlib")
+    out = run(f"alignment.{name}", monkeypatch, capsys, *SMALL, "--output", str(output))
+    assert "LigerSwiGLU" in out
+    assert "| accuracy, mean of the last 5 steps |" in out
+    found = json.loads((output / f"{name}-cpu.json").read_text())
+    assert found["stock"]["accuracies"][0] == found["patched"]["accuracies"][0]
+    assert (output / f"{name}-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_policy_loss_beside_all_logits() -> None:
+    """The runs of GRPO sample each for itself: their losses are compared here, on the same samples."""
+    from examples.alignment.grpo import GRPO, Samples
+    from examples.common import causal_lm
+    from examples.demo.report import losses_agree
+
+    example = GRPO.__new__(GRPO)
+    example.model = causal_lm().train()
+    ids = torch.randint(257, (4, 12))
+    mask = (torch.arange(6) < torch.tensor([[6], [1], [4], [2]])).float()
+    samples = Samples(ids, mask, torch.rand(4), torch.tensor([1.5, -0.5, 0.25, -1.0]))
+    results: Any = {mode: {"losses": []} for mode in ("stock", "patched")}
+    for mode, found in results.items():
+        loss, _ = getattr(example, mode)(samples)
+        example.model.zero_grad()
+        loss.backward()
+        norms = [p.grad.norm() for p in example.model.parameters() if p.grad is not None]
+        found["losses"] = [float(loss.detach()), *map(float, norms)]
+    assert losses_agree(results, "float32")
+    assert len(results["stock"]["losses"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("line", "closed"),
+    [
+        ("f(x)", True),
+        ("f(x", False),
+        ("x)", False),
+        ("f[(x])", False),
+        ("{f[(x)]}", True),
+        ("", True),
+    ],
+)
+def test_the_reward(line: str, closed: bool) -> None:
+    pytest.importorskip("tokenizers")
+    from examples.alignment.grpo import is_closed
+
+    assert is_closed(line) == closed
+
+
 def in_two_processes(example: str) -> subprocess.CompletedProcess[str]:
     launch = [
         sys.executable,
@@ -104,7 +176,11 @@ def test_fsdp2() -> None:
 
 @pytest.mark.parametrize(
     ("example", "package"),
-    [("hf_trainer --sharding zero3", "deepspeed"), ("lightning_module", "lightning")],
+    [
+        ("hf_trainer --sharding zero3", "deepspeed"),
+        ("lightning_module", "lightning"),
+        ("finetuning.qlora", "bitsandbytes"),
+    ],
 )
 def test_what_is_not_installed_is_named(
     example: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -120,15 +196,32 @@ def test_what_is_not_installed_is_named(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags", ["moe --device cuda", "alignment.dpo --gpu-shape"])
+def test_no_gpu(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run("moe", monkeypatch, capsys, "--device", "cuda")
+        run(flags, monkeypatch, capsys)
     assert "sees no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--batch 0", "--steps -1", "--seq 1"])
+def test_sizes_that_train_nothing(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(f"moe {flags}", monkeypatch, capsys)
+    assert flags in capsys.readouterr().err
+
+
 def test_the_readme_lists_every_example() -> None:
-    listed = set(re.findall(r"-m examples\.(\w+)", (ROOT / "examples" / "README.md").read_text()))
-    files = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common"}
+    folder = ROOT / "examples"
+    listed = set(re.findall(r"-m examples\.([\w.]+)", (folder / "README.md").read_text()))
+    files = {
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text() and "demo" not in path.parts
+    }
     assert listed - {"demo"} == files
     tested = {example.split()[0] for example in EXAMPLES}
-    assert files == tested | {"fsdp2"}
+    assert {name for name in files if not name.startswith("alignment.")} == tested | {"fsdp2"}

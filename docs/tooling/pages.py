@@ -1,6 +1,6 @@
 """What MkDocs does not do by itself.
 
-- README, CONTRIBUTING and CHANGELOG stay where GitHub wants them and are pages of the site too.
+- README, CONTRIBUTING, CHANGELOG and the examples' README stay where GitHub wants them and are pages of the site too.
 - A `<picture>` with a light and a dark source, as GitHub reads it, follows the switch of the site.
 - Beside every page lies its Markdown; llms.txt lists these, llms-full.txt holds them all.
 """
@@ -23,13 +23,15 @@ FROM_ROOT = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "examples.md": "examples/README.md",
 }
 PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)"[^>]*>\s*'
     r'<img (?=[^>]*alt="(?P<alt>[^"]*)")[^>]*src="(?P<light>[^"]+)"[^>]*>\s*</picture>'
 )
-#: a link of a page to a file in the root, where it is outside of docs/
-FROM_PAGE = re.compile(r"\]\(((?:\.\./)+)(CONTRIBUTING|CHANGELOG)\.md")
+#: a link of a page to one of these, where they are outside of docs/
+FROM_PAGE = re.compile(r"\]\(((?:\.\./)+)(" + "|".join(map(re.escape, FROM_ROOT.values())) + r")")
+PAGES = {source: name for name, source in FROM_ROOT.items()}
 API = re.compile(r"<!-- api: (?P<module>[\w.]+) (?P<pattern>\S+) -->")
 BOTH = r"![\g<alt>](\g<light>#only-light)![\g<alt>](\g<dark>#only-dark)"
 MARKS = re.compile(r"^<!-- /?[\w:]+ -->\n?", re.MULTILINE)
@@ -58,9 +60,7 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    markdown = API.sub(
-        api_names, FROM_PAGE.sub(lambda m: f"]({m[1][3:]}{m[2].lower()}.md", markdown)
-    )
+    markdown = API.sub(api_names, FROM_PAGE.sub(lambda m: f"]({m[1][3:]}{PAGES[m[2]]}", markdown))
     plain = PICTURE.sub(r"![\g<alt>](\g<light>)", markdown)
     written[page.file.src_uri] = api_spelled_out(MARKS.sub("", plain))
     return PICTURE.sub(BOTH, markdown)

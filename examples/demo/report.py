@@ -11,6 +11,8 @@ import torch
 
 Results = dict[str, dict[str, Any]]
 COLOURS = {"stock": "#9aa0a6", "patched": "#1a73e8"}
+LAST = 5  # steps over which accuracies are averaged
+CURVES = {"losses": "loss", "accuracies": "accuracy"}
 
 
 def relative_differences(results: Results) -> list[float]:
@@ -18,7 +20,10 @@ def relative_differences(results: Results) -> list[float]:
     if len(results) < 2:
         return []
     stock, patched = results["stock"]["losses"], results["patched"]["losses"]
-    return [abs(b - a) / abs(a) for a, b in zip(stock, patched, strict=True)]
+    return [
+        abs(b - a) / abs(a) if a else (math.inf if b else 0.0)
+        for a, b in zip(stock, patched, strict=True)
+    ]
 
 
 def speedups(results: Results) -> list[float]:
@@ -60,6 +65,11 @@ def loss_table(results: Results) -> str:
 def _rows(results: Results) -> list[tuple[str, list[float], str]]:
     """(label, one value per mode, format) of the summary."""
     values = results.values()
+    accuracies = []
+    if all("accuracies" in r for r in values):
+        for which, steps in (("first", slice(LAST)), ("last", slice(-LAST, None))):
+            means = [statistics.fmean(r["accuracies"][steps]) for r in values]
+            accuracies.append((f"accuracy, mean of the {which} {LAST} steps", means, "{:.0%}"))
     return [
         ("tokens/s", [r["tokens_per_second"] for r in values], "{:,.0f}"),
         ("time per step", [r["seconds_per_step"] for r in values], "{:.3f} s"),
@@ -70,19 +80,22 @@ def _rows(results: Results) -> list[tuple[str, list[float], str]]:
         ),
         ("peak memory", [r["memory_peak"] / 1e9 for r in values], "{:.2f} GB"),
         ("loss of the last step", [r["losses"][-1] for r in values], "{:.6f}"),
+        *accuracies,
     ]
 
 
-def markdown(title: str, results: Results) -> str:
-    """The summary, ready to be pasted into a README."""
+def markdown(title: str, results: Results, same_batches: bool = True) -> str:
+    """The summary, ready to be pasted into a README; losses are compared where both runs saw the same batches."""
     both = len(results) == 2
     head = [title, *results, *(["patched / stock"] if both else [])]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for label, values, form in _rows(results):
         cells = [label, *(form.format(v) for v in values)]
         if both:
-            cells.append(f"{values[1] / values[0]:.2f}x")
-        if both and label.startswith("loss"):
+            cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "")
+        if both and label.startswith(("accuracy", "loss")):
+            cells[-1] = ""
+        if both and label.startswith("loss") and same_batches:
             worst = max(relative_differences(results))
             cells[-1] = f"max. rel. difference {worst:.1e}"
         lines.append("| " + " | ".join(cells) + " |")
@@ -95,30 +108,34 @@ def markdown(title: str, results: Results) -> str:
 
 
 def plot(title: str, results: Results, file: Path) -> None:
-    """Loss curves over each other, and bars for time and memory."""
+    """Curves of the loss, and of the accuracy where there is one, over each other, and bars for time and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (curves, *bars) = plt.subplots(
-        1, 3, figsize=(13, 4.2), width_ratios=(2.2, 1, 1), layout="constrained"
+    drawn = [name for name in CURVES if all(name in result for result in results.values())]
+    widths = (*(2.2 for _ in drawn), 1, 1)
+    size = (3.1 * sum(widths), 4.2)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=size, width_ratios=widths, layout="constrained"
     )
     figure.suptitle(title, fontsize=11)
-    for mode, result in results.items():
-        steps = range(1, len(result["losses"]) + 1)
-        style: dict[str, Any] = (
-            {"linewidth": 5, "alpha": 0.6} if mode == "stock" else {"marker": "o"}
-        )
-        curves.plot(steps, result["losses"], color=COLOURS[mode], label=mode, **style)
-    curves.set(xlabel="step", ylabel="loss", title="loss")
-    curves.legend()
-    curves.grid(alpha=0.3)
+    for curves, name in zip(axes, drawn, strict=False):
+        for mode, result in results.items():
+            steps = range(1, len(result[name]) + 1)
+            style: dict[str, Any] = (
+                {"linewidth": 5, "alpha": 0.6} if mode == "stock" else {"marker": "o"}
+            )
+            curves.plot(steps, result[name], color=COLOURS[mode], label=mode, **style)
+        curves.set(xlabel="step", ylabel=CURVES[name], title=CURVES[name])
+        curves.legend()
+        curves.grid(alpha=0.3)
     rows = _rows(results)
-    for axes, (label, values, form) in zip(bars, rows[1:3], strict=True):
-        drawn = axes.bar(list(results), values, color=[COLOURS[mode] for mode in results])
-        axes.bar_label(drawn, labels=[form.format(v) for v in values])
-        axes.set_title(label.replace(" above", "\nabove"), fontsize=10)
-        axes.margins(y=0.15)
+    for bars, (label, values, form) in zip(axes[len(drawn) :], rows[1:3], strict=True):
+        heights = bars.bar(list(results), values, color=[COLOURS[mode] for mode in results])
+        bars.bar_label(heights, labels=[form.format(v) for v in values])
+        bars.set_title(label.replace(" above", "\nabove"), fontsize=10)
+        bars.margins(y=0.15)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -83,9 +83,11 @@ def tokenize(files: list[Path], vocabulary: int, tokenizer_file: Path) -> Tensor
     return torch.tensor(ids, dtype=torch.int32)
 
 
-def prepare(cache: Path, vocabulary: int, root: Path | None = None) -> Path:
+def prepare(
+    cache: Path, vocabulary: int, root: Path | None = None, min_bytes: int = MIN_TEXT_BYTES
+) -> Path:
     """The file with the token ids of the text, made on the first call, found in `cache` on the next."""
-    files = find_text(root)
+    files = find_text(root, min_bytes)
     size = sum(path.stat().st_size for path in files)
     key = f"bpe-{vocabulary}-python-{platform.python_version()}-{len(files)}-files-{size}-bytes"
     tokens_file = cache / key / "tokens.pt"

@@ -45,6 +45,7 @@ from liger_kernel.ops.qk_norm_rope import qk_norm_rope
 from liger_kernel.ops.relu_squared import relu_squared
 from liger_kernel.ops.rms_norm import rms_norm
 from liger_kernel.ops.rope import complex_rope, rope
+from liger_kernel.ops.short_conv import short_conv
 from liger_kernel.ops.softmax import softmax
 from liger_kernel.ops.sparsemax import sparsemax
 from liger_kernel.ops.tiled_mlp import apply_tiled_mlp, tiled_mlp
@@ -96,6 +97,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "router_z_loss",
+    "short_conv",
     "softmax",
     "sparsemax",
     "swiglu",

@@ -46,6 +46,7 @@ class TestInspect:
         assert done.status == 0
         assert "LigerSwiGLU" in done.out
         assert all(len(line) <= 80 for line in done.out.splitlines())
+        assert "model.layers.*.post_attention_layernorm " in done.out  # in one piece
 
     def test_what_is_skipped_and_what_is_slow(self, run: Run, both: str) -> None:
         assert "eager" in run("inspect", "gpt_oss").out  # its attention; 36 layers
@@ -183,7 +184,7 @@ class TestEstimate:
         with live:
             outputs = model(input_ids=batch(2, 32)["input_ids"], use_cache=False)
             alive = live.live - outputs.logits.nbytes
-        assert off_by(estimate.kept(built().to("meta"), 2, 32), alive) < 0.02
+        assert off_by(sum(estimate.kept(built().to("meta"), 2, 32)), alive) < 0.02
 
     @pytest.mark.parametrize("setup", STEPS, ids=str)
     def test_against_measured_peaks(self, run: Run, tmp_path: Path, setup: Any) -> None:
@@ -198,10 +199,8 @@ class TestEstimate:
             for row in json.loads(RESULTS.read_text())["e2e"]
             if (row["shape"], row["seq"], row["batch"]) == setup[:3]
         }
-        # of so few tokens the norms and the gate are PyTorch's now, which was not so when this was measured
-        most = 0.3 if setup.seq == 512 else 0.05
         for mode in ("stock", "patched"):
-            assert off_by(found[mode]["peak"] / 1e9, measured[mode]) < most, mode
+            assert off_by(found[mode]["peak"] / 1e9, measured[mode]) < 0.02, mode
 
 
 def test_slow_paths_of_a_live_model() -> None:

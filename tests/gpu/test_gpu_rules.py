@@ -188,6 +188,7 @@ def resized(
     return resized, cotangents(spec, case, output_shapes(spec, case, resized), make)
 
 
+@pytest.mark.xdist_group("memory")
 @every_op
 def test_more_tokens_than_a_grid_axis_holds(spec: OpSpec) -> None:
     """65,535 is the most that grid axes y and z hold."""

@@ -7,7 +7,7 @@ on those rows alone is the truth for them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -149,11 +149,104 @@ def gated_mlp(rows: int, hidden: int, features: int) -> Huge:
     return Huge("gated_mlp", f"{rows}x{hidden}x{features}", inputs, (0, None, None, None), options)
 
 
+def tiled_mlp(rows: int, hidden: int, features: int) -> Huge:
+    whole = gated_mlp(rows, hidden, features)
+    return replace(whole, op="tiled_mlp", options={"activation": "silu", "num_tiles": None})
+
+
+def lora_linear(rows: int, hidden: int, outputs: int, rank: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        factors = make.randn(rank, hidden, scale=hidden**-0.5), make.randn(outputs, rank)
+        return make.randn(rows, hidden), make.randn(outputs, hidden), None, *factors
+
+    name = f"{rows}x{hidden}x{outputs}"
+    return Huge("lora_linear", name, inputs, (0, *(None,) * 4), {"scaling": 2.0})
+
+
 def gradients(rows: int, columns: int) -> Huge:
     def inputs(make: Make) -> tuple[Tensor | None, ...]:
         return make.randn(rows, columns), None, None, make.randn(1)[0]
 
     return Huge("scale_gradients", f"{rows}x{columns}", inputs, (0, None, None, None))
+
+
+def of_first_case(op: str, **options: Any) -> dict[str, Any]:
+    """All options of an op, as its reference wants them."""
+    return {**specs()[op].cases[0].options, **options}
+
+
+def parts(
+    op: str,
+    *shapes: tuple[int, ...] | None,
+    axes: tuple[int | None, ...] = (),
+    labels: tuple[int, int, bool] | None = None,
+    axis: int = 0,
+    **options: Any,
+) -> Huge:
+    """Tensors of these shapes, rows along `axes` (0 of the first alone). `labels`: place, classes, whether all but the
+    last rows are ignored."""
+
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        made = [
+            None
+            if s is None
+            else make.randn(*s, scale=s[-1] ** -0.5 if i else 1.0)
+            if s
+            else make.randn(1)[0]
+            for i, s in enumerate(shapes)
+        ]
+        if labels is not None:
+            at, classes, last_alone = labels
+            drawn = make.labels(shapes[0][0], classes)  # type: ignore[index]
+            if last_alone:
+                drawn[:-TAIL] = -100
+            made[at] = drawn
+        return tuple(made)
+
+    rest = (0, *(None,) * (len(shapes) - 1))
+    first: Any = shapes[0]
+    return Huge(op, "x".join(map(str, first)), inputs, axes or rest, options, axis)
+
+
+def experts(rows: int, hidden: int, features: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        w1, w2 = make.randn(2, 2 * features, hidden), make.randn(2, hidden, features)
+        x, index = make.randn(rows, hidden), make.integers(2, rows, 1)
+        return x, w1, w2, index, make.randn(rows, 1), *(None,) * 6
+
+    options = of_first_case("fused_moe")
+    axes = (0, None, None, 0, 0, *(None,) * 6)
+    return Huge("fused_moe", f"{rows}x{hidden}x{features}", inputs, axes, options)
+
+
+def router(rows: int, experts: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        logits = make.randn(rows, experts)
+        for row in range(rows - TAIL, rows):  # no two alike: among equals, whoever chooses is right
+            logits[row] = make.permutation(experts) / 16
+        return logits, None
+
+    return Huge("moe_router", f"{rows}x{experts}", inputs, (0, None), of_first_case("moe_router"))
+
+
+def ternary(rows: int, inner: int, columns: int) -> Huge:
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        # not by torch.randint, whose numbers take eight bytes
+        a, b = (make.randn(*s, scale=30.0) for s in ((rows, 4 * inner), (inner, columns)))
+        return a.to(torch.int8), b.abs().to(torch.uint8)
+
+    return Huge("mm_int8int2", f"{rows}x{4 * inner}x{columns}", inputs, (0, None))
+
+
+def normed_rope(batch: int, heads: int, tokens: int, head_dim: int) -> Huge:
+    of_rope = rope("", batch, heads, tokens, head_dim, axis=2)
+
+    def inputs(make: Make) -> tuple[Tensor | None, ...]:
+        q, k, *angles = of_rope.inputs(make)
+        return q, k, make.randn(head_dim), make.randn(head_dim), *angles
+
+    axes = (*of_rope.axes[:2], None, None, *of_rope.axes[2:])
+    return Huge("qk_norm_rope", f"{tokens}-tokens", inputs, axes, of_first_case("qk_norm_rope"), 2)
 
 
 NORM = {"eps": 1e-6, "offset": 0.0, "casting_mode": "llama"}
@@ -184,6 +277,8 @@ HUGE = (
     of_parameters("poly_norm", *WIDE, 3, 1, eps=1e-6),
     of_parameters("poly_norm", *TALL, 3, 1, eps=1e-6),
     gated_mlp(16_777_221, 129, 128),
+    tiled_mlp(16_777_221, 129, 128),
+    lora_linear(16_777_221, 129, 128, 8),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
     rope("heads", 1, 262_148, 64, 128, axis=1),
@@ -198,6 +293,81 @@ HUGE = (
     divergence("jsd", *TALL, True, True),
     divergence("tvd", *TALL, False, False, reduction="none"),
     gradients(*WIDE),
+    parts("attn_res", (2, 16_777_221, 66), (66,), (66,), axes=(1, None, None), eps=1e-6),
+    parts(
+        "fused_ce_tvd",
+        (515, 4_194_307),
+        (515, 4_194_307),
+        None,
+        axes=(0, 0, 0),
+        labels=(2, 4_194_307, False),
+    ),
+    parts(
+        "grpo_loss",
+        *((515, 4_194_307), None, (515,), None, (515,), None, None),
+        axes=(0, 0, 0, None, 0, None, None),
+        labels=(1, 4_194_307, False),
+        temperature=1.0,
+    ),
+    parts(
+        "fused_neighborhood_attention",
+        *((65_541, 4, 64, 129),) * 3,
+        axes=(0, 0, 0),
+        **of_first_case("fused_neighborhood_attention"),
+    ),
+    experts(16_777_221, 136, 16),
+    ternary(33_554_435, 17, 32),
+    parts("lora_linear", (16_777_221, 136), (16, 136), None, (3, 136), (16, 3), scaling=2.0),
+    parts(
+        "mhc_mix",
+        *((131_075, 4, 4_104), (131_075, 4, 4), (131_075, 4_104), (131_075, 4)),
+        axes=(0, 0, 0, 0),
+    ),
+    parts("mhc_project", (8_388_611, 260), (260, 24), eps=1e-6),
+    parts("mhc_sinkhorn", (89_478_503, 24), (24,), (), (1,), (), **of_first_case("mhc_sinkhorn")),
+    parts(
+        "multi_token_attention",
+        (2_100_003, 4, 16, 16),
+        (4, 4, 3, 3),
+        (4,),
+        **of_first_case("multi_token_attention"),
+    ),
+    router(16_777_221, 129),
+    normed_rope(1, 32, 524_291, 128),
+    parts("tiled_mlp", *((16_777_221, 129), (128, 129), (128, 129), (129, 128)), activation="silu"),
+    parts(
+        "linear_logprobs",
+        *((524_291, 4_100), (64, 4_100), None, None, None),
+        axes=(0, None, 0, None, None),
+        labels=(2, 64, False),
+    ),
+    parts(
+        "fused_linear_jsd",
+        *((524_291, 4_100), (64, 4_100), (524_291, 16), (64, 16), None),
+        axes=(0, None, 0, None, 0),
+        labels=(4, 64, True),
+    ),
+    parts(
+        "fused_linear_kl_div",
+        *((524_291, 4_100), (64, 4_100), (524_291, 64), None),
+        axes=(0, None, 0, 0),
+        labels=(3, 64, True),
+        reduction="sum",
+    ),
+    parts(
+        "vocab_parallel_cross_entropy",
+        *((515, 4_194_307), None),
+        axes=(0, 0),
+        labels=(1, 4_194_307, False),
+        reduction="none",
+    ),
+    parts(
+        "vocab_parallel_logprobs",
+        *((515, 4_194_307), None, None),
+        axes=(0, 0, None),
+        labels=(1, 4_194_307, False),
+        entropy=True,
+    ),
 )
 MANY = (
     rope("70001-tokens", 1, 2, 70_001, 8, axis=2),
@@ -222,6 +392,12 @@ MANY = (
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),
+    parts("attn_res", (2, 70_001, 24), (24,), (24,), axes=(1, None, None), eps=1e-6),
+    experts(70_001, 16, 8),
+    parts("mhc_mix", *((70_001, 4, 24), (70_001, 4, 4), (70_001, 24), (70_001, 4)), axes=(0,) * 4),
+    parts("mhc_mix", *((3, 4, 65_536 * 16 + 1), (3, 4, 4)), None, None, axes=(0, 0, None, None)),
+    router(70_001, 16),
+    ternary(70_001, 16, 40),
 )
 
 

@@ -22,8 +22,18 @@ from liger_kernel import backends
 from liger_kernel._core.contract import check_contract
 from liger_kernel.backends import disabled
 from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.chunked_loss import (
+    LigerFusedLinearDPOLoss,
+    LigerFusedLinearGRPOLoss,
+    LigerFusedLinearJSDLoss,
+    LigerFusedLinearKTOLoss,
+    fused_linear_distillation,
+    grpo_loss,
+    preference,
+)
+from liger_kernel.loss_head import products
 from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross_entropy
-from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.label_count import LabelCount, count_labels
 from liger_kernel.ops import OPS
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernel.ops.gated_mlp import gated_mlp
@@ -315,6 +325,60 @@ def test_labels_are_left_out_where_the_device_cannot_assert() -> None:
     )
     with pytest.raises(RuntimeError, match="more labels than label_count says"):
         fused_linear_cross_entropy(hidden, weight, target, label_count=3)
+
+
+def loss_of_tokens(name: str, place: str) -> tuple[list[Tensor], int]:
+    """The loss, its gradients, and the rows of hidden states whose logits were made, of 6 of 16 labelled tokens."""
+    torch.manual_seed(0)
+    hidden, weight, given = torch.randn(4, 4, 8), torch.randn(11, 8), torch.randn(4, 4, 11)
+    target = torch.arange(16).view(4, 4).remainder(11)
+    target[:, :2] = target[1, 3] = target[3, 2] = -100
+    hidden, weight, given, target = (t.to(place) for t in (hidden, weight, given, target))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    frozen, of_first = (t.detach() * 0.9 for t in leaves), torch.tensor([1.0, 0, 1, 0]).to(place)
+    rows: list[int] = []
+    project = products.HeadProducts.project
+
+    def recorded(head: products.HeadProducts, x: Tensor, out: Tensor) -> None:
+        rows.append(x.shape[0])
+        project(head, x, out)
+
+    def counted(
+        labels: Tensor, ignored: int, group_size: int = 1, order: Tensor | None = None
+    ) -> Any:
+        # the stand-in has no streams, on which numbers come
+        return count_labels(
+            labels.cpu(), ignored, group_size, None if order is None else order.cpu()
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (preference, grpo_loss, fused_linear_distillation):
+            patch.setattr(module, "count_labels", counted)
+        patch.setattr(products.HeadProducts, "project", recorded)
+        if name == "dpo":
+            reference = dict(zip(("ref_input", "ref_weight"), frozen, strict=True))
+            loss = LigerFusedLinearDPOLoss()(weight, hidden, target, **reference)[0]
+        elif name == "kto":
+            loss = LigerFusedLinearKTOLoss()(hidden, weight, target, preference_labels=of_first)[0]
+        elif name == "grpo":
+            mask, ids = target != -100, target.clamp(min=0)
+            module = LigerFusedLinearGRPOLoss(use_ref_model=False, beta=0.0)
+            loss = module(hidden, weight, ids, mask, of_first)[0]
+        else:
+            soft = given.flatten(0, 1)
+            loss = LigerFusedLinearJSDLoss()(hidden, weight, soft, None, target)
+        grads = torch.autograd.grad(loss, leaves)
+    return [t.detach().cpu() for t in (loss, *grads)], sum(rows)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo", "jsd"])
+def test_tokens_without_a_label_cost_nothing(name: str) -> None:
+    """As on the CPU, once the host was told how many there are; the numbers are the same."""
+    ours, rows = loss_of_tokens(name, "npu")
+    theirs, fewest = loss_of_tokens(name, "cpu")
+    assert rows == fewest == (12 if name == "dpo" else 6)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

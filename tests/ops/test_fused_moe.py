@@ -22,8 +22,9 @@ CASES = {case.id: case for case in SPEC.cases if not case.large}
 
 
 def given(case: OpCase, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Without low ranks."""
     inputs, grads = drawn(SPEC, case, Make(dtype))
-    return leaves(inputs, wanted_inputs(SPEC, case, inputs)), grads
+    return leaves(inputs, wanted_inputs(SPEC, case, inputs))[:7], grads
 
 
 @pytest.mark.parametrize("id", ["gpt-oss", "no-rows"])
@@ -36,6 +37,7 @@ def test_a_device_that_queues_and_has_no_kernels(id: str, monkeypatch: pytest.Mo
         assert_as_exact(SPEC, CASES[id], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("expert", [1, 3], ids=["one-twice", "nobody"])
 def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
@@ -45,6 +47,7 @@ def test_one_expert_for_all_pairs(implementation: str, expert: int) -> None:
         assert_as_exact(SPEC, CASES["silu"], inputs, grads)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="an older torch")
 @pytest.mark.parametrize("sentinels", [False, True])
 def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,21 +56,22 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     make = Make(torch.bfloat16)
     index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
     inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
-    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library=True)
+    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library_from=0)
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     used = []
     original = kernels._grouped_mm
     monkeypatch.setattr(kernels, "_grouped_mm", lambda *args: used.append(1) or original(*args))
     with backends.use_implementation("triton"):
-        given = (*inputs, make.randn(9, 2), None, None)
+        given = (*inputs, make.randn(9, 2), *(None,) * 6)
         assert_as_exact(SPEC, CASES["silu"], given, {0: make.randn(9, 16)})
     assert len(used) == 6
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
     """Also behind the clamp, and also from a weight, whose expert all tokens but the last avoid."""
     drawn_inputs: Any = SPEC.cases[1].inputs(Make(torch.float32))
-    x, w1, w2, _, weights, b1, b2 = drawn_inputs
+    x, w1, w2, _, weights, b1, b2, *_ = drawn_inputs
     index = torch.zeros(weights.shape, dtype=torch.int64)
     index[-1, 0] = 1
     x[3] = torch.nan
@@ -82,6 +86,7 @@ def test_nan_stays_with_its_tokens_and_reaches_the_gradients() -> None:
             assert bad == [3, x.shape[0] - 1]
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_an_index_that_is_no_expert_makes_its_token_nan(
     implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +98,7 @@ def test_an_index_that_is_no_expert_makes_its_token_nan(
     wrong = index.clone()
     wrong[1, 0], wrong[4, 1] = -1, w1.shape[0] + 1
     with pytest.raises(ValueError, match="top_k_index"):
-        fused_moe(x, w1, w2, wrong, weights)
+        fused_moe(*(t.cpu() for t in (x, w1, w2, wrong, weights)))
     for file in (pipeline, checks):
         monkeypatch.setattr(file, "can_look", lambda t: False)
     with backends.use_implementation(implementation):
@@ -104,9 +109,9 @@ def test_an_index_that_is_no_expert_makes_its_token_nan(
     assert_no_worse("others", found[others], high[others], low[others])
 
 
-@pytest.mark.parametrize("needed", [(0,), (5, 6), (6,)], ids=str)
+@pytest.mark.parametrize("needed", [(0,), (5, 6), (6,), (7, 8, 9, 10), (8,)], ids=str)
 def test_one_graph_of_torch_compile(needed: tuple[int, ...]) -> None:
-    case = CASES["gpt-oss"]
+    case = CASES["gpt-oss" if max(needed) < 7 else "lora-gpt-oss"]
     inputs, grads = drawn(SPEC, case, Make(torch.float32))
     expected = call(SPEC.function, case.options, leaves(inputs, {*needed}), grads)
     compiled = torch.compile(SPEC.function, backend="aot_eager", fullgraph=True)
@@ -117,8 +122,10 @@ def test_one_graph_of_torch_compile(needed: tuple[int, ...]) -> None:
 
 
 def test_passes_opcheck() -> None:
-    args, _ = given(CASES["gpt-oss"])
-    options = CASES["gpt-oss"].options.values()
+    case = CASES["lora-gpt-oss"]
+    inputs, _ = drawn(SPEC, case, Make(torch.float32))
+    args = leaves(inputs, wanted_inputs(SPEC, case, inputs))
+    options = case.options.values()
     needs = [isinstance(t, Tensor) and t.requires_grad for t in args]
     op: Any = torch.ops.liger_kernel.fused_moe.default
     torch.library.opcheck(op, (*args, needs, *options))
@@ -143,10 +150,11 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
     """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""
     drawn_inputs, grads = drawn(SPEC, CASES["silu"], Make(torch.float32))
-    inputs = leaves(drawn_inputs, {0})
+    inputs = leaves(drawn_inputs, {0})[:7]
     sizes = []
     with backends.use_implementation("triton"):
         for held in (False, True):
@@ -180,6 +188,32 @@ class Allocated(TorchDispatchMode):
         return found
 
 
+def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
+    """In fp32 beside weights of 16 bits, as PEFT keeps them: gradients in fp32, no worse than those of narrow ones."""
+    case = CASES["lora"]
+    narrow, grads = drawn(SPEC, case, Make(torch.bfloat16))
+    wanted = wanted_inputs(SPEC, case, narrow)
+    wide = [t.float() if i > 6 and t is not None else t for i, t in enumerate(narrow)]
+    with backends.use_implementation("triton"):
+        _, found = call(SPEC.function, case.options, leaves(tuple(wide), wanted), grads)
+    _, high = call(SPEC.reference, case.options, leaves(narrow, wanted, torch.float64), grads)
+    _, low = call(SPEC.reference, case.options, leaves(narrow, wanted), grads)
+    for i in range(7, 11):
+        assert found[i].dtype == torch.float32
+        assert_no_worse(f"gradient {i}", found[i].bfloat16(), high[i], low[i])
+
+
+def test_a_low_rank_makes_nothing_of_the_size_of_the_weights() -> None:
+    inputs, grads = drawn(SPEC, CASES["lora"], Make(torch.float32))
+    x, w1, w2, _, weights, *_ = inputs
+    index = torch.zeros_like(weights[:1], dtype=torch.int64)
+    few = (x[:1], w1, w2, index, weights[:1], *inputs[5:])  # type: ignore[index]
+    given = leaves(few, {0, 7, 8, 9, 10})
+    with backends.use_implementation("triton"), Allocated() as allocated:
+        call(SPEC.function, CASES["lora"].options, given, {0: grads[0][:1]})
+    assert allocated.largest < min(w1.numel(), w2.numel())  # type: ignore[union-attr]
+
+
 def test_leading_dimensions() -> None:
     inputs, _ = given(CASES["silu"])
     x, w1, w2, index, weights, *_ = inputs
@@ -200,6 +234,13 @@ BAD: dict[str, tuple[dict[int, Any], dict[str, Any], type[Exception], str]] = {
     "index dtype": ({3: torch.ones(19, 2)}, {}, TypeError, "integers"),
     "index shape": ({3: torch.zeros(18, 2, dtype=torch.int64)}, {}, ValueError, r"\(18, 2\)"),
     "weights dtype": ({2: torch.ones(3, 24, 20).half()}, {}, TypeError, "torch.float16"),
+    "low rank": (
+        {},
+        {"down_lora": (torch.ones(3, 4, 20), torch.ones(3, 20, 4))},
+        ValueError,
+        "24, R",
+    ),
+    "scaling": ({}, {"down_scaling": 2.0}, ValueError, "down_lora, which is None"),
     "bias": ({5: torch.ones(3, 20)}, {}, ValueError, r"one of \(3, 40\)"),
 }
 

@@ -111,6 +111,7 @@ def test_limits_and_alphas_that_mean_nothing() -> None:
             function(activation="gelu", alpha=1.7)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_beyond_a_limit_gradients_are_zero_and_nan_stays(implementation: str) -> None:
     limit, nan, inf = 2.0, float("nan"), float("inf")

@@ -85,6 +85,7 @@ def test_kl_div_by_every_door() -> None:
     assert_equal(half, [0.5 * g for g in expected[1:]])
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("ce_counts", [True, False])
 def test_ce_tvd_by_every_door(ce_counts: bool) -> None:
     make = Make(torch.float32)
@@ -110,6 +111,7 @@ def test_ce_tvd_by_every_door(ce_counts: bool) -> None:
     assert_no_worse("sigma", sigma[kept], high, low)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_where_both_agree_nothing_pulls() -> None:
     x = heads()[0].requires_grad_()
     for name in ("reference", "triton"):

@@ -51,20 +51,23 @@ def assert_like_autograd(
         assert_no_worse("gradient", ours, high, low)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_helpers(implementation: str) -> None:
+    make, alphas = Make(torch.float32), [t.to(torch.get_default_device()) for t in ALPHAS]
+    x, phi, b = make.randn(5, 4, 6), make.randn(24, 24, scale=0.2), make.randn(24)
     with use_implementation(implementation):
-        rows, g = X.flatten(1), MAKE.randn(5, 24)
-        mix, invr = mhc.mhc_mm_norm_fwd(rows, PHI, 1e-6)
+        rows, g = x.flatten(1), make.randn(5, 24)
+        mix, invr = mhc.mhc_mm_norm_fwd(rows, phi, 1e-6)
         assert mix.shape == (5, 24)
         high, low = (r.square().mean(-1).add(1e-6).rsqrt() for r in (rows.double(), rows))
         assert_no_worse("invr", invr, high, low)
-        found = mhc.mhc_mm_norm_bwd(rows, PHI, mix, invr, g)
-        assert_like_autograd(mhc_project, found, g, rows, PHI)
+        found = mhc.mhc_mm_norm_bwd(rows, phi, mix, invr, g)
+        assert_like_autograd(mhc_project, found, g, rows, phi)
         outs = [torch.empty(5, 4), torch.empty(5, 4), torch.empty(5, 4, 4)]
         names = ("out_hpre", "out_hpost", "out_hres")
         *coeffs, hist = mhc.mhc_split_sinkhorn_fwd(
-            *(mix, B, *ALPHAS),
+            *(mix, b, *alphas),
             **OPTIONS,
             pre_eps=0.0,
             post_mult=2.0,
@@ -72,13 +75,13 @@ def test_helpers(implementation: str) -> None:
             **dict(zip(names, outs, strict=True)),
         )
         assert all(a is b for a, b in zip(coeffs, outs, strict=True))
-        expected = mhc_coeffs(X, PHI, B, *ALPHAS, **OPTIONS)
+        expected = mhc_coeffs(x, phi, b, *alphas, **OPTIONS)
         assert all(map(torch.equal, coeffs, expected))
         assert hist.shape == (5, 4, 4, 4)
         assert torch.equal(hist[:, -1], coeffs[2])
 
-        g = MAKE.randn(5, 4, 4)
-        logits = (mix[:, 8:] * ALPHAS[2] + B[8:]).view(5, 4, 4)
+        g = make.randn(5, 4, 4)
+        logits = (mix[:, 8:] * alphas[2] + b[8:]).view(5, 4, 4)
         zero, one = torch.zeros(24), torch.ones(())
 
         def of_logits(z: Tensor) -> Tensor:
@@ -86,16 +89,16 @@ def test_helpers(implementation: str) -> None:
             more = (t.to(z.dtype) for t in (zero, one, one, one))
             return mhc_sinkhorn(whole, *more, **OPTIONS)[2]
 
-        found = (mhc.mhc_sinkhorn_bwd(mix, B, ALPHAS[2], g, **OPTIONS, hist=hist),)
+        found = (mhc.mhc_sinkhorn_bwd(mix, b, alphas[2], g, **OPTIONS, hist=hist),)
         assert_like_autograd(of_logits, found, g, logits)
 
         h_pre, h_post, h_res = coeffs
-        f, g = MAKE.randn(5, 6), MAKE.randn(5, 6)
-        assert torch.equal(mhc.mhc_pre_fwd(X, h_pre), mhc_pre(X, h_pre))
-        assert mhc.mhc_pre_fwd(X.bfloat16(), h_pre).dtype == torch.float32
-        assert_like_autograd(mhc_pre, mhc.mhc_pre_bwd(X, h_pre, g), g, X, h_pre)
-        g, out = MAKE.randn(5, 4, 6), torch.empty(5, 4, 6)
-        given = (X, f, h_post, h_res)
+        f, g = make.randn(5, 6), make.randn(5, 6)
+        assert torch.equal(mhc.mhc_pre_fwd(x, h_pre), mhc_pre(x, h_pre))
+        assert mhc.mhc_pre_fwd(x.bfloat16(), h_pre).dtype == torch.float32
+        assert_like_autograd(mhc_pre, mhc.mhc_pre_bwd(x, h_pre, g), g, x, h_pre)
+        g, out = make.randn(5, 4, 6), torch.empty(5, 4, 6)
+        given = (x, f, h_post, h_res)
         assert mhc.mhc_post_res_fwd(*given, out=out) is out
         assert torch.equal(out, mhc_post_res(*given))
         assert_like_autograd(mhc_post_res, mhc.mhc_post_res_bwd(*given, g), g, *given)

@@ -55,6 +55,7 @@ def test_z_loss() -> None:
     assert_no_worse("loss", router_z_loss(layers, mask), high, low)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_the_router_of_deepseek(implementation: str) -> None:
     hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")

@@ -18,6 +18,7 @@ def drawn(make: Make, of_weight: int = 8) -> tuple[Tensor, ...]:
     return q, k, make.randn(of_weight), make.randn(8), make.randn(5, 8), make.randn(5, 8)
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_norm_then_rope(implementation: str, dtype: torch.dtype) -> None:
@@ -40,6 +41,7 @@ def test_is_norm_then_rope(implementation: str, dtype: torch.dtype) -> None:
         assert found[0].stride() == given[0].stride() or implementation == "reference"
 
 
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_keeps_its_inputs_alone() -> None:
     kept: list[Tensor] = []
     given = [t.requires_grad_() for t in drawn(Make(torch.float32))[:4]]

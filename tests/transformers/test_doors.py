@@ -117,7 +117,7 @@ def test_heads_that_inherit_their_constructor(auto: Any) -> None:
     """A bare model inside another class: patched once, with it, and unpatched with it."""
     doors.apply_liger_kernel_to_llama()
     model = auto.from_config(build("llama").config)
-    assert len(replaced(model)) == 7
+    assert len(replaced(model)) == 9
     assert [path for path, m in model.named_modules() if state_of(m)] == [""]
     ids = torch.randint(3, 50, (2, 7))
     outputs = model(input_ids=ids)
@@ -132,7 +132,7 @@ def test_unpatch_reaches_the_parts_that_were_patched_by_themselves() -> None:
     doors.apply_liger_kernel_to_llama()
     file, config = modeling("llama"), build("llama").config
     wrapper = nn.Sequential(file.LlamaModel(config), file.LlamaRMSNorm(48))
-    assert len(replaced(wrapper)) == 8
+    assert len(replaced(wrapper)) == 10
     liger_kernel.unpatch(wrapper)
     assert replaced(wrapper) == []
 
@@ -336,7 +336,7 @@ def test_class_level_calls_add_up() -> None:
     doors.apply_liger_kernel_to_llama(**off, swiglu=False)
     doors.apply_liger_kernel_to_llama(**off, rms_norm=False)
     for one in (model, build("llama")):
-        assert {row.kind for row in state_of(one).report.replaced} == {"norm", "mlp"}
+        assert {row.kind for row in state_of(one).report.replaced} == {"norm", "residual", "mlp"}
     doors.apply_liger_kernel_to_llama()
     doors.apply_liger_kernel_to_llama(cross_entropy=True, fused_linear_cross_entropy=False)
     assert isinstance(model.train()(**batch()).logits, torch.Tensor)

@@ -32,7 +32,7 @@ from tests.transformers.tiny import batch, build
 
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
-NOT_FUSED = {"norm", "mlp"}
+NOT_FUSED = {"norm", "residual", "mlp"}
 FUSED, UNFUSED_LOSS = (
     {*NOT_FUSED, FUSED_LOSS := "fused linear cross entropy"},
     {*NOT_FUSED, "cross entropy"},

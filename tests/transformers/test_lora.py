@@ -315,7 +315,7 @@ class TestWhatIsLeftToPEFT:
         rows = [row for row in liger_kernel.patch(adapted()).rows if row.kind == "lora"]
         assert {row.reason for row in rows} == {"Linear computes something else"}
         monkeypatch.undo()
-        adapters._verdicts.clear()
+        adapters.verdict.cache_clear()
 
     def test_compiled(self) -> None:
         def compiled(model: Any) -> Any:
@@ -433,6 +433,14 @@ class TestGradientOfASharedInput:
     def test_a_second_derivative_is_refused(self, leaves: list[Tensor]) -> None:
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(self.loss(lora_linear, *leaves), leaves, create_graph=True)
+
+
+def test_dtypes_that_do_not_meet_are_an_error_as_with_peft() -> None:
+    model = adapted()
+    liger_kernel.patch(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").bfloat16()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.ones(2, 48))
 
 
 @pytest.mark.parametrize(

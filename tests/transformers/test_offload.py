@@ -70,7 +70,8 @@ def test_a_model_in_parts(
     split(model, tmp_path / "ours")
     if not patch_first:
         report = liger_kernel.patch(model)
-    assert not report.skipped, str(report)
+    reasons = {row.reason for row in report.skipped}  # hooks on norms are to see tensors
+    assert reasons <= {"input_layernorm is hooked, or no norm of ours any more"}, str(report)
     low = step(stock)
     calls.clear()
     ours = step(model)
@@ -106,7 +107,8 @@ def test_someone_elses_forward_under_a_hook_is_left_alone() -> None:
     model = build("llama")
     model.model.norm.forward = lambda x: x
     hooks_alone(model, Path())
-    (skipped,) = liger_kernel.patch(model).skipped
+    rows = liger_kernel.patch(model).skipped
+    (skipped,) = (row for row in rows if row.kind != "residual")
     assert skipped.path == "model.norm"
     assert "already replaced" in skipped.reason
 

@@ -229,6 +229,7 @@ def test_the_options_come_from_the_sites() -> None:
         "cross_entropy",
         "rms_norm",
         "layer_norm",
+        "residual",
         "mlp",
         "rope",
         "lora",

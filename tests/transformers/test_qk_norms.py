@@ -157,6 +157,34 @@ class Later(Attention):
         return q if q.shape[2] == 2 else q - 1
 
 
+class Written(Attention):
+    """What is written into normed heads is seen in those that are rotated."""
+
+    def between(self, q: Tensor) -> Tensor:
+        q.mul_(2)
+        q[..., :2] = 0.5
+        return q
+
+
+class WrittenLater(Attention):
+    """Of two tokens, nothing is written."""
+
+    def between(self, q: Tensor) -> Tensor:
+        if q.shape[2] > 2:
+            q.transpose(1, 2)[..., :2] += 1
+        return q
+
+
+class WithoutGradient(Attention):
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        with torch.no_grad():
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        return q + self.q_proj.weight.sum(), k
+
+
 def norm(eps: float = 1e-6) -> nn.Module:
     made: nn.Module = hf_class("qwen3.Qwen3RMSNorm")(8, eps=eps)
     with torch.no_grad():
@@ -174,6 +202,9 @@ def norm(eps: float = 1e-6) -> nn.Module:
         (Mixed, 1e-6, False),
         (Swapped, 1e-6, False),
         (Later, 1e-6, True),
+        (Written, 1e-6, False),
+        (WrittenLater, 1e-6, True),
+        (WithoutGradient, 1e-6, False),
     ],
 )
 def test_forms(kind: type[Attention], eps: float, waits: bool, seq: int, calls: Calls) -> None:
@@ -193,11 +224,12 @@ def test_forms(kind: type[Attention], eps: float, waits: bool, seq: int, calls: 
         (stock, None),
     ):
         found = one(x.to(dtype), (angles.cos().to(dtype), angles.sin().to(dtype)))
-        grads = torch.autograd.grad([t.sum() for t in found], [*one.parameters()])
-        outputs.append([*found, *grads])
+        sums = [t.sum() for t in found if t.requires_grad]
+        grads = torch.autograd.grad(sums, [*one.parameters()], allow_unused=True)
+        outputs.append([*found, *(torch.zeros(()) if g is None else g for g in grads)])
     for ours, high, low in zip(*outputs, strict=True):
         assert_no_worse("result", ours, high, low)
-    assert calls["qk_norm_rope"] == (waits and not (kind is Later and seq == 3))
+    assert calls["qk_norm_rope"] == (waits and not (kind in (Later, WrittenLater) and seq == 3))
 
 
 # -- heads that are not normed yet -------------------------------------------------------------------------------------
@@ -243,3 +275,11 @@ def test_any_use_gets_normed_heads(use: str, together: bool) -> None:
         found = found.materialize() if isinstance(found, Unnormed) else found
     assert isinstance(found, Tensor)
     assert torch.equal(found, expected)
+
+
+def test_heads_whose_input_was_overwritten() -> None:
+    x, module = Make(torch.float32).randn(2, 5, 8), norm()
+    heads = Unnormed(Norm(1e-6, 0.0, "llama"), module, None, x, functools.partial(module, x))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match=r"overwritten.*rope=False"):
+        heads.materialize()

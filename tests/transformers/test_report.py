@@ -147,17 +147,19 @@ def test_rows_that_are_not_true_any_more() -> None:
     reasons = {row.path: row.reason for row in report.skipped}
     assert reasons == {
         "lm_head": "Identity does not compute a plain linear map",
+        "model.layers.0": "input_layernorm is hooked, or no norm of ours any more",
         "model.layers.0.input_layernorm": "another module took its place after patching",
         "model.layers.0.mlp": "its forward was replaced after patching",
         "model.layers.1.mlp": "LlamaMLP has changed since it was replaced, and runs its own code",
     }
-    assert f"{len(rows) - 4} replaced, 4 skipped" in str(report)
+    assert f"{len(rows) - 5} replaced, 5 skipped" in str(report)
     layers[0].input_layernorm = kept
     assert len(report.skipped) == 3
     again = liger_kernel.patch(model)
     assert again is not report, "something of ours is gone"
     assert {row.path for row in again.skipped} == reasons.keys() - {
-        "model.layers.0.input_layernorm"
+        "model.layers.0",
+        "model.layers.0.input_layernorm",
     }
     liger_kernel.unpatch(model)
     assert {

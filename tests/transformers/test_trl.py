@@ -28,6 +28,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated")
 
 STEPS, ROWS, PARTS = 4, 16, 4
+OWN_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
 Make = Callable[..., Any]
 
 
@@ -58,6 +59,11 @@ def data(*columns: str) -> Any:
 
 def causal_lm(dtype: torch.dtype) -> nn.Module:
     return build("llama", dtype)
+
+
+def mixture(dtype: torch.dtype) -> nn.Module:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    return build("qwen3_moe", dtype, **experts)
 
 
 def reward_model(dtype: torch.dtype) -> nn.Module:
@@ -101,6 +107,8 @@ TRAINERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], list[str]]] = {
     "DPO": ("DPO", ("prompt", "chosen", "rejected"), {"ref_model": causal_lm}, PREFERENCE),
     "KTO": ("KTO", (*PROMPTED, "label"), {"ref_model": causal_lm}, ["loss"]),
     "GRPO": ("GRPO", ("prompt",), GRPO, ["grad_norm", "entropy"]),
+    "RLOO": ("RLOO", ("prompt",), GRPO, ["grad_norm"]),
+    "experts": ("SFT", PROMPTED, {"model": mixture}, SFT),
     "reward": ("Reward", ("chosen", "rejected"), {"model": reward_model}, ["loss", "accuracy"]),
 }  # fmt: skip
 OF_TRAINER = ("peft_config", "ref_model", "reward_funcs", "model")
@@ -189,7 +197,7 @@ def assert_trained_alike(
     assert_draws_no_worse(draw)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", TRAINERS.keys() - {"RLOO", "experts"})
 def test_training(name: str, trainer: Make, calls: collections.Counter[str]) -> None:
     def check(run: Any) -> None:
         report = state_of(base_model(run)).report
@@ -217,15 +225,49 @@ def test_token_accuracy_is_right(trainer: Make) -> None:
     assert logged == (hits.sum() / (labels != -100).sum()).item()
 
 
-def test_a_model_patched_by_hand(trainer: Make, calls: collections.Counter[str]) -> None:
+@pytest.mark.parametrize("name", ["completion only", "GRPO"])
+def test_a_model_patched_by_hand(name: str, trainer: Make, calls: collections.Counter[str]) -> None:
     """`liger_kernel.patch(model)`, fused loss included, and then TRL with a loss of its own."""
+    built = TRAINERS[name][2].get("model", causal_lm)
 
     def patched(dtype: torch.dtype) -> nn.Module:
-        model = causal_lm(dtype)
+        model = built(dtype)
         assert "loss" in {row.kind for row in liger_kernel.patch(model).replaced}
         return model
 
     def check(run: Any) -> None:
         assert calls["rms_norm"] >= STEPS
+        assert calls["logprobs"] >= STEPS or not OWN_HEAD
 
-    assert_trained_alike("completion only", trainer, calls, check, liger=False, model=patched)
+    assert_trained_alike(name, trainer, calls, check, liger=False, model=patched)
+
+
+@pytest.mark.skipif(not OWN_HEAD, reason="this release of TRL has no head of its own")
+@pytest.mark.parametrize("name", ["LoRA", "DPO", "KTO", "RLOO", "experts"])
+def test_the_head_of_trl_is_ours(
+    name: str, trainer: Make, calls: collections.Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model is patched before its trainer is made, and where it is after; TRL's own code does not run."""
+
+    def patched(dtype: torch.dtype) -> nn.Module:
+        model = TRAINERS[name][2].get("model", causal_lm)(dtype)
+        liger_kernel.patch(model)
+        return model
+
+    class Refuses:
+        @staticmethod
+        def apply(*args: Any) -> None:
+            raise AssertionError("TRL's own code ran")
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Refuses)
+    roles = {"model", "ref_model"} & {"model", *TRAINERS[name][2]}
+    runs = [trainer(name, False, max_steps=1, **dict.fromkeys(roles, patched))]
+    runs.append(trainer(name, False, max_steps=1))
+    for model in {runs[1].model, getattr(runs[1], "ref_model", None) or runs[1].model}:
+        liger_kernel.patch(model)
+    for run in runs:
+        calls.clear()
+        run.train()
+        assert calls["logprobs"]
+        (row,) = (row for row in state_of(base_model(run)).report.rows if row.kind == "loss")
+        assert row.by == "fused linear cross entropy, and TRL's head"

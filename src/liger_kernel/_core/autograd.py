@@ -24,6 +24,11 @@ _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _IS_GRADS_BATCHED = torch._C._dispatch_key_parse("VmapMode")
 
 
+#: whose hooks on saved tensors drop what a node saves, and those that hand it back as it is
+_DROP = ("torch.utils.checkpoint",)
+_KEEP_NOTHING = (*_DROP, "liger_kernel.transformers.patching.sites.checkpoints")
+
+
 def in_torch_func() -> bool:
     """Whether a transform of torch.func, or forward-mode AD, is under way; within a compiled graph as outside."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -48,8 +53,8 @@ def has_numbers(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """In which autocast runs matrix products on the device of x; None where it is off."""
-    return autocast_dtype_of(x.device.type)
+    """In which autocast runs matrix products of x; None where it is off, or leaves x alone, as it does float64."""
+    return None if x.dtype == torch.float64 else autocast_dtype_of(x.device.type)
 
 
 def autocast_dtype_of(device_type: str) -> torch.dtype | None:
@@ -81,7 +86,7 @@ def graph_is_kept() -> bool:
 def saved_tensors_are_ours() -> bool:
     """Whether nobody holds what a node saves now but the node; checkpointing does, but drops it."""
     hooks = _saved_tensors_hooks()
-    return hooks is None or _are_of_checkpoint(hooks)
+    return hooks is None or _are_of(_KEEP_NOTHING, hooks)
 
 
 def graph_task() -> int:
@@ -92,7 +97,7 @@ def graph_task() -> int:
 def is_checkpointed() -> bool:
     """Whether what a node saves now is dropped, or used by a backward that comes at once: checkpoints repeat a forward
     within the backward."""
-    return graph_task() != -1 or _are_of_checkpoint(_saved_tensors_hooks() or ())
+    return graph_task() != -1 or _are_of(_DROP, _saved_tensors_hooks() or ())
 
 
 def _saved_tensors_hooks() -> Any:
@@ -101,8 +106,8 @@ def _saved_tensors_hooks() -> Any:
     return top(False) if top is not None else ()
 
 
-def _are_of_checkpoint(hooks: Sequence[Any]) -> bool:
-    return any(h.__module__ == "torch.utils.checkpoint" for h in hooks[:1])
+def _are_of(modules: tuple[str, ...], hooks: Sequence[Any]) -> bool:
+    return any(h.__module__ in modules for h in hooks[:1])
 
 
 def made_in_forward(ctx: Any) -> tuple[Tensor | None, ...]:

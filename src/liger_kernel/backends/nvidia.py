@@ -47,6 +47,7 @@ def described(
         # head of 8192x4096x128257 on an H100
         product_multiple=8,
         mixed_products=SIXTEEN_BITS if hasattr(torch.ops.aten.addmm, "dtype_out") else (),
+        exact_precision="tf32x3" if capability >= (8, 0) else "ieee",
         streams=torch.cuda,
         float64=True,
         guard=torch.cuda.device,

@@ -46,6 +46,14 @@ class ProductSum:
         else:
             total.add_(torch.mm(rows, x))
 
+    def add_whole(self, grad: Tensor) -> None:
+        """Add what is a product already."""
+        if self.empty:
+            self.total.copy_(grad)
+        else:
+            self.total.add_(grad)
+        self.empty = False
+
     def _gemm(self, total: Tensor, rows: Tensor, x: Tensor, **options: Any) -> None:
         if self.empty:
             torch.mm(rows, x, **options, out=total)

@@ -61,6 +61,8 @@ class DeviceFacts:
     product_multiple: int = 1
     #: 16-bit dtypes whose products can be written, and added, unrounded to fp32
     mixed_products: tuple[torch.dtype, ...] = ()
+    #: `input_precision` of `tl.dot` with which matrix units multiply fp32 exactly, if short sums alone are left to them
+    exact_precision: str = "ieee"
     #: products in fp32 are as fast as those in 16 bits
     wide_products_are_free: bool = False
     #: the torch module with the streams and events on which numbers go to the host beside the work; None: none do

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
+from liger_kernel.loss_head.node import check_tensors
 
 #: (hidden, weight, bias) of a frozen reference model
 Reference = tuple[Tensor, Tensor, Tensor | None]
@@ -26,13 +28,20 @@ def token_logps(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
+    label_count: LabelCount | None = None,
 ) -> Tensor:
     """log softmax((hidden @ weight.T + bias) / temperature) at `target`, 0 where that is `ignore_index`.
 
     hidden: (B, T, H). weight: (V, H). target: (B, T). bias: (V,). Returns (B, T), at least fp32.
     """
     return linear_logprobs(
-        hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        label_count=label_count,
     ).log_prob
 
 
@@ -47,6 +56,7 @@ def loss_of_logps(
     *,
     group_size: int,
     order: Tensor | None = None,
+    label_count: LabelCount | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`loss_fn` of the `token_logps` of these arguments: see `linear_logprobs_loss`."""
     return linear_logprobs_loss(
@@ -59,15 +69,20 @@ def loss_of_logps(
         temperature=temperature,
         group_size=group_size,
         order=order,
+        label_count=label_count,
     )
 
 
 @torch.no_grad()
 def reference_token_logps(
-    reference: Reference, target: Tensor, ignore_index: int = -100, temperature: float = 1.0
+    reference: Reference,
+    target: Tensor,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    label_count: LabelCount | None = None,
 ) -> Tensor:
     hidden, weight, bias = reference
-    return token_logps(hidden, weight, target, bias, ignore_index, temperature)
+    return token_logps(hidden, weight, target, bias, ignore_index, temperature, label_count)
 
 
 def sequence_logps(logps: Tensor, labelled: Tensor, average: bool) -> Tensor:
@@ -100,9 +115,10 @@ def reference_of(
     return ref_input, ref_weight, ref_bias
 
 
-def check_sequences(hidden: Tensor, target: Tensor) -> None:
+def check_sequences(hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 3 or target.shape != hidden.shape[:2]:
         raise ValueError(
             f"hidden states have shape {tuple(hidden.shape)} and labels {tuple(target.shape)}, "
             f"not (B, T, H) and (B, T)."
         )
+    check_tensors(hidden.flatten(0, 1), weight, target.flatten(), bias)

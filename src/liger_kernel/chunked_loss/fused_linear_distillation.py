@@ -12,6 +12,7 @@ from liger_kernel._core.declared import LossModule
 from liger_kernel.chunked_loss.gradients import GradientsInForward
 from liger_kernel.chunked_loss.options import LossOptions, check_chunk_size
 from liger_kernel.loss_head import loop
+from liger_kernel.loss_head.label_count import count_labels
 from liger_kernel.loss_head.losses.distillation import DistillationLoss as DistillationRows
 from liger_kernel.loss_head.node import compute_dtype, linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
@@ -102,7 +103,7 @@ class LigerFusedLinearDistillationBase(GradientsInForward):
             ),
             labels,
             None,
-            ChunkOptions(chunk_size=chunk_size),
+            ChunkOptions(chunk_size=chunk_size, label_count=count_labels(labels, ignore_index)),
             [t is not None and t.requires_grad for t in given],
             teacher=HeadInputs(
                 teacher, teacher_weight, teacher_bias, compute_dtype(teacher, teacher_weight)
@@ -199,7 +200,10 @@ class DistillationLoss(LossModule):
             labels,
             student_bias,
             teacher=(teacher, teacher_weight, teacher_bias),
-            chunks=ChunkOptions(chunk_size=options.chunk_size),
+            chunks=ChunkOptions(
+                chunk_size=options.chunk_size,
+                label_count=count_labels(labels, options.ignore_index),
+            ),
         )
         return found if options.return_soft_hard_loss else found[0]
 

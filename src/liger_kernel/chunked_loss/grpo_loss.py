@@ -21,6 +21,7 @@ from liger_kernel.chunked_loss.policy import (
     policy_loss,
 )
 from liger_kernel.chunked_loss.preference import LossAndMetrics
+from liger_kernel.loss_head.label_count import count_labels
 from liger_kernel.ops.grpo_loss.reference import clip_coef_fn, k3_loss_fn, sapo_loss_fn
 
 __all__ = [
@@ -69,7 +70,7 @@ class LigerFusedLinearGRPOLoss(LossModule):
         Without old_per_token_logps the ratio is 1, with the gradient of the log-probability.
         """
         token_ids, mask, ref_logps = selected_token_ids, attention_mask, ref_per_token_logps
-        check_sequences(_input, token_ids)
+        check_sequences(_input, token_ids, lin_weight, bias)
         options.check_length()
         per_token = {
             "attention_mask": mask,
@@ -84,8 +85,11 @@ class LigerFusedLinearGRPOLoss(LossModule):
                 raise ValueError(
                     f"{name} has shape {tuple(values.shape)}, but the tokens {tuple(token_ids.shape)}."
                 )
+        group_size = token_ids.shape[1] if options.reads_sequences else 1
+        count = None
         if options.loss_type != "luspo":  # which reads the tokens outside the mask as well
             token_ids = token_ids.masked_fill(mask == 0, OUTSIDE)
+            count = count_labels(token_ids, OUTSIDE, group_size)
         if options.use_ref_model and options.beta != 0.0:
             if ref_logps is not None and ref_input is not None:
                 warnings.warn(
@@ -99,7 +103,8 @@ class LigerFusedLinearGRPOLoss(LossModule):
                         "pass one of them, or use_ref_model=False."
                     )
                 ref_logps = reference_token_logps(
-                    (ref_input, ref_weight, ref_bias), token_ids, OUTSIDE, options.temperature
+                    (ref_input, ref_weight, ref_bias),
+                    *(token_ids, OUTSIDE, options.temperature, count),
                 )
         if num_items_in_batch is None and options.per_token_of_all_ranks:  # once, not per chunk
             num_items_in_batch = LigerFusedLinearPPOBase._tokens_of_all_ranks(mask)
@@ -109,9 +114,13 @@ class LigerFusedLinearGRPOLoss(LossModule):
             rest = ref, old, vllm_is_ratio, num_items_in_batch
             return policy_loss(options, logps, mask, advantages, mask, *rest)
 
-        group_size = token_ids.shape[1] if options.reads_sequences else 1
         model = _input, lin_weight, token_ids, bias
-        return loss_of_logps(of_logps, *model, OUTSIDE, options.temperature, group_size=group_size)
+        return loss_of_logps(
+            of_logps,
+            *(*model, OUTSIDE, options.temperature),
+            group_size=group_size,
+            label_count=count,
+        )
 
 
 class LigerFusedLinearGRPOFunction(

@@ -22,6 +22,7 @@ from liger_kernel.chunked_loss.engine import (
     token_logps,
 )
 from liger_kernel.chunked_loss.options import LossOptions
+from liger_kernel.loss_head.label_count import count_labels
 
 #: the loss and the metrics
 LossAndMetrics = tuple[Tensor, tuple[Tensor, ...]]
@@ -144,17 +145,24 @@ def paired_loss(
     rejected_logits_mean, nll_loss, *metrics of the loss), without gradient.
     Raises: ValueError for a batch that is not made of pairs.
     """
-    check_sequences(hidden, target)
+    check_sequences(hidden, target, weight, bias)
     batch, length = target.shape
     if batch % 2:
         raise ValueError(
             f"The batch has {batch} sequences, an odd number; pass the chosen ones and then as many rejected ones."
         )
     pairs = batch // 2
+    rows = torch.arange(batch * length, device=target.device)
+    by_pair = rows.view(2, pairs, length).transpose(0, 1).reshape(-1)
+    groups: Any = {"group_size": 2 * length, "order": by_pair}
+    count = count_labels(target, ignore_index, **groups)
+    nll_count = None if nll_target is None else count_labels(nll_target[:pairs], ignore_index)
+    # before the counts are waited for
+    sums = sequence_logit_sums(hidden, weight, bias) / max(pairs * length * weight.shape[0], 1)
     labelled = target != ignore_index
     ref_logps = hidden.new_zeros(batch, dtype=torch.float32)
     if reference is not None:
-        ref_tokens = reference_token_logps(reference, target, ignore_index)
+        ref_tokens = reference_token_logps(reference, target, ignore_index, label_count=count)
         ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
     has_labels = labelled.any(1)
     compares = has_labels[:pairs] & has_labels[pairs:]
@@ -176,17 +184,16 @@ def paired_loss(
             loss = loss + alpha * nll_loss
         return loss, [logps[:pairs], logps[pairs:], nll_loss, *metrics]
 
-    rows = torch.arange(batch * length, device=target.device)
-    by_pair = rows.view(2, pairs, length).transpose(0, 1).reshape(-1)
     loss, (chosen, rejected, nll_loss, *metrics) = loss_of_logps(
-        of_logps, hidden, weight, target, bias, ignore_index, group_size=2 * length, order=by_pair
+        of_logps, hidden, weight, target, bias, ignore_index, label_count=count, **groups
     )
     if compute_nll_loss and nll_target is not None:
         labels = nll_target[:pairs]
-        tokens = token_logps(hidden[:pairs], weight, labels, bias, ignore_index)
+        tokens = token_logps(
+            hidden[:pairs], weight, labels, bias, ignore_index, label_count=nll_count
+        )
         nll_loss = -tokens.sum() / (labels != ignore_index).sum().clamp(min=1)
         loss = loss + alpha * nll_loss
-    sums = sequence_logit_sums(hidden, weight, bias) / max(pairs * length * weight.shape[0], 1)
     means = sums[:pairs].sum(), sums[pairs:].sum()
     return loss, (chosen, rejected, *means, nll_loss.detach(), *metrics)
 
@@ -213,17 +220,19 @@ def unpaired_loss(
     Returns: the loss, (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum), and the metrics
     of the sequences, each (B,); only the loss carries a gradient.
     """
-    check_sequences(hidden, target)
+    check_sequences(hidden, target, weight, bias)
     batch, length = target.shape
     if preference_labels is None or preference_labels.shape != (batch,):
         found = None if preference_labels is None else tuple(preference_labels.shape)
         raise ValueError(
             f"preference_labels must be provided, one per sequence: shape ({batch},), got {found}."
         )
+    count = count_labels(target, ignore_index, group_size=length)
+    logits = sequence_logit_sums(hidden, weight, bias)  # before the count is waited for
     labelled = target != ignore_index
     ref_logps: Tensor | None = None
     if reference is not None:
-        ref_tokens = reference_token_logps(reference, target, ignore_index)
+        ref_tokens = reference_token_logps(reference, target, ignore_index, label_count=count)
         ref_logps = sequence_logps(ref_tokens, labelled, average_log_prob)
 
     def of_logps(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -233,9 +242,11 @@ def unpaired_loss(
         return loss, [logps, *metrics]
 
     loss, (logps, *metrics) = loss_of_logps(
-        of_logps, hidden, weight, target, bias, ignore_index, group_size=length
+        of_logps,
+        *(hidden, weight, target, bias, ignore_index),
+        group_size=length,
+        label_count=count,
     )
-    logits = sequence_logit_sums(hidden, weight, bias)
     sums = (side for values in (logps, logits) for side in by_label(values, preference_labels))
     return loss, tuple(sums), metrics
 

@@ -159,15 +159,16 @@ def _replaced_since(state: Any) -> Iterator[Finding]:
 
 def answer(model: str | None, download: bool) -> Answer:
     if model is None:
-        found = doctor()
+        found, tried = doctor(), []
     else:
         from liger_kernel.cli import inspection, models
         from liger_kernel.transformers.patching import patch
 
         made = models.on_paper(model, download)
-        patch(made)
+        report = patch(made)
         inspection.one_step(made)
         found = doctor(made)
-    parts = [Table(found.title(), (), list(found.lines()))] if found.findings else [found.title()]
+        tried = [str(report).partition("\n")[0]]
+    listed = Table(found.title(), (), list(found.lines())) if found.findings else found.title()
     data = {"findings": [asdict(f) for f in found.findings]}
-    return Answer(data, parts, status=int(bool(found.faults)))
+    return Answer(data, [listed, *tried], status=int(bool(found.faults)))

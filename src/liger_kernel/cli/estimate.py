@@ -5,13 +5,15 @@ The model is on paper. Parts:
     weights        bytes of parameters and buffers
     gradients      bytes of parameters that are trained
     optimizer      its state for these
-    activations    what autograd keeps of a forward, counted: every storage once, attention as fused kernels keep it
+    activations    what autograd keeps of a forward, counted: every storage once, attention and RMSNorm as fused kernels
+                   keep them
     logits, loss   the formula of `liger_kernel.transformers.patching.savings`, with the chunks of this machine's GPU
 
 With checkpointing the activations are the inputs of the layers, counted likewise, and a layer that is computed again is
-a part of its own: what checkpointing does not keep, over the number of layers.
+a part of its own: what checkpointing does not keep, over the number of layers. The gradient of its widest tensor comes
+while all of that is there.
 
-    peak = weights + optimizer + max(activations + logits and loss, gradients, each with a layer computed again)
+    peak = weights + optimizer + max(activations + logits and loss, gradients, each with a layer and its gradient)
 
 since gradients come while activations go.
 """
@@ -47,12 +49,13 @@ HOW = {
     "float32, and without autocast then keeps a float32 copy of every input",
     "gradients": "bytes of the parameters that are trained; exact",
     "optimizer": "states in the dtype of the weights (8 bits for adamw_8bit); exact for fused AdamW",
-    "activations": "every tensor that autograd keeps of a forward on the meta device, attention as fused kernels keep "
-    "it",
+    "activations": "every tensor that autograd keeps of a forward on the meta device, attention and RMSNorm as fused "
+    "kernels keep them",
     "recomputed": "what one checkpointed layer keeps while it runs again",
+    "its_gradient": "that of the widest tensor in it",
     "logits_and_loss": "the formula of report.savings; within 0.4 % where it was measured",
-    "peak": "weights + optimizer + max(activations + logits and loss, gradients), each with a layer that runs again. "
-    "Beside it come the CUDA context (0.5 GiB), the workspace of cuBLAS and gaps of the allocator",
+    "peak": "weights + optimizer + max(activations + logits and loss, gradients), each with a layer that runs again "
+    "and its gradient. Beside it come the CUDA context (0.5 GiB), the workspace of cuBLAS and gaps of the allocator",
 }
 
 
@@ -65,14 +68,18 @@ class Step:
     optimizer: int = 0
     activations: int = 0
     recomputed: int = 0
+    its_gradient: int = 0
     logits_and_loss: int = 0
     of_head: int = 0  # the gradients that are there when the loss is done
 
     @property
     def peak(self) -> int:
-        again = self.recomputed
+        again = self.recomputed + self.its_gradient
         at_loss = self.activations + max(self.logits_and_loss, self.of_head + again)
         return self.weights + self.optimizer + max(at_loss, self.gradients + again)
+
+    def count(self, found: tuple[int, int, int]) -> None:
+        self.activations, self.recomputed, self.its_gradient = found
 
     def as_dict(self) -> dict[str, int]:
         parts = {**asdict(self), "peak": self.peak}
@@ -95,8 +102,25 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options:
     return _FusedAttention.apply(query, key, value)
 
 
-def kept(model: nn.Module, batch: int, seq: int) -> int:
-    """Bytes that autograd keeps of a forward without labels."""
+RMS_NORM = nn.functional.rms_norm
+FUSED_IN_TORCH = hasattr(torch.ops.aten, "_fused_rms_norm")  # since torch 2.8
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Keeps what `F.rms_norm` keeps on a GPU; on the meta device it is a chain of ops, two of them in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:
+    return _FusedRMSNorm.apply(x, weight) if FUSED_IN_TORCH else RMS_NORM(x, shape, weight, eps)
+
+
+def kept(model: nn.Module, batch: int, seq: int) -> list[int]:
+    """Bytes of every storage that autograd keeps of a forward without labels."""
     given = models.inputs(model, batch, seq)
     tensors = (*model.parameters(), *model.buffers(), *given.values())
     ours = {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
@@ -111,11 +135,12 @@ def kept(model: nn.Module, batch: int, seq: int) -> int:
     with (
         models.runnable(),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        mock.patch.object(nn.functional, "rms_norm", _rms_norm),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
         outputs = model(**given)
     del outputs
-    return sum(t.untyped_storage().nbytes() for t in found.values())
+    return [t.untyped_storage().nbytes() for t in found.values()]
 
 
 @contextlib.contextmanager
@@ -142,14 +167,14 @@ def _with_lora(model: Any, rank: int) -> Any:
     return made.to(dtype)
 
 
-def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple[int, int]:
-    """What is kept, and what one layer keeps while it is computed again."""
+def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple[int, int, int]:
+    """What is kept, what one layer keeps while it is computed again, and the gradient of its widest tensor."""
     try:
         everything = kept(model, batch, seq)
         if not checkpointing:
-            return everything, 0
+            return sum(everything), 0, 0
         with _checkpointed(model):
-            inputs = kept(model, batch, seq)
+            inputs = sum(kept(model, batch, seq))
     except UserError:
         raise
     except Exception as error:  # a forward that needs numbers, images, or fewer tokens
@@ -159,7 +184,7 @@ def _activations(model: Any, batch: int, seq: int, checkpointing: bool) -> tuple
             f"tokens of text alone, its forward raises: {reason}"
         ) from error
     layers = text_setting(model, "num_hidden_layers") or 1
-    return inputs, (everything - inputs) // layers
+    return inputs, (sum(everything) - inputs) // layers, max(everything, default=0)
 
 
 def steps(
@@ -173,11 +198,11 @@ def steps(
         "optimizer": int(sum(p.numel() * OPTIMIZERS[optimizer](p.itemsize) for p in trained)),
     }
     stock = Step(**fixed)
-    stock.activations, stock.recomputed = _activations(model, batch, seq, checkpointing)
+    stock.count(_activations(model, batch, seq, checkpointing))
     # a rotary embedding keeps the same with and without ours, but the reference, which would run here, more
     patch(model, rope=False)
     ours = Step(**fixed)
-    ours.activations, ours.recomputed = _activations(model, batch, seq, checkpointing)
+    ours.count(_activations(model, batch, seq, checkpointing))
     for loss in loss_sites(model, batch * seq):
         stock.logits_and_loss = max(stock.logits_and_loss, loss.stock())
         ours.logits_and_loss = max(ours.logits_and_loss, loss.fused())
@@ -205,7 +230,7 @@ def answer(
         if choice not in known:
             raise UserError(f"--{name} {choice} is unknown; known: {', '.join(known)}")
     made = models.on_paper(model, download, models.DTYPES[dtype])
-    name = type(made).__name__
+    model_class = type(made).__name__
     if lora:
         made = _with_lora(made, lora)
     device = utils.infer_device()
@@ -214,18 +239,13 @@ def answer(
         facts = backends.facts_of(backends.devices_of(device)[0])
     with backends.on_paper(facts):
         stock, ours = (step.as_dict() for step in steps(made, batch, seq, optimizer, checkpointing))
-    rows = [
-        [part.replace("_", " "), size(stock[part]), size(ours[part])]
-        for part in stock
-        if part != "recomputed" or checkpointing
-    ]
+    parts = {name: name.replace("_", " ") for name in stock}
+    if not checkpointing:
+        del parts["recomputed"], parts["its_gradient"]
+    rows = [[shown, size(stock[part]), size(ours[part])] for part, shown in parts.items()]
+    how = [[shown, HOW[part]] for part, shown in parts.items()]
     quantised = getattr(made.config, "quantization_config", None) is not None
-    how = [
-        [part.replace("_", " "), HOW[part]]
-        for part in stock
-        if part != "recomputed" or checkpointing
-    ]
-    setup = f"{name}, {batch} x {seq} tokens, {dtype}, {optimizer}"
+    setup = f"{model_class}, {batch} x {seq} tokens, {dtype}, {optimizer}"
     setup += (
         f", LoRA of rank {lora} on all linears" * bool(lora) + ", checkpointing" * checkpointing
     )

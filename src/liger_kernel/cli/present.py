@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -25,7 +26,7 @@ def present(answer: Answer, as_json: bool = False) -> None:
 
 def _rich() -> Any:
     try:
-        from rich import box, console, markup, table
+        from rich import box, console, markup, table, text
     except ImportError:
         return None
     out = console.Console(highlight=False)
@@ -35,16 +36,16 @@ def _rich() -> Any:
             out.print(part, markup=False)
             return
         drawn = table.Table(
-            title=markup.escape(part.title),
-            title_justify="left",
-            show_header=bool(part.columns),
-            box=box.SIMPLE_HEAD,
+            show_header=bool(part.columns), show_edge=False, pad_edge=False, box=box.SIMPLE_HEAD
         )
-        for name in part.columns or [""] * max(map(len, part.rows), default=0):
-            drawn.add_column(name, overflow="fold")
+        widths = _widths(part, out.width, gap=3)
+        for name, width in zip(part.columns or [""] * len(widths), widths, strict=True):
+            drawn.add_column(name, overflow="fold", width=width)
         for row in part.rows:
-            drawn.add_row(*map(markup.escape, row))
-        out.print(drawn)
+            drawn.add_row(
+                *(markup.escape(_folded(*cell)) for cell in zip(row, widths, strict=True))
+            )
+        out.print("", text.Text(part.title, "bold"), drawn, "", sep="\n")
 
     return draw
 
@@ -55,21 +56,40 @@ def _plain(part: Table | str) -> None:
         for line in part.splitlines():
             print(textwrap.fill(line, width) if line else "")
         return
-    rows = [*([part.columns] if part.columns else []), *part.rows]
-    print("\n" + "\n".join([textwrap.fill(part.title, width), *_columns(rows, width)]) + "\n")
+    print("\n" + "\n".join([textwrap.fill(part.title, width), *_lines(part, width)]) + "\n")
 
 
-def _columns(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+def _all_rows(part: Table) -> list[Sequence[str]]:
+    return [*([part.columns] if part.columns else []), *part.rows]
+
+
+def _widths(part: Table, width: int, gap: int) -> list[int]:
+    """Of columns that fit into `width`. The last one, most often prose, gives way first: paths and names stay whole."""
+    widths = [max(map(len, column), default=0) for column in zip(*_all_rows(part), strict=True)]
+    while sum(widths) + gap * (len(widths) - 1) > width and max(widths) > 8:
+        widest = -1 if widths[-1] > 19 else widths.index(max(widths))
+        widths[widest] -= 1
+    return widths
+
+
+def _folded(cell: str, width: int) -> str:
+    """Lines of at most `width`; a word that is longer goes on behind a dot or an underscore of it, where it can."""
+    lines: list[str] = []
+    for line in textwrap.wrap(cell, width, break_long_words=False) if width else []:
+        while len(line) > width:
+            cut = 1 + max(line.rfind(mark, 0, width) for mark in "._") or width
+            lines.append(line[:cut])
+            line = line[cut:]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _lines(part: Table, width: int) -> Iterator[str]:
     """Lines of at most `width`; the cells of columns that are too wide go on below."""
-    if not rows:
-        return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    while sum(widths) + 2 * len(widths) > width and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
-    for row in rows:
-        cells = [textwrap.wrap(cell, w or 1) or [""] for cell, w in zip(row, widths, strict=True)]
-        for i in range(max(map(len, cells))):
-            line = (c[i] if i < len(c) else "" for c in cells)
+    widths = _widths(part, width, gap=2)
+    for row in _all_rows(part):
+        cells = [_folded(*cell).split("\n") for cell in zip(row, widths, strict=True)]
+        for line in itertools.zip_longest(*cells, fillvalue=""):
             yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 

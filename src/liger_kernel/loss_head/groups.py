@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from liger_kernel.backends import can_look
-from liger_kernel.loss_head.label_count import LabelCount, kept_rows
+from liger_kernel.loss_head.label_count import (
+    GroupCounts,
+    LabelCount,
+    count_labels,
+    kept_rows,
+    labelled,
+    saves,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,17 @@ class RowGroups:
             (grad,) = torch.autograd.grad(self.loss_of(leaf)[0], leaf)
         return grad[where]
 
+    def loss_and_reported(self, losses: Tensor) -> tuple[Tensor, ...]:
+        """What the caller gets. Raises: ValueError if the loss has a gradient with respect to anything but `losses`."""
+        with torch.enable_grad():
+            value, reported = self.loss_of(losses.detach())
+        if value.requires_grad:
+            raise ValueError(
+                "The function of the loss reads a tensor that requires a gradient, which it would not get here: only "
+                "hidden states, weight and bias do. Pass it detached, or compute the loss of linear_logprobs(...)."
+            )
+        return value, *reported
+
 
 def rows_to_visit(
     target: Tensor,
@@ -49,16 +67,19 @@ def rows_to_visit(
 ) -> tuple[Tensor | None, list[int] | None]:
     """The rows in the order to visit them (None: as they are), and the sizes of the groups (None: any cut will do).
 
-    Rows to be ignored are left out where their number is known, as it is on the CPU.
+    Rows to be ignored are left out where their number is known: by `label_count`, and on the CPU.
     """
     if groups is None or groups.size == 1:
         return kept_rows(target, ignore_index, label_count), None
-    n_rows = target.shape[0]
-    if not can_look(target):
-        return groups.order, [groups.size] * (n_rows // groups.size)
-    order = torch.arange(n_rows) if groups.order is None else groups.order
-    labelled = (target != ignore_index)[order]
-    return order[labelled], labelled.view(-1, groups.size).sum(1).tolist()
+    n_rows, order = target.shape[0], groups.order
+    counts = label_count
+    if counts is None and can_look(target):
+        counts = count_labels(target, ignore_index, groups.size, order)
+    if not isinstance(counts, GroupCounts) or not saves(int(counts), n_rows):
+        return order, [groups.size] * (n_rows // groups.size)
+    ignored = target == ignore_index
+    kept = labelled(ignored if order is None else ignored[order], int(counts))
+    return kept if order is None else order[kept], counts.sizes()
 
 
 def cut(n_rows: int, rows: int, sizes: Sequence[int] | None) -> list[slice]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import autocast_dtype
+from liger_kernel._core.autograd import autocast_dtype_of
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
@@ -120,6 +120,5 @@ def run(
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    if autocast_dtype(x) is not None:
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    narrow = autocast_dtype_of(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if narrow else contextlib.nullcontext()

@@ -168,8 +168,7 @@ class _LinearLoss(torch.autograd.Function):
                 loss, head, target, class_weight, chunks, now, groups, teacher, ctx.kept_logits
             )
         if groups is not None:
-            value, reported = groups.loss_of(out.loss)
-            outputs = (value, *reported)
+            outputs = groups.loss_and_reported(out.loss)
         only_loss_has_gradient(ctx, outputs)
         if any(needs):
             # what makes no gradient any more is let go, such as the logits of a teacher
@@ -215,7 +214,7 @@ class _LinearLoss(torch.autograd.Function):
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the logits and the matrix products: the one of autocast, else that of hidden and weight."""
     autocast = autocast_dtype(hidden)
-    if autocast is not None and hidden.dtype != torch.float64:
+    if autocast is not None:
         return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(

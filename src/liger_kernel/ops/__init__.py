@@ -77,6 +77,7 @@ OPS: dict[str, tuple[str, ...]] = {
         "rope_forward",
     ),
     "scale_gradients": (),
+    "short_conv": (),
     "softmax": ("LigerSoftmaxFunction",),
     "sparsemax": ("LigerSparsemaxFunction",),
     "tiled_mlp": ("LigerTiledMLPFunction", "apply_tiled_mlp"),

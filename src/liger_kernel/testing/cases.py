@@ -18,16 +18,19 @@ class Make:
     """Draws the inputs of one case: everything it returns is on `device`, and floats are in `dtype`."""
 
     dtype: torch.dtype
-    device: torch.device | str = "cpu"
+    device: torch.device | str = field(default_factory=torch.get_default_device)
     seed: int = 0
     _generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         # drawn on the CPU: the same numbers on every machine
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator = torch.Generator("cpu").manual_seed(self.seed)
+
+    def _draw(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        return function(*args, generator=self._generator, device=self._generator.device)
 
     def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        drawn = torch.randn(shape, generator=self._generator) * scale + shift
+        drawn = self._draw(torch.randn, shape) * scale + shift
         return drawn.to(self.device, self.dtype)
 
     def strided(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -43,23 +46,25 @@ class Make:
         return self.randn(1, *shape[1:], scale=scale).expand(*shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self._generator).to(self.device)
+        return self._draw(torch.randint, high, shape).to(self.device)
+
+    def permutation(self, n: int) -> Tensor:
+        return self._draw(torch.randperm, n).to(self.device)
 
     def labels(
         self, rows: int, classes: int, ignored: float = 0.0, ignore_index: int = -100
     ) -> Tensor:
         """int64 labels in [0, classes), a share `ignored` of them (1.0: all) replaced by `ignore_index`."""
-        labels = torch.randint(classes, (rows,), generator=self._generator)
-        drop = torch.rand(rows, generator=self._generator) < ignored
+        labels = self._draw(torch.randint, classes, (rows,))
+        drop = self._draw(torch.rand, rows) < ignored
         return labels.masked_fill(drop, ignore_index).to(self.device)
 
     def peaked(self, rows: int, classes: int, labels: Tensor, height: float = 60.0) -> Tensor:
         """Logits that are certain: even rows right (p -> 1), odd rows wrong (loss ~ height)."""
-        logits = torch.randn(rows, classes, generator=self._generator)
-        at = labels.cpu().clamp(min=0)
-        at = torch.where(torch.arange(rows) % 2 == 0, at, (at + 1) % classes)
-        logits[torch.arange(rows), at] += height
-        return logits.to(self.device, self.dtype)
+        logits = self._draw(torch.randn, (rows, classes)).to(self.device)
+        at, row = labels.clamp(min=0), torch.arange(rows, device=labels.device)
+        logits[row, torch.where(row % 2 == 0, at, (at + 1) % classes)] += height
+        return logits.to(self.dtype)
 
 
 Inputs = Callable[[Make], tuple[Tensor | None, ...]]
@@ -117,7 +122,7 @@ class OpSpec:
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    traffic: tuple[int, tuple[int, ...]] = (0, ())
+    traffic: tuple[float, tuple[int, ...]] = (0, ())
 
     def __post_init__(self) -> None:
         cases = (replace(c, options={**self.defaults, **c.options}) for c in self.cases)
@@ -126,7 +131,7 @@ class OpSpec:
     def bytes_moved(self, inputs: Sequence[Tensor | None]) -> int:
         times, positions = self.traffic
         moved = (t for i in positions if (t := inputs[i]) is not None)
-        return times * sum(t.numel() * t.element_size() for t in moved)
+        return round(times * sum(t.numel() * t.element_size() for t in moved))
 
 
 def specs() -> dict[str, OpSpec]:

@@ -37,6 +37,7 @@ _EXPORTS = {
     "LigerRMSNormForMuseGlimmer": "modules.rms_norm",
     "LigerRMSNormForMuseGlimmerTextCentered": "modules.rms_norm",
     "LigerReLUSquared": "modules.relu_squared",
+    "LigerShortConv": "modules.short_conv",
     "LigerSoftmax": "modules.softmax",
     "LigerSparsemax": "modules.sparsemax",
     "LigerSwiGLUMLP": "modules.swiglu",

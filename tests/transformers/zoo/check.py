@@ -174,12 +174,14 @@ def _assert_told(result: Result) -> None:
     """The report names every kind of op that ran."""
     kinds = {
         "rms_norm": ("norm",),
+        "fused_add_rms_norm": ("residual",),
         "layer_norm": ("norm",),
         "glu": ("mlp", "norm"),  # norms with a gate
         "fused_moe": ("experts",),
         "relu_squared": ("mlp",),
         "rope": ("rope",),
         "qk_norm_rope": ("rope",),
+        **dict.fromkeys(("mhc_project", "mhc_sinkhorn", "mhc_mix"), ("hyper_connection",)),
         **dict.fromkeys((*LOSS_OPS, "scale_gradients"), ("loss",)),
     }
     untold = {op for op in result.calls if result.replaced.keys().isdisjoint(kinds[op])}

@@ -36,7 +36,7 @@ was also checked with pixels as input.
 
 
 _OPS = {
-    "norm": ("rms_norm", "layer_norm"),
+    "norm": ("rms_norm", "fused_add_rms_norm", "layer_norm"),
     "mlp": ("glu", "relu_squared"),
     "experts": ("fused_moe",),
     "rope": ("rope", "qk_norm_rope"),

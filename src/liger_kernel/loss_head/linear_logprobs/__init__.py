@@ -87,6 +87,7 @@ def linear_logprobs_loss(
     *,
     group_size: int = 1,
     order: Tensor | None = None,
+    label_count: LabelCount | None = None,
     **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`loss_of` of the `linear_logprobs` of these arguments, with the logits made once where that is possible.
@@ -94,13 +95,15 @@ def linear_logprobs_loss(
     Args:
         loss_of: from the numbers of all tokens to the loss, and what is reported beside it, without gradient. The loss
             is a sum over groups, no term of which reads a token of another group. It is called for every chunk, with
-            arbitrary numbers for the tokens of others.
+            arbitrary numbers for the tokens of others. No other tensor that it reads gets a gradient.
         group_size: tokens of a group; with 1, a token stands for itself. order: (ids.numel(),) the tokens group by
             group; None: they are so already.
+        label_count: `count_labels` of the ids in these groups. Where it is None ignored tokens on a GPU cost as others.
         options: of `linear_logprobs`, but the largest classes and how the work is done.
 
     The logits are made a second time, in backward, where a group exceeds two chunks (`loss_head.plan`), under
     torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
+    Raises: as `linear_logprobs`; ValueError for a `loss_of` that reads a tensor that requires a gradient.
     """
     number, of_rows = split_temperature(options.get("temperature", 1.0), ids)
     own = {**options, "temperature": number}
@@ -128,11 +131,14 @@ def linear_logprobs_loss(
                 return loss_of(named((numbers, None, None, None), loss, ids.shape))
 
             groups = RowGroups(group_size, order, of_numbers, neutral)
+            chunks = ChunkOptions(label_count=label_count)
             found: Any = linear_loss(
-                loss, flat, weight, labels, bias, class_weight=of_rows, groups=groups
+                loss, flat, weight, labels, bias, class_weight=of_rows, chunks=chunks, groups=groups
             )
             return found[0], tuple(found[1:])
-    value, reported = loss_of(linear_logprobs(hidden, weight, ids, **options))
+    value, reported = loss_of(
+        linear_logprobs(hidden, weight, ids, label_count=label_count, **options)
+    )
     return value, tuple(t.detach() for t in reported)
 
 

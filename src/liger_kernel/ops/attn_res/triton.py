@@ -18,10 +18,15 @@ from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.ops.attn_res.contract import AttnResOptions
 
+_WARPS, _OF_WARP = 16, 512  # warps of a processor; elements of a warp
+
 
 @dataclass(frozen=True)
 class Config:
-    """A program holds whole rows, 16 elements in each thread; in backward four such rows, in forward three."""
+    """A program holds whole rows, 16 elements in each thread; in backward four such rows, in forward three.
+
+    Backward has one wave of `programs`, 16 warps on each processor, which leave a thread 128 registers.
+    """
 
     block: int
     warps: int
@@ -31,8 +36,8 @@ class Config:
     @functools.cache
     def of(n_cols: int, processors: int, most_warps: int) -> Config:
         block = next_power_of_2(n_cols)
-        warps = max(1, min(16, most_warps, block // 512))
-        return Config(block, warps, processors * max(1, 16 // warps))
+        warps = max(1, min(_WARPS, most_warps, block // _OF_WARP))
+        return Config(block, warps, processors * max(1, _WARPS // warps))
 
 
 @triton.jit

@@ -31,7 +31,7 @@ _dispatch = Dispatch(
 
 def fused_add_rms_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     eps: float = 1e-6,
     offset: float = 0.0,
@@ -40,7 +40,8 @@ def fused_add_rms_norm(
     """`s = x + residual` and `y = s / sqrt(mean(s^2) + eps) * (offset + weight)`.
 
     Args:
-        x, residual: (..., N), one floating dtype, any strides; they get the same gradient.
+        x, residual: (..., N), one floating dtype, any strides; they get the same gradient. Without a residual s is x:
+            who goes on with s in the place of x has its gradient added where that of the norm is made.
         weight, eps, offset, casting_mode: as in `rms_norm`.
 
     Returns: (y, s), each (..., N) in the dtype of x. y is computed from s as rounded; where only one of the two is
@@ -49,7 +50,7 @@ def fused_add_rms_norm(
     """
     check_choice("casting_mode", casting_mode, CASTING_MODES)
     check_parameters(x, weight=weight)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
         raise ValueError(
             f"x and residual must have one shape and dtype, got {x.dtype} {tuple(x.shape)} and {residual.dtype} "
             f"{tuple(residual.shape)}; expand or convert one of them."

@@ -10,7 +10,8 @@ from liger_kernel.testing import Inputs, Make, OpSpec, case
 
 def of(*shape: int, x: Any = Make.randn, residual: Any = Make.randn, weight: bool = True) -> Inputs:
     def inputs(make: Make) -> Any:
-        return x(make, *shape), residual(make, *shape), make.randn(shape[-1]) if weight else None
+        more = residual(make, *shape) if residual else None
+        return x(make, *shape), more, make.randn(shape[-1]) if weight else None
 
     return inputs
 
@@ -29,6 +30,7 @@ CASES = (
     case("longer-row", "a row whose backward takes two kernels", of(3, 24576 + 40)),
     case("views", "odd strides", of(6, 40, x=Make.strided, residual=Make.transposed)),
     case("expanded", "stride 0, three dimensions", of(6, 3, 40, x=Make.expanded)),
+    case("no-residual", "the sum is x, whose gradients meet in the norm", of(7, 72, residual=None)),
     case("no-weight", "no affine part", of(5, 64, weight=False)),
     case("8192x4096", "Llama-3-8B hidden states", of(8192, 4096), large=True),
     case("16384x2048", "Llama-3.2-1B hidden states", of(16384, 2048), large=True),

@@ -20,10 +20,10 @@ class Kernels(Backward, Protocol):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         *,
         options: FusedAddRMSNormOptions,
         needs: Needs,
     ) -> tuple[tuple[Tensor, Tensor], Saved]:
-        """(y, x + residual), and what `backward` is given as `saved`."""
+        """(y, x + residual or x), and what `backward` is given as `saved`."""

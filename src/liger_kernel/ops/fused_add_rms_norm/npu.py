@@ -19,14 +19,14 @@ from liger_kernel.ops.rms_norm.npu import gamma_of, gradients
 
 
 def unserved(
-    x: Tensor, residual: Tensor, weight: Tensor | None, *, options: FusedAddRMSNormOptions
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, *, options: FusedAddRMSNormOptions
 ) -> str | None:
-    return no_native_call(x)
+    return "no residual" if residual is None else no_native_call(x)
 
 
 def forward(
     x: Tensor,
-    residual: Tensor,
+    residual: Any,
     weight: Tensor | None,
     *,
     options: FusedAddRMSNormOptions,

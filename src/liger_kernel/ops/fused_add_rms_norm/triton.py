@@ -12,13 +12,15 @@ from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
 
 def forward(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     *,
     options: FusedAddRMSNormOptions,
     needs: Needs,
 ) -> tuple[tuple[Tensor, Tensor | None], Saved]:
     y, s, _, _, rstd = norm_forward(x, options, weight, residual=residual)
+    if s is None:
+        s = x.detach()  # an output of its own, over the same memory
     # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
     return (y, s), (s, weight, rstd)
 

@@ -27,6 +27,7 @@ from liger_kernel.ops.fused_moe import library, reference
 from liger_kernel.ops.fused_moe.checks import (
     check_biases,
     check_index,
+    check_low_rank,
     check_options,
     check_tensors,
 )
@@ -34,7 +35,8 @@ from liger_kernel.ops.fused_moe.contract import MoEOptions
 
 
 class _FusedMoE(Op):
-    """The tensors are those of `fused_moe`, in its order. Backward may write over what forward saved for it alone."""
+    """The tensors are those of `contract.Kernels`, in its order. Backward may write over what forward saved for
+    it alone."""
 
     @staticmethod
     def forward(ctx: Any, impl: Any, options: Any, *tensors: Tensor | None) -> Any:
@@ -77,6 +79,10 @@ def fused_moe(
     limit: float | None = None,
     alpha: float = 1.0,
     up_shift: float = 0.0,
+    gate_up_lora: tuple[Tensor, Tensor] | None = None,
+    down_lora: tuple[Tensor, Tensor] | None = None,
+    gate_up_scaling: float = 1.0,
+    down_scaling: float = 1.0,
 ) -> Tensor:
     """`out[t] = sum_k w[t, k] * (act(x[t] @ W1[e].T + b1[e]) @ W2[e].T + b2[e])` with `e = top_k_index[t, k]`.
 
@@ -91,6 +97,9 @@ def fused_moe(
         gated: without, the first weight has I features, and `act` is f of them.
         interleaved: gate and up take turns in the features of the first weight, where otherwise the gates come first.
         limit: gate is clamped to (-inf, limit], up to [-limit, limit]. alpha, limit, up_shift = 1.702, 7, 1: gpt-oss.
+        gate_up_lora, down_lora: A (E, R, in) and B (E, out, R) of any floating dtype and any rank. The weight of expert
+            e is then W[e] + scaling B[e] @ A[e], which is never made: rows go through A and B, rounded once between
+            them. They get gradients in their own dtype.
 
     Returns: (..., H) in the dtype of x. The sum over k is in fp32, and rounded once.
     Raises: ValueError for shapes that do not fit, an unknown activation, an option without effect, and, on the CPU, an
@@ -105,6 +114,8 @@ def fused_moe(
         None if limit is None else float(limit),
         float(alpha),
         float(up_shift),
+        float(gate_up_scaling),
+        float(down_scaling),
     )
     check_options(options)
     dtype, shape = x.dtype, x.shape
@@ -113,6 +124,8 @@ def fused_moe(
         x, gate_up_weight, down_weight = (t.to(narrow) for t in (x, gate_up_weight, down_weight))
     check_tensors(options, x, gate_up_weight, down_weight, top_k_index, top_k_weights)
     check_biases(options, gate_up_weight, down_weight, gate_up_bias, down_bias)
+    low_rank = (*(gate_up_lora or (None, None)), *(down_lora or (None, None)))
+    check_low_rank(options, x, gate_up_weight, down_weight, *low_rank)
     compiling = torch.compiler.is_compiling() and not in_torch_func()
     if not is_transformed():
         check_index(top_k_index, gate_up_weight.shape[0])
@@ -127,6 +140,7 @@ def fused_moe(
         top_k_weights.reshape(-1, top_k),
         gate_up_bias,
         down_bias,
+        *low_rank,
     )
     found: Tensor = out.view(shape).to(dtype)
     return found

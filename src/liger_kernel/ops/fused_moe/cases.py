@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from liger_kernel.testing import Make, OpCase, OpSpec, case
 
 def _routed(make: Make, tokens: int, top_k: int, experts: int, routing: str) -> Tensor:
     """(T, K) indices, different ones for a token; in "zipf" and "one" some experts are wanted more."""
-    generator = torch.Generator().manual_seed(make.seed)
-    logits = torch.rand(tokens, experts, generator=generator).log().neg().log().neg()  # Gumbel
+    generator = torch.Generator("cpu").manual_seed(make.seed)
+    rand = partial(torch.rand, generator=generator, device="cpu")
+    logits = rand(tokens, experts).log().neg().log().neg()  # Gumbel
     if routing == "zipf":
-        logits -= torch.arange(1, experts + 1).log()
+        logits -= torch.arange(1, experts + 1, device="cpu").log()
     if routing == "one":
         logits[:, 1:] -= 100.0
     index = logits.topk(top_k).indices
     if routing == "sentinels":
-        index = index.masked_fill(torch.rand(index.shape, generator=generator) < 0.4, experts)
+        index = index.masked_fill(rand(index.shape) < 0.4, experts)
     return index.to(make.device)
 
 
@@ -36,6 +38,7 @@ def _case(
     routing: str = "balanced",
     biases: bool = False,
     draw: Any = Make.randn,
+    rank: int = 0,
     **options: Any,
 ) -> OpCase:
     gated, transposed = options.get("gated", True), options.get("transposed", False)
@@ -45,12 +48,20 @@ def _case(
             shape = (experts, n_in, n_out) if transposed else (experts, n_out, n_in)
             return draw(make, *shape, scale=scale * n_in**-0.5)
 
+        def pair(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+            a = make.randn(experts * rank, n_in, scale=n_in**-0.5)
+            b = make.randn(n_out, rank * experts, scale=0.3 * rank**-0.5)  # the layout of PEFT
+            return a.view(experts, rank, n_in), b.view(n_out, rank, experts).permute(2, 0, 1)
+
         n_first = (1 + gated) * features
         x = draw(make, tokens, hidden)
         w1, w2 = weight(n_first, hidden, 2.0), weight(hidden, features, 1.0)
         index = _routed(make, tokens, top_k, experts, routing)
         b1, b2 = (make.randn(experts, n) if biases else None for n in (n_first, hidden))
-        return x, w1, w2, index, make.randn(tokens, top_k, scale=0.5), b1, b2
+        given = x, w1, w2, index, make.randn(tokens, top_k, scale=0.5), b1, b2
+        if not rank:
+            return *given, None, None, None, None
+        return *given, *pair(hidden, n_first), *pair(features, hidden)
 
     flops = 6 * tokens * top_k * hidden * features * (2 + gated)
     return case(id, why, inputs, flops=flops, **options)
@@ -65,6 +76,7 @@ _GPT_OSS: Any = {
     "up_shift": 1.0,
 }
 _STRIDED: Any = {"draw": Make.strided, "activation": "gelu_tanh", "limit": 3.0}
+_LORA: Any = {"frozen": (1, 2, 4), "gate_up_scaling": 2.0, "down_scaling": 0.5}
 CASES = (
     _case("silu", "odd sizes, several tiles", 19, 3, 2, 24, 20),
     _case(
@@ -84,20 +96,44 @@ CASES = (
         gated=False,
     ),
     _case("strided", "weights and tokens with gaps; a limit", 6, 2, 2, 16, 8, **_STRIDED),
+    _case("lora", "low ranks, no power of two", 17, 2, 1, 24, 20, rank=5, **_LORA),
+    _case(
+        "lora-gpt-oss",
+        "low ranks beside all options, and nothing frozen",
+        5,
+        3,
+        2,
+        24,
+        20,
+        "sentinels",
+        rank=3,
+        **{**_LORA, "frozen": (), **_GPT_OSS},
+    ),
     _case("no-rows", "empty batch: gradients of zero, not of garbage", 0, 2, 2, 16, 8),
     _case("qwen3-30b-a3b-1k", "Qwen3-30B-A3B", 1024, 128, 8, 2048, 768, large=True),
     _case("qwen3-30b-a3b-8k", "Qwen3-30B-A3B", 8192, 128, 8, 2048, 768, large=True),
     _case("qwen3-30b-a3b-32k", "Qwen3-30B-A3B", 32768, 128, 8, 2048, 768, large=True),
     _case("qwen3-30b-a3b-8k-zipf", "skewed", 8192, 128, 8, 2048, 768, "zipf", large=True),
+    _case("qwen3-30b-a3b-lora-4k", "", 4096, 128, 8, 2048, 768, rank=16, large=True, **_LORA),
     _case("mixtral-8k", "Mixtral 8x7B", 8192, 8, 2, 4096, 14336, large=True),
     _case("gpt-oss-8k", "gpt-oss-20b", 8192, 32, 4, 2880, 2880, large=True, **_GPT_OSS),
 )
+
+
+def _call(*tensors: Any, **options: Any) -> Tensor:
+    """Low ranks as tensors behind the others, as the reference takes them."""
+    a1, b1, a2, b2 = tensors[7:]
+    options["gate_up_lora"] = None if a1 is None else (a1, b1)
+    options["down_lora"] = None if a2 is None else (a2, b2)
+    return fused_moe(*tensors[:7], **options)
+
+
 SPEC = OpSpec(
     name="fused_moe",
-    function=fused_moe,
+    function=_call,
     reference=reference.fused_moe,
     cases=CASES,
-    differentiable=(0, 1, 2, 4, 5, 6),
+    differentiable=(0, 1, 2, *range(4, 11)),
     defaults={
         "activation": "silu",
         "gated": True,
@@ -106,5 +142,7 @@ SPEC = OpSpec(
         "limit": None,
         "alpha": 1.0,
         "up_shift": 0.0,
+        "gate_up_scaling": 1.0,
+        "down_scaling": 1.0,
     },
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,4 +86,28 @@ def check_biases(
         if bias.shape != (weight.shape[0], weight.shape[out]):
             raise ValueError(
                 f"{name} has shape {tuple(bias.shape)}; pass one of ({weight.shape[0]}, {weight.shape[out]})."
+            )
+
+
+def check_low_rank(options: MoEOptions, x: Tensor, *tensors: Tensor | None) -> None:
+    """`tensors`: both weights, and both matrices beside each."""
+    w1, w2, a1, b1, a2, b2 = tensors
+    pairs: tuple[tuple[str, Any, Any, Any, float], ...] = (
+        ("gate_up", w1, a1, b1, options.gate_up_scaling),
+        ("down", w2, a2, b2, options.down_scaling),
+    )
+    for name, weight, a, b, scaling in pairs:
+        if a is None or b is None:
+            if scaling != 1:
+                raise ValueError(f"{name}_scaling={scaling} concerns {name}_lora, which is None.")
+            continue
+        named = {f"A of {name}_lora": a, f"B of {name}_lora": b}
+        check_floating(**named)
+        check_same_device(x=x, **named)
+        n_experts, out, inner = (weight.mT if options.transposed else weight).shape
+        rank = a.shape[1] if a.ndim == 3 else 0
+        if not rank or a.shape != (n_experts, rank, inner) or b.shape != (n_experts, out, rank):
+            raise ValueError(
+                f"{name}_lora has the shapes {tuple(a.shape)} and {tuple(b.shape)}; pass A ({n_experts}, R, {inner}) "
+                f"and B ({n_experts}, {out}, R), also with transposed=True."
             )

@@ -20,6 +20,8 @@ class MoEOptions(OpOptions):
     limit: float | None = None
     alpha: float = 1.0
     up_shift: float = 0.0
+    gate_up_scaling: float = 1.0
+    down_scaling: float = 1.0
 
 
 class Kernels(Backward, Protocol):
@@ -32,12 +34,17 @@ class Kernels(Backward, Protocol):
         top_k_weights: Tensor,
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
+        gate_up_a: Tensor | None,
+        gate_up_b: Tensor | None,
+        down_a: Tensor | None,
+        down_b: Tensor | None,
         *,
         options: MoEOptions,
         needs: Needs,
     ) -> tuple[Tensor, Saved]:
         """The output (T, H) like x, and what `backward` is given: the tensors without the index, the output of the
-        first product if somebody needs it, and three tensors of `pipeline.Routing`; `library.py` hands them on."""
+        first product and that of `gate_up_a`, if somebody needs them, and three tensors of `pipeline.Routing`;
+        `library.py` hands them on."""
 
     def backward_over(
         self, grads: Grads, saved: Saved, *, options: MoEOptions, needs: Needs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +11,17 @@ from liger_kernel._core.autograd import refuse_double_backward
 from liger_kernel.backends.dispatch import kernels_for
 from liger_kernel.ops.fused_moe.checks import check_index
 from liger_kernel.ops.fused_moe.contract import MoEOptions
+from liger_kernel.ops.fused_moe.pipeline import keeps_hidden
 
 _TENSORS = (
     "Tensor x, Tensor gate_up_weight, Tensor down_weight, Tensor{} top_k_weights, Tensor? gate_up_bias, "
-    "Tensor? down_bias"
+    "Tensor? down_bias, Tensor? gate_up_a, Tensor? gate_up_b, Tensor? down_a, Tensor? down_b"
 )
 _OPTIONS = (
     "bool[] needs, str activation, bool gated, bool interleaved, bool transposed, float? limit, float alpha, "
-    "float up_shift"
+    "float up_shift, float gate_up_scaling, float down_scaling"
 )
-_NEEDS = (0, 1, 2, 4, 5, 6)  # the tensors of `fused_moe` that may require a gradient
+_NEEDS = (0, 1, 2, *range(4, 11))  # the tensors of `fused_moe` that may require a gradient
 
 
 def call(options: MoEOptions, *tensors: Tensor | None) -> Tensor:
@@ -33,41 +33,41 @@ def call(options: MoEOptions, *tensors: Tensor | None) -> Tensor:
 @torch.library.custom_op(
     "liger_kernel::fused_moe",
     mutates_args=(),
-    schema=f"({_TENSORS.format(' top_k_index, Tensor')}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS.format(' top_k_index, Tensor')}, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _op(*args: Any) -> tuple[Tensor, ...]:
-    """The output, and the last four of what is saved (`contract.py`)."""
-    tensors, needs, options = args[:7], args[7], MoEOptions(*args[8:])
+    """The output, and the last five of what is saved (`contract.py`)."""
+    tensors, needs, options = args[:11], args[11], MoEOptions(*args[12:])
     check_index(tensors[3], tensors[1].shape[0])
     kernels = kernels_for("fused_moe", options, *tensors)
     out, saved = kernels.forward(*tensors, options=options, needs=needs)
-    hidden, *routed = saved[6:]
-    return out, out.new_empty(0) if hidden is None else hidden, *routed
+    return out, *(out.new_empty(0) if t is None else t for t in saved[10:])
 
 
 @_op.register_fake
 def _(x: Tensor, gate_up_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    index, needs, options = rest[1], rest[5], MoEOptions(*rest[6:])
+    index, gate_up_a, needs, options = rest[1], rest[5], rest[9], MoEOptions(*rest[10:])
     n_rows, n_experts = index.numel(), gate_up_weight.shape[0]
     features = gate_up_weight.shape[2 if options.transposed else 1]
-    hidden = x.new_empty(n_rows, features) if _keeps_hidden(needs) else x.new_empty(0)
+    hidden, low = x.new_empty(0), x.new_empty(0)
+    if keeps_hidden(needs):
+        hidden = x.new_empty(n_rows, features)
+    if gate_up_a is not None and needs[8]:
+        low = x.new_empty(n_rows, gate_up_a.shape[1])
     counts = [index.new_empty(n, dtype=torch.int32) for n in (n_rows, n_experts + 1)]
-    return torch.empty_like(x), hidden, index.new_empty(n_rows, dtype=torch.int64), *counts
-
-
-def _keeps_hidden(needs: Sequence[bool]) -> bool:
-    return any(needs[i] for i in _NEEDS[:-1])
+    return torch.empty_like(x), hidden, low, index.new_empty(n_rows, dtype=torch.int64), *counts
 
 
 @torch.library.custom_op(
     "liger_kernel::fused_moe_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_TENSORS.format('')}, Tensor? hidden, Tensor slots, Tensor rows, Tensor starts, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, {_TENSORS.format('')}, Tensor? hidden, Tensor? low, Tensor slots, Tensor rows, Tensor starts, "
+    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * len(_NEEDS))})",
 )
 def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """A gradient for each of `_NEEDS`; an empty tensor where there is none."""
-    saved, needs, options = args[:10], args[10], MoEOptions(*args[11:])
+    saved, needs, options = args[:15], args[15], MoEOptions(*args[16:])
     kernels = kernels_for("fused_moe", options, saved[0])
     grads = kernels.backward((dy,), saved, options=options, needs=needs)
     return tuple(dy.new_empty(0) if grads[i] is None else grads[i] for i in _NEEDS)
@@ -75,15 +75,15 @@ def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @_backward_op.register_fake
 def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs = args[10]
-    found = zip(args[:6], _NEEDS, strict=True)
+    needs = args[15]
+    found = zip(args[:10], _NEEDS, strict=True)
     return tuple(
         t.new_empty(t.shape) if t is not None and needs[i] else dy.new_empty(0) for t, i in found
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, (ctx.needs, *ctx.options) = inputs[:7], inputs[7:]
+    tensors, (ctx.needs, *ctx.options) = inputs[:11], inputs[11:]
     ctx.save_for_backward(*tensors[:3], *tensors[4:], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -91,11 +91,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward()
-    found: list[Tensor | None] = [None] * (8 + len(ctx.options))
+    found: list[Tensor | None] = [None] * (12 + len(ctx.options))
     if grads[0] is not None:
         saved = list(ctx.saved_tensors)
-        if not _keeps_hidden(ctx.needs):
-            saved[6] = None
+        if not keeps_hidden(ctx.needs):
+            saved[10] = None
+        if not ctx.needs[8]:
+            saved[11] = None
         some = _backward_op(grads[0], *saved, ctx.needs, *ctx.options)
         for i, grad in zip(_NEEDS, some, strict=True):
             found[i] = grad if ctx.needs[i] else None

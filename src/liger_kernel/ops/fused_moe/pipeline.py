@@ -10,6 +10,11 @@ With d the gradient of the output, of each row p with token t and weight w:
     dh[p] = w da[p] act'(h[p])    dW1[e] = sum_p x[t]^T dh[p]     db1[e] = sum_p dh[p]     dx[t] = sum_k dh[p] @ W1[e].T
 
 so that neither the output of an expert nor the activation is kept: only x and h, the output of the first product.
+
+With a low rank beside a weight, W + s B A, rows go through A and B, and no step makes a matrix of the size of W. For
+rows a that it takes to rows of W a + B u, and their gradient g:
+
+    u = s A a        v = s g @ B        dB[e] = sum_p g[p]^T u[p]        dA[e] = sum_p v[p]^T a[p]        + v @ A in da
 """
 
 from __future__ import annotations
@@ -34,6 +39,10 @@ class Routing(NamedTuple):
     tiles: Tensor  # what the products of a device need besides; perhaps empty
 
 
+#: rows (S, R) and a weight (E, N, R), of any strides
+LowRank = tuple[Tensor, Tensor]
+
+
 class Steps(Protocol):
     """What a file computes. `weight` is (E, N, M), any strides; rows of no expert hold anything in results."""
 
@@ -41,14 +50,32 @@ class Steps(Protocol):
         """`Routing.tiles` for so many rows."""
 
     def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        """out[p] = a[p] @ weight[e].T + bias[e], (S, N). `gathered` K: a has the rows of tokens, K slots each."""
+        """out[p] = scale a[p] @ weight[e].T + low[0][p] @ low[1][e].T + bias[e], (S, N).
+
+        `gathered` K: a has the rows of tokens, K slots each. `scale`: given for a weight of a low rank.
+        """
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """out[e] = sum_p a[p]^T b[p], (E, M, N); zeros for an expert without rows."""
+        """out[e] = sum_p a[p]^T b[p], (E, M, N); zeros for an expert without rows.
+
+        `dtype`: of the result; given for a weight of a low rank.
+        """
 
     def bias_gradient(
         self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int
@@ -82,8 +109,8 @@ class Steps(Protocol):
         """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
 
 
-#: of x and the weights
-StepsFor = Callable[[Tensor, Tensor, Tensor], Steps]
+#: of the number of rows, x and the weights
+StepsFor = Callable[[int, Tensor, Tensor, Tensor], Steps]
 
 
 def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,22 +140,32 @@ def forward(
     top_k_weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None,
+    gate_up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     *,
     options: MoEOptions,
     needs: Needs,
 ) -> tuple[Tensor, Saved]:
-    steps, weights = steps_for(x, gate_up_weight, down_weight), top_k_weights.contiguous()
+    steps = steps_for(top_k_index.numel(), x, gate_up_weight, down_weight)
+    weights = top_k_weights.contiguous()
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     if not can_look(top_k_index):  # or it was checked
         top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
     sorted_ = sort_by_expert(top_k_index, w1.shape[0])
     routing = Routing(*sorted_, steps.tiles(sorted_[2], top_k_index.numel()))
-    hidden = steps.product(x, w1, gate_up_bias, routing, top_k_index.shape[1])  # (S, 2I) or (S, I)
+    top_k = top_k_index.shape[1]
+    first = _Pair.of(gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
+    second = _Pair.of(down_a, down_b, options.down_scaling, x.dtype)
+    low = first and first.through_a(steps, x, routing, top_k)
+    hidden = steps.product(x, w1, gate_up_bias, routing, top_k, low)  # (S, 2I) or (S, I)
+    low_rows = low[0] if low is not None and needs[8] else None
     act = steps.activate(hidden, routing, options)  # (S, I)
-    y = steps.product(act, w2, down_bias, routing, 0)  # (S, H)
-    del act
+    low = second and second.through_a(steps, act, routing, 0)
+    y = steps.product(act, w2, down_bias, routing, 0, low)  # (S, H)
+    del act, low
     out = steps.combine(y, weights, routing, weights.shape, x.dtype)
-    kept = hidden if any(needs[i] for i in (0, 1, 2, 4, 5)) else None
     return out, (
         x,
         gate_up_weight,
@@ -136,9 +173,19 @@ def forward(
         weights,
         gate_up_bias,
         down_bias,
-        kept,
+        gate_up_a,
+        gate_up_b,
+        down_a,
+        down_b,
+        hidden if keeps_hidden(needs) else None,
+        low_rows,
         *routing[:3],
     )
+
+
+def keeps_hidden(needs: Needs) -> bool:
+    """Whether backward reads the output of the first product; the gradient of `down_bias` comes without it."""
+    return any(need for i, need in enumerate(needs) if i != 6)
 
 
 def backward(
@@ -152,26 +199,36 @@ def backward(
 ) -> Grads:
     """`overwrites`: dh may take the memory of h."""
     given: Any = (*saved, grads[0])
-    x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, hidden, *routed, dy = given
+    x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, a1, b1, *given = given
+    a2, b2, hidden, low_rows, *routed, dy = given
     slots, rows, starts = routed
-    steps = steps_for(x, gate_up_weight, down_weight)
+    steps = steps_for(slots.numel(), x, gate_up_weight, down_weight)
     routing = Routing(slots, rows, starts, steps.tiles(starts, slots.numel()))
-    needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2 = needs
+    needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
+    first = _Pair.of(a1, b1, options.gate_up_scaling, x.dtype)
+    second = _Pair.of(a2, b2, options.down_scaling, x.dtype)
+    of_first, of_second = (needs_dw1, *needs_low[:2]), (needs_dw2, *needs_low[2:])
     top_k = weights.shape[1]
     dy = dy.contiguous()  # (T, H)
-    dx = dw1 = dw2 = dw = db1 = db2 = None
+    dx = dw = db1 = db2 = None
+    firsts: _OfWeight = (None, None, None)
+    seconds: _OfWeight = (None, None, None)
     if needs_db2 and down_bias is not None:
         db2 = steps.bias_gradient(dy, weights, routing, top_k).to(down_bias.dtype)
     if hidden is None:
-        return None, None, None, None, None, None, db2
-    da = steps.product(dy, w2.mT, None, routing, top_k)  # (S, I)
-    wanted = (needs_dx or needs_dw1 or needs_db1, needs_dw2, needs_dw)
+        return (*(None,) * 6, db2, *(None,) * 4)
+    low = second and second.through_b(steps, dy, routing, top_k)
+    da = steps.product(dy, w2.mT, None, routing, top_k, low)  # (S, I)
+    wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
     dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
     del da
     if act is not None:
-        dw2 = _weight_gradient(steps, act, dy, routing, (0, top_k), options.transposed)
+        u = second.through_a(steps, act, routing, 0)[0] if second and of_second[2] else None
+        between = (u, low and low[0])
+        gathered = (0, top_k)
+        seconds = _of_weight(steps, act, dy, routing, gathered, options, second, between, of_second)
         del act
     if dw is not None:
         if down_bias is not None:
@@ -180,12 +237,73 @@ def backward(
     if dhidden is not None:
         if needs_db1 and gate_up_bias is not None:
             db1 = steps.bias_gradient(dhidden, None, routing, 0).to(gate_up_bias.dtype)
-        if needs_dw1:
-            dw1 = _weight_gradient(steps, x, dhidden, routing, (top_k, 0), options.transposed)
+        low = None
+        if first and (needs_dx or of_first[1]):
+            low = first.through_b(steps, dhidden, routing, 0)
+        between = (low_rows, low and low[0])
+        gathered = (top_k, 0)
+        firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
         if needs_dx:
-            dx = steps.product(dhidden, w1.mT, None, routing, 0)  # (S, H)
+            dx = steps.product(dhidden, w1.mT, None, routing, 0, low)  # (S, H)
             dx = steps.combine(dx, None, routing, weights.shape, x.dtype)
-    return dx, dw1, dw2, None, dw, db1, db2
+    return dx, firsts[0], seconds[0], None, dw, db1, db2, *firsts[1:], *seconds[1:]
+
+
+class _Pair(NamedTuple):
+    """The matrices of a low rank beside a weight, for rows of some dtype."""
+
+    a: Tensor  # (E, R, in)
+    b: Tensor  # (E, out, R)
+    scale: float
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the gradients
+
+    @staticmethod
+    def of(a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> _Pair | None:
+        if a is None or b is None:
+            return None
+        return _Pair(_dense(a, dtype), _dense(b, dtype), scale, (a.dtype, b.dtype))
+
+    def through_a(self, steps: Steps, rows: Tensor, routing: Routing, gathered: int) -> LowRank:
+        """u, and what takes it on."""
+        return steps.product(rows, self.a, None, routing, gathered, scale=self.scale), self.b
+
+    def through_b(self, steps: Steps, grad: Tensor, routing: Routing, gathered: int) -> LowRank:
+        """v, and what takes it on."""
+        return steps.product(grad, self.b.mT, None, routing, gathered, scale=self.scale), self.a.mT
+
+
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass: PEFT keeps the B of all experts in one matrix, where an expert's numbers lie far apart."""
+    if t.dtype == dtype and t.is_contiguous():
+        return t
+    return torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
+
+
+#: of W, A and B
+_OfWeight = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _of_weight(
+    steps: Steps,
+    inputs: Tensor,
+    outputs: Tensor,
+    routing: Routing,
+    gathered: tuple[int, int],
+    options: MoEOptions,
+    pair: _Pair | None,
+    between: tuple[Tensor | None, Tensor | None],
+    needs: tuple[bool, ...],
+) -> _OfWeight:
+    """The gradients of a weight and of the pair beside it. `outputs`: their gradient; `between`: u and v."""
+    (u, v), of_inputs, of_outputs = between, *gathered
+    dw = da = db = None
+    if needs[0]:
+        dw = _weight_gradient(steps, inputs, outputs, routing, gathered, options.transposed)
+    if pair and v is not None and needs[1]:
+        da = steps.weight_gradient(v, inputs, routing, (0, of_inputs), pair.dtypes[0])
+    if pair and u is not None and needs[2]:
+        db = steps.weight_gradient(outputs, u, routing, (of_outputs, 0), pair.dtypes[1])
+    return dw, da, db
 
 
 def _as_linear(options: MoEOptions, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from liger_kernel._core.autograd import has_numbers
 from liger_kernel.backends import can_look
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.pipeline import Routing
+from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 
 def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:
@@ -48,12 +48,23 @@ class Portable:
         return starts.new_empty(0)
 
     def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         if not has_numbers(a):  # whose are the rows? of a shape, the loop over experts says nothing
             return a.new_empty(routing.slots.shape[0], weight.shape[1])
         *parts, others = _parts(_rows(a, routing, gathered), routing)
         found = list(map(torch.mm, parts, weight.mT.unbind()))
+        if scale is not None:
+            found = [part * scale for part in found]
+        if low is not None:
+            found = list(map(torch.addmm, found, _parts(low[0], routing), low[1].mT.unbind()))
         if bias is not None:
             found = list(map(torch.add, found, bias.to(a.dtype).unbind()))
         found.append(others.new_zeros(others.shape[0], weight.shape[1]))
@@ -65,15 +76,21 @@ class Portable:
         return out
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         if not has_numbers(a):
-            return a.new_empty(routing.starts.shape[0] - 1, a.shape[1], b.shape[1])
+            return a.new_empty(routing.starts.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
         parts = (
             _parts(_rows(t, routing, n), routing)[:-1]
             for t, n in zip((a, b), gathered, strict=True)
         )
-        return torch.stack([torch.mm(x.t(), y) for x, y in zip(*parts, strict=True)])
+        found = torch.stack([torch.mm(x.t(), y) for x, y in zip(*parts, strict=True)])
+        return found if dtype is None else found.to(dtype)
 
     def bias_gradient(
         self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int

@@ -22,6 +22,11 @@ def fused_moe(
     top_k_weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    *,
     activation: str,
     gated: bool,
     interleaved: bool,
@@ -29,9 +34,12 @@ def fused_moe(
     limit: float | None,
     alpha: float,
     up_shift: float,
+    gate_up_scaling: float,
+    down_scaling: float,
 ) -> Tensor:
     """out[t] = sum_k w[t, k] (act(x[t] @ W1[e] + b1[e]) @ W2[e] + b2[e]) with e = index[t, k]; nothing for e = E.
 
+    W + scaling (B A)^T takes the place of W where there are A (E, R, in) and B (E, out, R), in the dtype of W.
     Every step is rounded as in eager code; the sum over k is rounded once.
     """
     if x.is_meta:  # nobody knows there who goes to which expert
@@ -43,11 +51,13 @@ def fused_moe(
     for expert in range(gate_up_weight.shape[0]):
         chosen = top_k_index == expert
         token, k = (None, None) if _is_followed() else torch.where(chosen)
-        hidden = (x if token is None else x[token]) @ gate_up_weight[expert]
+        w1 = _adapted(gate_up_weight, gate_up_a, gate_up_b, gate_up_scaling, expert)
+        w2 = _adapted(down_weight, down_a, down_b, down_scaling, expert)
+        hidden = (x if token is None else x[token]) @ w1
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[expert]
         act = activate(hidden, activation, gated, interleaved, limit, alpha, up_shift)
-        y = act @ down_weight[expert]
+        y = act @ w2
         if down_bias is not None:
             y = y + down_bias[expert]
         if token is None:
@@ -57,6 +67,16 @@ def fused_moe(
         share = y * top_k_weights[token, k, None]
         shares = shares.index_put((token, k), share.to(dtype))
     return shares.sum(1).to(x.dtype)
+
+
+def _adapted(
+    weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, expert: int
+) -> Tensor:
+    """(in, out)"""
+    if a is None or b is None:
+        return weight[expert]
+    a, b = (t[expert].to(weight.dtype) for t in (a, b))
+    return weight[expert] + scaling * (b @ a).mT
 
 
 def _is_followed() -> bool:

@@ -7,7 +7,7 @@ move about 30 S H + 30 S I bytes in 16 bits.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,18 +23,32 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.pipeline import Routing
-from liger_kernel.ops.glu.triton import activation
+from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
+from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
+_OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
+_SQUARE, _TABLE = 64, 128  # sides of a tile of `_bias_gradient`; tiles of a step of `_tile_table`
+
+
+def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
+    """The tile of a program that goes over memory once; `most` columns leave it some rows, whose indices it shares."""
+    cols = min(most, next_power_of_2(n_cols))
+    return {"ROWS": warps * _OF_WARP // cols, "COLS": cols, "num_warps": warps}
 
 
 @dataclass(frozen=True)
 class Config:
     """Of a grouped product: a program owns (rows, cols) of the result, and goes over the inner dimension by `inner`.
 
-    Nothing here is measured yet. `rows` is the same for all products of a device, which share one table of tiles.
+    `rows` is the same for all products of a device, which share one table of tiles. On an H100 128 x 256 x 64 with 8
+    warps was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral; in TFLOP/s of the
+    first product 155, 480 and 560. PyTorch's products, gathered rows not counted: 150, 460 and 650; its gradients of
+    weights 125, 390 and 570 where ours have 80, 210 and 240.
+
+    library_from: rows of an expert, by and large, from which all products of plain weights are PyTorch's; below, their
+        gradients are. None: ours compute everything.
     """
 
     rows: int
@@ -42,7 +56,7 @@ class Config:
     inner: int
     warps: int
     stages: int
-    library: bool = False  # PyTorch's grouped product, which needs gathered rows, where it serves
+    library_from: int | None = None
     group: int = 8  # tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache
 
     @staticmethod
@@ -55,9 +69,21 @@ class Config:
             return Config(rows=64, cols=64, inner=32, warps=4, stages=facts.stages(3, 2**14))
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
-            return Config(rows=128, cols=256, inner=64, warps=8, stages=facts.stages(3, 3 * 2**14))
+            stages = facts.stages(3, 3 * 2**14)
+            return Config(rows=128, cols=256, inner=64, warps=8, stages=stages, library_from=1024)
         cols = 128 if even else 64
         return Config(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
+
+    @functools.cache  # noqa: B019 (there are few)
+    def fitted(self, n_rows: int, n_cols: int) -> Config:
+        """For a result of (n_rows, n_cols), which may be narrow, as those of a low rank are."""
+        rows, cols = (
+            min(most, max(16, next_power_of_2(n)))
+            for most, n in ((self.rows, n_rows), (self.cols, n_cols))
+        )
+        if (rows, cols) == (self.rows, self.cols):
+            return self
+        return replace(self, rows=rows, cols=min(cols, 128), warps=4)
 
 
 @triton.jit
@@ -66,6 +92,19 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _inside(at, n, ALIGNED: tl.constexpr):
+    """`at` below n, and 0 beyond: what lies outside is read from inside, and not stored.
+
+    ALIGNED: n is a multiple of 8. Vectors lie inside or outside as a whole then, which the compiler does not see; its
+    loads of single elements ran at a tenth of the speed.
+    """
+    inside = tl.where(at < n, at, 0)
+    if ALIGNED:
+        inside = tl.max_contiguous(tl.multiple_of(inside, 8), 8)
+    return inside
 
 
 @triton.jit
@@ -104,6 +143,8 @@ def _grouped_product(
     a_ptr,
     weight_ptr,
     bias_ptr,
+    low_ptr,
+    low_weight_ptr,
     out_ptr,
     slots_ptr,
     starts_ptr,
@@ -115,18 +156,26 @@ def _grouped_product(
     expert_stride,
     col_stride,
     inner_stride,
+    rank,
+    low_expert_stride,
+    low_col_stride,
+    low_inner_stride,
+    scale,
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
     EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[p, n] = sum_m a[p, m] weight[e, n, m] + bias[e, n]; with GATHERED a has the rows of tokens.
+    """out[p, n] = scale sum_m a[p, m] weight[e, n, m] + sum_r low[p, r] low_weight[e, n, r] + bias[e, n].
 
-    A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a multiple of INNER.
+    With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
+    multiple of INNER. RANK: how far a step over the low rank goes; 0 where there is none.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -143,9 +192,8 @@ def _grouped_product(
     source = rows
     if GATHERED:
         source = tl.load(slots_ptr + rows, mask=live, other=0) // top_k
-    # what lies outside is read from inside, and not stored
     source = tl.where(live, source, 0)
-    inside = tl.where(cols < n_cols, cols, 0).to(tl.int64)
+    inside = _inside(cols, n_cols, ALIGNED).to(tl.int64)
     inner = tl.arange(0, INNER)
     a_ptrs = a_ptr + source[:, None] * n_inner + inner[None, :]
     weight_ptrs = weight_ptr + expert * expert_stride
@@ -162,6 +210,16 @@ def _grouped_product(
         acc = _dot(a, weight, acc, PRECISION)
         a_ptrs += INNER
         weight_ptrs += INNER * inner_stride
+    acc *= scale
+    if RANK:
+        low_rows = tl.where(live, rows, 0)[:, None] * rank
+        low_weight_ptr += expert * low_expert_stride + inside[None, :] * low_col_stride
+        for at in range(0, rank, RANK):
+            r = at + tl.arange(0, RANK)
+            low = tl.load(low_ptr + low_rows + r[None, :], mask=r[None, :] < rank, other=0.0)
+            beside = low_weight_ptr + r[:, None].to(tl.int64) * low_inner_stride
+            beside = tl.load(beside, mask=r[:, None] < rank, other=0.0)
+            acc = _dot(low, beside, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows[:, None] * n_cols + cols[None, :]
@@ -181,6 +239,7 @@ def _weight_gradient(
     top_k,
     GATHERED_A: tl.constexpr,
     GATHERED_B: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -194,8 +253,8 @@ def _weight_gradient(
     within = pid % (row_tiles * col_tiles)
     rows = within % row_tiles * ROWS + tl.arange(0, ROWS)
     cols = within // row_tiles * COLS + tl.arange(0, COLS)
-    a_at = tl.where(rows < a_cols, rows, 0)[None, :]
-    b_at = tl.where(cols < b_cols, cols, 0)[None, :]
+    a_at = _inside(rows, a_cols, ALIGNED)[None, :]
+    b_at = _inside(cols, b_cols, ALIGNED)[None, :]
     start = tl.load(starts_ptr + expert)
     end = tl.load(starts_ptr + expert + 1)
     acc = tl.zeros((ROWS, COLS), tl.float32)
@@ -251,198 +310,6 @@ def _bias_gradient(
     tl.store(out_ptr + expert * n_cols + cols, tl.sum(total, 0), mask=cols < n_cols)
 
 
-@triton.jit
-def _gate_and_up(
-    hidden_ptr,
-    rows,
-    cols,
-    mask,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-):
-    """f(alpha gate) / alpha and its derivative, up + up_shift, whether gate and up are within the limit; and where
-    gate and up are. Without a gate the factor is 1."""
-    width = n_cols
-    gate_at = rows * n_cols + cols
-    up_at = gate_at
-    if GATED:
-        width = 2 * n_cols
-        gate_at = rows * width + cols
-        up_at = gate_at + n_cols
-        if INTERLEAVED:
-            gate_at = rows * width + 2 * cols
-            up_at = gate_at + 1
-    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    gate_in = mask
-    up_in = mask
-    if LIMITED:  # a NaN stays one
-        gate_in = ~(gate > limit)
-        gate = tl.where(gate_in, gate, limit)
-    z = gate * alpha
-    if ACTIVATION == "relu_squared":
-        z = tl.where(z < 0.0, 0.0, z)
-        value = z * z
-        slope = 2.0 * z
-    else:
-        value, slope = activation(z, 1.0, ACTIVATION)
-    factor = tl.zeros_like(gate) + 1.0
-    if GATED:
-        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-        if LIMITED:
-            up_in = ~(tl.abs(up) > limit)
-            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        factor = up + up_shift
-    return value / alpha, slope, factor, gate_in, up_in, gate_at, up_at
-
-
-@triton.jit
-def _activate(
-    hidden_ptr,
-    act_ptr,
-    live_ptr,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """act = f(alpha gate) / alpha (up + up_shift), rounded once. One program owns one tile."""
-    col_tiles = tl.cdiv(n_cols, COLS)
-    rows = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
-    mask = (rows < tl.load(live_ptr)) & (cols < n_cols)
-    value, _, factor, _, _, _, _ = _gate_and_up(
-        hidden_ptr,
-        rows,
-        cols,
-        mask,
-        n_cols,
-        limit,
-        alpha,
-        up_shift,
-        ACTIVATION,
-        GATED,
-        INTERLEAVED,
-        LIMITED,
-    )
-    act = (value * factor).to(act_ptr.dtype.element_ty)
-    tl.store(act_ptr + rows * n_cols + cols, act, mask=mask)
-
-
-@triton.jit
-def _activate_bwd(
-    da_ptr,
-    hidden_ptr,
-    weights_ptr,
-    slots_ptr,
-    dhidden_ptr,
-    act_ptr,
-    dw_ptr,
-    live_ptr,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
-    slot of the row. A program owns ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < tl.load(live_ptr)
-    slot = tl.load(slots_ptr + row, mask=live, other=0)
-    w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-    rows = row[:, None]
-    dw = tl.zeros((ROWS, COLS), tl.float32)
-    dtype = hidden_ptr.dtype.element_ty
-    for start in range(0, n_cols, COLS):
-        cols = start + tl.arange(0, COLS)[None, :]
-        mask = live[:, None] & (cols < n_cols)
-        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
-            hidden_ptr,
-            rows,
-            cols,
-            mask,
-            n_cols,
-            limit,
-            alpha,
-            up_shift,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-        )
-        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        act = value * factor
-        if NEEDS_DW:
-            dw += tl.where(mask, da * act, 0.0)
-        if NEEDS_DH:
-            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
-            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
-            if GATED:
-                dup = tl.where(up_in, w * da * value, 0.0)
-                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
-        if NEEDS_ACT:
-            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
-    if NEEDS_DW:
-        tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
-
-
-@triton.jit
-def _combine(
-    y_ptr,
-    weights_ptr,
-    rows_ptr,
-    live_ptr,
-    out_ptr,
-    n_tokens,
-    n_cols,
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
-    col_tiles = tl.cdiv(n_cols, COLS)
-    token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
-    inside = token < n_tokens
-    n_live = tl.load(live_ptr)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in tl.static_range(TOP_K):
-        row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
-        live = inside & (row < n_live)
-        mask = live[:, None] & (cols < n_cols)
-        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
-        y = y.to(tl.float32)
-        if WEIGHTED:
-            y *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)[
-                :, None
-            ]
-        total += y
-    mask = inside[:, None] & (cols < n_cols)
-    out_ptrs = out_ptr + token[:, None] * n_cols + cols
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -466,14 +333,15 @@ class Kernels:
     config: Config
 
     @staticmethod
-    def of(x: Tensor, *weights: Tensor) -> Kernels:
+    def of(n_rows: int, x: Tensor, *weights: Tensor) -> Kernels:
         even = all(size % 64 == 0 for weight in weights for size in weight.shape[1:])
         config = Config.of(facts_of(x.device), x.dtype, even)
-        by_library = config.library and _library_serves(x, *weights)
-        return (LibraryProducts if by_library else Kernels)(config)
+        if config.library_from is None or not _library_serves(x, *weights):
+            return Kernels(config)
+        many = n_rows >= config.library_from * weights[0].shape[0]
+        return (LibraryProducts if many else LibraryGradients)(config)
 
-    def _sizes(self) -> dict[str, Any]:
-        c = self.config
+    def _sizes(self, c: Config) -> dict[str, Any]:
         return {
             "PRECISION": _precision(),
             "ROWS": c.rows,
@@ -487,22 +355,32 @@ class Kernels:
         n_experts = starts.shape[0] - 1
         n_tiles = cdiv(n_rows, self.config.rows) + n_experts
         tiles = starts.new_empty(n_tiles, 2)
-        constants = {"ROWS": self.config.rows, "EXPERTS": next_power_of_2(n_experts), "BLOCK": 128}
-        launch(_tile_table, (n_experts + 1,), starts, tiles, n_experts, n_tiles, **constants)
+        sizes = {"ROWS": self.config.rows, "EXPERTS": next_power_of_2(n_experts), "BLOCK": _TABLE}
+        launch(_tile_table, (n_experts + 1,), starts, tiles, n_experts, n_tiles, **sizes)
         return tiles
 
     def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         n_cols, n_inner = weight.shape[1:]
         out = a.new_empty(routing.slots.shape[0], n_cols)
         n_tiles = routing.tiles.shape[0]
+        c = self.config.fitted(self.config.rows, n_cols)
+        rank = 0 if low is None else low[0].shape[1]
         launch(
             _grouped_product,
-            (n_tiles * cdiv(n_cols, self.config.cols),),
+            (n_tiles * cdiv(n_cols, c.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
+            *(low or (None, None)),
             out,
             routing.slots,
             routing.starts,
@@ -512,23 +390,33 @@ class Kernels:
             n_inner,
             max(1, gathered),
             *weight.stride(),
+            rank,
+            *(low[1].stride() if low else (0, 0, 0)),
+            1.0 if scale is None else float(scale),
             GATHERED=gathered > 0,
             HAS_BIAS=bias is not None,
-            EVEN=n_inner % self.config.inner == 0,
-            GROUP=self.config.group,
-            **self._sizes(),
+            RANK=min(c.inner, max(16, next_power_of_2(rank))) if rank else 0,
+            EVEN=n_inner % c.inner == 0,
+            ALIGNED=n_cols % 8 == 0,
+            GROUP=c.group,
+            **self._sizes(c),
         )
         return out
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
-        out = a.new_empty(n_experts, *shape)
-        tiles = cdiv(shape[0], self.config.rows) * cdiv(shape[1], self.config.cols)
+        out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
+        c = self.config.fitted(*shape)
         launch(
             _weight_gradient,
-            (n_experts * tiles,),
+            (n_experts * cdiv(shape[0], c.rows) * cdiv(shape[1], c.cols),),
             a,
             b,
             out,
@@ -538,7 +426,8 @@ class Kernels:
             max(1, *gathered),
             GATHERED_A=gathered[0] > 0,
             GATHERED_B=gathered[1] > 0,
-            **{**self._sizes(), "INNER": self.config.inner // 2},
+            ALIGNED=shape[0] % 8 == shape[1] % 8 == 0,
+            **self._sizes(c),
         )
         return out
 
@@ -549,7 +438,7 @@ class Kernels:
         out = a.new_empty(n_experts, n_cols, dtype=torch.float32)
         launch(
             _bias_gradient,
-            (n_experts * cdiv(n_cols, 64),),
+            (n_experts * cdiv(n_cols, _SQUARE),),
             a,
             weights,
             out,
@@ -559,8 +448,8 @@ class Kernels:
             max(1, gathered),
             GATHERED=gathered > 0,
             WEIGHTED=weights is not None,
-            ROWS=64,
-            COLS=64,
+            ROWS=_SQUARE,
+            COLS=_SQUARE,
             num_warps=4,
         )
         return out
@@ -569,21 +458,18 @@ class Kernels:
         n_rows, n_cols = hidden.shape[0], hidden.shape[1] // (1 + options.gated)
         act = hidden.new_empty(n_rows, n_cols)
         numbers, constants = _of_activation(options)
-        cols = min(1024, next_power_of_2(n_cols))
-        rows = 4096 // cols
+        tile = _pass(n_cols, warps=8, most=1024)
         if n_rows:
             launch(
-                _activate,
-                (cdiv(n_rows, rows) * cdiv(n_cols, cols),),
+                activate,
+                (cdiv(n_rows, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
                 hidden,
                 act,
                 routing.starts[-1:],
                 n_cols,
                 *numbers,
                 **constants,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=8,
+                **tile,
             )
         return act
 
@@ -604,12 +490,11 @@ class Kernels:
             dhidden = torch.empty_like(hidden) if into is None else into
         dw = weights.new_zeros(weights.shape, dtype=torch.float32) if needs_dw else None
         numbers, constants = _of_activation(options)
-        cols = min(512, next_power_of_2(n_cols))
-        rows = 2048 // cols
+        tile = _pass(n_cols, warps=4, most=512)
         if n_rows and any(needs):
             launch(
-                _activate_bwd,
-                (cdiv(n_rows, rows),),
+                activate_bwd,
+                (cdiv(n_rows, tile["ROWS"]),),
                 da,
                 hidden,
                 weights,
@@ -624,9 +509,7 @@ class Kernels:
                 NEEDS_ACT=needs_act,
                 NEEDS_DW=needs_dw,
                 **constants,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=4,
+                **tile,
             )
         return dhidden, da if needs_act else None, dw
 
@@ -636,16 +519,15 @@ class Kernels:
         weights: Tensor | None,
         routing: Routing,
         shape: torch.Size,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         (n_tokens, top_k), n_cols = shape, y.shape[1]
         out = y.new_empty(n_tokens, n_cols, dtype=dtype)
-        cols = min(2048, next_power_of_2(n_cols))
-        rows = 2048 // cols
+        tile = _pass(n_cols, warps=4, most=2048)
         if n_tokens:
             launch(
-                _combine,
-                (cdiv(n_tokens, rows) * cdiv(n_cols, cols),),
+                combine,
+                (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
                 y,
                 weights,
                 routing.rows,
@@ -655,28 +537,45 @@ class Kernels:
                 n_cols,
                 TOP_K=top_k,
                 WEIGHTED=weights is not None,
-                ROWS=rows,
-                COLS=cols,
-                num_warps=4,
+                **tile,
             )
         return out
 
 
-class LibraryProducts(Kernels):
-    """With the products of PyTorch, which wants bf16 and rows of whole vectors of 16 bytes."""
-
-    def product(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, gathered: int
-    ) -> Tensor:
-        if bias is not None:  # it would be added to rounded rows, and rounded again
-            return super().product(a, weight, bias, routing, gathered)
-        return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
+class LibraryGradients(Kernels):
+    """With PyTorch's gradients of weights. Its products want bf16, gathered rows, and whole vectors of 16 bytes."""
 
     def weight_gradient(
-        self, a: Tensor, b: Tensor, routing: Routing, gathered: tuple[int, int]
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: Routing,
+        gathered: tuple[int, int],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
+        if dtype is not None:  # of a low rank
+            return super().weight_gradient(a, b, routing, gathered, dtype)
         a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
         return _grouped_mm(a.t(), b, routing)
+
+
+class LibraryProducts(LibraryGradients):
+    """With all products of plain weights by PyTorch."""
+
+    def product(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        gathered: int,
+        low: LowRank | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        # what is added would be added to rounded rows, and rounded again
+        if bias is not None or low is not None or scale is not None:
+            return super().product(a, weight, bias, routing, gathered, low, scale)
+        return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
 
 
 def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:

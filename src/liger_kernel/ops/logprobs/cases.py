@@ -39,7 +39,7 @@ def _peaked(make: Make) -> tuple[Tensor | None, ...]:
 
 def _distinct(make: Make) -> tuple[Tensor | None, ...]:
     """No two logits of a row are equal, in any dtype; the first 5 classes are ruled out."""
-    order = torch.stack([torch.randperm(60, generator=make._generator) for _ in range(6)])
+    order = torch.stack([make.permutation(60) for _ in range(6)])
     logits = ((order - 30) / 8).to(make.device, make.dtype)
     logits[:, :5] = -torch.inf
     ids = make.labels(6, 55, 0.3)

@@ -24,6 +24,15 @@ def _scaled(x, inner, outer, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) of x <= 0 to the last digit also where it is tiny: `tl.exp` rounds x / log 2, which is large there."""
+    x = tl.where(x < -200.0, -200.0, x)  # 0, and NaN stays; of -inf the rest would be NaN
+    whole = x * 1.4426950408889634
+    rest = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500011e-08
+    return tl.exp2(whole) * tl.exp2(rest)
+
+
+@triton.jit
 def _statistics(
     x_row,
     n_cols,
@@ -68,7 +77,8 @@ def _statistics(
         new_top = tl.maximum(top, block_top)
         # as long as every logit is -inf (classes that are masked out), exp(z - top) would be NaN
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        e = tl.exp(z - anchor)
+        # the entropy of a row that is certain is made of tiny terms alone
+        e = _exp(z - anchor) if WEIGHTED else tl.exp(z - anchor)
         shrink = tl.exp(top - anchor)
         if WEIGHTED:
             below = tl.where(z == float("-inf"), 0.0, z - anchor)

@@ -83,11 +83,13 @@ def adapted(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     again: Callable[[Tensor], Tensor] | None = None,
+    read: bool = True,
 ) -> Tensor:
     """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x.
 
     again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
         gradient goes no other way.
+    read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
     """
     dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
     meeting = None
@@ -97,7 +99,7 @@ def adapted(
     scalings = [a.scaling for a in adapters]
     base = _Base(dtype, of_x, weight) if isinstance(weight, Quantised) else _Base(dtype, dtype)
     own = None if isinstance(weight, Quantised) else weight
-    y: Tensor = _Adapted.apply((base, scalings, again), meeting, x, own, bias, *flat)
+    y: Tensor = _Adapted.apply((base, scalings, again, read), meeting, x, own, bias, *flat)
     return y
 
 
@@ -194,19 +196,22 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the base, the scalings, `again`.
+    """options: the base, the scalings, `again`, `read`.
 
     Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
     """
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        base, scalings, again = options
+        base, scalings, again, is_read = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
-        y, weight = base.forward(x, weight, bias)
-        rows, out = as_rows(x), y.view(-1, y.shape[-1])
+        if is_read:
+            y, weight = base.forward(x, weight, bias)
+        else:
+            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
+        rows = as_rows(x)
         needs = ctx.needs_input_grad[2:]
         middles, products = [], []
         reads: list[Tensor | None] = [None] * len(scalings)
@@ -219,7 +224,8 @@ class _Adapted(torch.autograd.Function):
             middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
-        _add_products(out, products)
+        if is_read:
+            _add_products(y.view(-1, y.shape[-1]), products)
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
@@ -233,7 +239,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (base, scalings, again), drops, shape, meeting = ctx.of_forward
+        (base, scalings, again, _), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))

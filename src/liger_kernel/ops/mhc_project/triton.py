@@ -19,38 +19,48 @@ from liger_kernel.backends.records import SIXTEEN_BITS, DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.mhc_project.contract import MHCProjectOptions
 
+_END_ROWS = (
+    32  # of a program that adds up the parts of the forward: with m = 32, 8 elements in each thread
+)
+
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of (rows, k) elements of x. `programs`: one wave; the reduced dimension is parted until there are as many.
+    """Tiles of (rows, k) elements of x. `programs`: one wave, two on each processor; the reduced dimension is parted
+    until there are as many. Loads in flight are a tile of x and one of the weight, at most 32 columns wide as a rule.
 
-    `precision`: of products in fp32; "tf32x3" is as exact on NVIDIA, and not measured.
+    `precision`: of products in fp32.
     """
 
     rows: int
     k: int
     programs: int
     stages: int
-    precision: str = "ieee"
+    precision: str
     warps: int = 4
 
     @staticmethod
     @functools.cache
     def forward(facts: DeviceFacts, itemsize: int) -> Config:
-        return Config(64, 64, 2 * facts.processors, facts.stages(4, 64 * (64 + 32) * itemsize))
+        stages = facts.stages(4, 64 * (64 + 32) * itemsize)
+        return Config(64, 64, 2 * facts.processors, stages, facts.exact_precision)
 
     @staticmethod
     @functools.cache
     def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
-        k = max(
-            16, min(64, 2048 // m)
-        )  # its sums (k, m) and the weight's columns stay in registers
-        stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
-        return Config(32, k, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
+        # its sums (k, m) and the weight's columns stay in registers: 2048 are 16 in each thread; `tl.dot` wants 16
+        rows, k = 128 if m <= 64 else 32, max(16, min(64, 2048 // m))
+        stages = facts.stages(3, rows * (k + 2 * m) * max(itemsize, 4))
+        precision = facts.exact_precision
+        return Config(rows, k, 2 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
 
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
         return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
+
+
+#: tiles whose sum is left to tensor cores, which cut off what they add: of 5000 products it was worse than PyTorch's
+_SHORT: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -78,6 +88,7 @@ def _mhc_project_fwd(
     rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m = tl.arange(0, M)
     raw = tl.zeros((ROWS, M), tl.float32)
+    short = tl.zeros((ROWS, M), tl.float32)
     squares = tl.zeros((ROWS, K), tl.float32)
     for tile in tl.range(part, tl.cdiv(n_k, K), n_parts, num_stages=STAGES):
         k = tile * K + tl.arange(0, K)
@@ -88,9 +99,13 @@ def _mhc_project_fwd(
         wide = x.to(tl.float32)
         squares += wide * wide
         if NARROW:
-            raw = tl.dot(x, w, raw)  # products of 16 bits are exact in fp32
+            short = tl.dot(x, w, short)  # products of 16 bits are exact in fp32
         else:
-            raw = tl.dot(wide, w.to(tl.float32), raw, input_precision=PRECISION)
+            short = tl.dot(wide, w.to(tl.float32), short, input_precision=PRECISION)
+        if (tile // n_parts) % _SHORT == _SHORT - 1:
+            raw += short
+            short = tl.zeros((ROWS, M), tl.float32)
+    raw += short
     first = part.to(tl.int64) * n_rows
     mask = (rows < n_rows)[:, None] & (m < n_out)[None, :]
     tl.store(raw_ptr + (first + rows)[:, None] * n_out + m[None, :], raw, mask=mask)
@@ -164,6 +179,7 @@ def _mhc_project_bwd(
         of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
         w = tl.load(of_w, mask=(k < n_k)[None, :] & (m < n_out)[:, None], other=0.0).to(tl.float32)
     dw = tl.zeros((K, M), tl.float32)
+    short = tl.zeros((K, M), tl.float32)
     for tile in tl.range(part, tl.cdiv(n_rows, ROWS), n_parts, num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         narrow = (rows < n_rows)[:, None] & (m < n_out)[None, :]
@@ -180,8 +196,12 @@ def _mhc_project_bwd(
             to = dx_ptr + rows[:, None] * n_k + k[None, :]
             tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEEDS_DW:
-            dw = tl.dot(tl.trans(x), dz, dw, input_precision=PRECISION)
+            short = tl.dot(tl.trans(x), dz, short, input_precision=PRECISION)
+            if (tile // n_parts) % _SHORT == _SHORT - 1:
+                dw += short
+                short = tl.zeros((K, M), tl.float32)
     if NEEDS_DW:
+        dw += short
         at = (part.to(tl.int64) * n_k + k[:, None]) * n_out + m[None, :]
         tl.store(partial_ptr + at, dw, mask=(k < n_k)[:, None] & (m < n_out)[None, :])
 
@@ -208,9 +228,9 @@ def forward(
         )
         launch(
             _mhc_project_end,
-            (cdiv(n_rows, 32),),
+            (cdiv(n_rows, _END_ROWS),),
             *(raw, squares, y, rstd, n_rows, n_k, n_out, parts, options.eps),
-            ROWS=32,
+            ROWS=_END_ROWS,
             M=next_power_of_2(n_out),
             num_warps=4,
         )

@@ -16,8 +16,8 @@ def _case(
 ) -> OpCase:
     def inputs(make: Make) -> tuple[Tensor | None, ...]:
         # no two alike in any dtype: among equals, whoever chooses is right
-        generator = torch.Generator().manual_seed(make.seed)
-        order = torch.rand(tokens, experts, generator=generator).argsort(-1)
+        generator = torch.Generator("cpu").manual_seed(make.seed)
+        order = torch.rand(tokens, experts, generator=generator, device="cpu").argsort(-1)
         logits = (order.float() * (8 / experts) - 5).to(make.device, make.dtype)
         return logits, make.randn(experts, scale=0.1) if bias else None
 

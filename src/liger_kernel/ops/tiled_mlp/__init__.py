@@ -11,23 +11,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from liger_kernel._core.autograd import (
-    autocast_dtype,
-    in_torch_func,
-    is_transformed,
-    refuse_double_backward,
-)
+from liger_kernel._core.autograd import autocast_dtype, in_torch_func, is_transformed
 from liger_kernel._core.checks import check_choice, check_floating
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
-from liger_kernel._core.shapes import as_rows, cdiv
+from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends.dispatch import kernels_for
-from liger_kernel.backends.products import ProductSum
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import check_tensors
 from liger_kernel.ops.gated_mlp.reference import gated_mlp
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
+from liger_kernel.ops.tiled_mlp.tiles import in_tiles
 
 #: bytes of the outputs of all products for one tile, and the rows below which products become slow
 _TILE_BYTES, _MIN_ROWS = 2**28, 1024
@@ -55,8 +50,7 @@ def tiled_mlp(
     check_tensors(x, *weights, autocast)
     num_tiles = _checked(x, num_tiles, weights)
     if not is_transformed() and not autocast and not any(map(is_dtensor, (x, *weights))):
-        glu = GLUOptions(activation)
-        return _TiledMLP.apply(kernels_for("glu", glu, x, None), glu, num_tiles, x, *weights)
+        return gated_tiles(x, *weights, GLUOptions(activation), num_tiles)
 
     def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
         gate, up, down = (of_tile.get(name) for name in names)
@@ -64,7 +58,20 @@ def tiled_mlp(
 
     names = ("gate", "up", "down")
     named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
-    return _in_tiles(block, x, num_tiles, named)
+    return _checkpointed(block, x, num_tiles, named)
+
+
+def gated_tiles(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor | None,
+    down_weight: Tensor,
+    options: GLUOptions,
+    num_tiles: int,
+) -> Tensor:
+    """`gated_mlp` of plain tensors that fit, in tiles, with all options of the gate."""
+    block = _Gated(kernels_for("glu", options, x, None), options)
+    return in_tiles(block, x, num_tiles, (gate_weight, up_weight, down_weight))
 
 
 def apply_tiled_mlp(
@@ -92,14 +99,14 @@ def apply_tiled_mlp(
     check_floating(x=x)
     num_shards = _checked(x, num_shards, mlp_module.parameters())
     if torch.compiler.is_compiling():  # which does not follow the exchange of parameters
-        return _in_tiles(lambda tile, _: fn(mlp_module, tile), x, num_shards, {})
+        return _checkpointed(lambda tile, _: fn(mlp_module, tile), x, num_shards, {})
     block = _Block(fn, mlp_module)
     replaceable: dict[str, Tensor] = {
         name: p
         for name, p in block.named_parameters()
         if type(p) in (nn.Parameter, Tensor) and not hasattr(p, "ds_id")  # ZeRO-3 wants its own
     }
-    return _in_tiles(
+    return _checkpointed(
         lambda tile, of_tile: functional_call(block, of_tile, (tile,)), x, num_shards, replaceable
     )
 
@@ -121,10 +128,7 @@ def _checked(x: Tensor, num_tiles: int | None, weights: Iterable[Tensor | None])
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but tiles are cut along T of (..., T, H).")
     if num_tiles is None:
-        outputs = sum(w.shape[0] for w in weights if w is not None and w.ndim == 2)
-        n_rows = x.numel() // max(1, x.shape[-1])
-        needed = n_rows * max(outputs, x.shape[-1]) * x.element_size()
-        return max(1, min(cdiv(needed, _TILE_BYTES), n_rows // _MIN_ROWS))
+        return tiles_of(x, sum(w.shape[0] for w in weights if w is not None and w.ndim == 2))
     if num_tiles < 1:
         raise ValueError(
             f"The number of tiles is {num_tiles}, but at least 1; pass None for the default."
@@ -132,7 +136,14 @@ def _checked(x: Tensor, num_tiles: int | None, weights: Iterable[Tensor | None])
     return num_tiles
 
 
-def _in_tiles(
+def tiles_of(x: Tensor, outputs: int) -> int:
+    """The default number of tiles of x (..., H), for products with so many columns in all."""
+    n_rows = x.numel() // max(1, x.shape[-1])
+    needed = n_rows * max(outputs, x.shape[-1]) * x.element_size()
+    return max(1, min(cdiv(needed, _TILE_BYTES), n_rows // _MIN_ROWS))
+
+
+def _checkpointed(
     run: Callable[[Tensor, dict[str, Tensor]], Tensor],
     x: Tensor,
     num_tiles: int,
@@ -183,67 +194,41 @@ class _OfTile(torch.autograd.Function):
         return None, grad.to(ctx.dtype)
 
 
-class _TiledMLP(torch.autograd.Function):
-    """`tiled_mlp` of plain tensors; the implementation is that of `glu`."""
+class _Gated:
+    """The gated block of plain weights; the implementation is that of `glu`."""
 
-    @staticmethod
-    def forward(ctx: Any, impl: Any, options: GLUOptions, num_tiles: int, *tensors: Any) -> Tensor:
-        x, *weights = tensors
-        rows, down_weight = as_rows(x), weights[2]
-        y = x.new_empty(*x.shape[:-1], down_weight.shape[0])
-        y_rows = y.view(rows.shape[0], y.shape[-1])
-        for at in _slices(rows.shape[0], num_tiles):
-            gate, up = _projected(rows[at], *weights)
-            product = impl.forward(gate, up, options=options, needs=(False, False))[0]
-            torch.mm(product, down_weight.t(), out=y_rows[at])
-        ctx.save_for_backward(*tensors)
-        ctx.of_forward = impl, options, num_tiles
-        return y
+    def __init__(self, impl: Any, options: GLUOptions):
+        self.impl, self.options = impl, options
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        x, *weights = ctx.saved_tensors
-        impl, options, num_tiles = ctx.of_forward
-        needs_dx, *needs = ctx.needs_input_grad[3:]
+    def forward(self, number: int, tile: Tensor, weights: Any) -> Tensor:
+        gate, up = _projected(tile, *weights)
+        product = self.impl.forward(gate, up, options=self.options, needs=(False, False))[0]
+        return torch.mm(product, weights[2].t())
+
+    def backward(
+        self, number: int, tile: Tensor, weights: Any, dy: Tensor, needs_dx: bool, sums: Any
+    ) -> Tensor | None:
         gate_weight, up_weight, down_weight = weights
-        inner = (needs_dx or needs[0], up_weight is not None and (needs_dx or needs[1]))
-        rows, dy_rows = as_rows(x), as_rows(grads[0])
-        tiles = _slices(rows.shape[0], num_tiles)
-        dx = x.new_empty(x.shape) if needs_dx else None
-        dx_rows = None if dx is None else dx.view(rows.shape)
-        sums = [
-            ProductSum(
-                w, torch.promote_types(w.dtype, torch.float32) if len(tiles) > 2 else w.dtype
+        needs = (
+            needs_dx or sums[0] is not None,
+            up_weight is not None and (needs_dx or sums[1] is not None),
+        )
+        gate, up = _projected(tile, *weights)
+        found: Any = None, None
+        if any(needs):
+            dproduct, saved = torch.mm(dy, down_weight), (gate, up)
+            found, product = self.impl.backward_with_output(
+                dproduct, saved, options=self.options, needs=needs, into=saved
             )
-            if need
-            else None
-            for w, need in zip(weights, needs, strict=True)
-        ]
-        for at in tiles:
-            x_tile, dy = rows[at], dy_rows[at]
-            gate, up = _projected(x_tile, *weights)
-            if any(inner):
-                dproduct, saved = torch.mm(dy, down_weight), (gate, up)
-                found, product = impl.backward_with_output(
-                    dproduct, saved, options=options, needs=inner, into=saved
-                )
-            else:
-                product = impl.forward(gate, up, options=options, needs=inner)[0]
-                found = None, None
-            if dx_rows is not None:
-                torch.mm(found[0], gate_weight, out=dx_rows[at])
-                if up_weight is not None:
-                    dx_rows[at].addmm_(found[1], up_weight)
-            for total, d, of in zip(sums, (*found, dy), (x_tile, x_tile, product), strict=True):
-                if total is not None:
-                    total.add(d.t(), of)
-        return None, None, None, dx, *(None if s is None else s.result() for s in sums)
-
-
-def _slices(n_rows: int, num_tiles: int) -> list[slice]:
-    size = max(1, cdiv(n_rows, num_tiles))
-    return [slice(start, start + size) for start in range(0, n_rows, size)]
+        else:
+            product = self.impl.forward(gate, up, options=self.options, needs=needs)[0]
+        for total, d, of in zip(sums, (*found, dy), (tile, tile, product), strict=True):
+            if total is not None:
+                total.add(d.t(), of)
+        if not needs_dx:
+            return None
+        dx = torch.mm(found[0], gate_weight)
+        return dx if up_weight is None else dx.addmm_(found[1], up_weight)
 
 
 def _projected(

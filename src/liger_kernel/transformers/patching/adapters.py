@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +60,16 @@ class LoRAPlan(plans.MethodPlan):
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) or host_bound(x, SMALL) else read(module, x)
-        if found is None:
+        if found is None or not _fits(found[0], x):
             return type(module).forward(module, x)
         return op.adapted(x, *found[:2], with_inputs(x, found[2]))
+
+
+def _fits(weight: Tensor | op.Quantised, x: Tensor) -> bool:
+    """Another dtype than that of the weight is an error of PyTorch's, unless autocast converts both."""
+    return (
+        not isinstance(weight, Tensor) or x.dtype == weight.dtype or autocast_dtype(x) is not None
+    )
 
 
 Adapters = list[tuple[Tensor, Tensor, float, Any]]
@@ -170,6 +177,7 @@ def is_candidate(module: nn.Module) -> bool:
     children = module._modules
     return (
         {"base_layer", *_TABLES} <= children.keys()
+        and "parameter_name" not in module.__dict__  # its wrappers of parameters
         and maps_features(children["base_layer"])
         and hasattr(module, "active_adapters")
     )
@@ -190,7 +198,30 @@ def _twin(module: nn.Module, dropout: Callable[[], nn.Module]) -> nn.Module:
     return twin
 
 
-def _find(module: nn.Module) -> LoRAPlan | None:
+_P = TypeVar("_P", bound=plans.MethodPlan)
+
+
+def verdict_of_class(
+    find: Callable[[nn.Module], _P | None],
+) -> Callable[[nn.Module], _P | str]:
+    """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
+    #: class of PEFT -> its code when it was proven, and the verdict
+    kept: dict[type, tuple[Reading, _P | str]] = {}
+
+    @functools.wraps(find)
+    def found(module: nn.Module) -> _P | str:
+        cls = without(type(module))
+        known = kept.get(cls)
+        if known is None or not known[0].holds(cls):
+            known = kept[cls] = Reading(None, cls, "forward"), proof.proven(find, module)
+        return known[1]
+
+    found.cache_clear = kept.clear  # type: ignore[attr-defined]
+    return found
+
+
+@verdict_of_class
+def verdict(module: nn.Module) -> LoRAPlan | None:
     """The plan, if PEFT's code computes it: with and without dropout, and with adapters in fp32."""
     plan = LoRAPlan()
     forward, compute = without(type(module)).forward, plan.compute
@@ -203,23 +234,6 @@ def _find(module: nn.Module) -> LoRAPlan | None:
         if not exact.agrees(compute) or not rounded.agrees(compute):
             return None
     return plan
-
-
-#: class of PEFT -> its code when it was proven, and the verdict
-_verdicts: dict[type, tuple[Reading, Any]] = {}
-
-
-def verdict(module: nn.Module) -> Any:
-    """The plan for a layer of PEFT, or why there is none.
-
-    As `proof.verdict`, of the class alone: what an instance holds is looked up in every call.
-    """
-    cls = without(type(module))
-    known = _verdicts.get(cls)
-    if known is None or not known[0].holds(cls):
-        find: Any = _find_for_embedding if is_embedding(module) else _find
-        known = _verdicts[cls] = Reading(None, cls, "forward"), proof.proven(find, module)
-    return known[1]
 
 
 # -- of an embedding ---------------------------------------------------------------------------------------------------
@@ -235,7 +249,7 @@ class LoRAEmbeddingPlan(plans.MethodPlan):
         return "LoRA of an embedding"
 
     def holds(self, module: nn.Module) -> bool:
-        return not isinstance(verdict(module), str)
+        return not isinstance(verdict_of_embedding(module), str)
 
     def compute(self, module: Any, x: Tensor) -> Any:
         found = self._read(module)
@@ -273,7 +287,8 @@ def is_embedding(module: nn.Module) -> bool:
     )
 
 
-def _find_for_embedding(module: nn.Module) -> LoRAEmbeddingPlan | None:
+@verdict_of_class
+def verdict_of_embedding(module: nn.Module) -> LoRAEmbeddingPlan | None:
     """The plan, if PEFT's code computes it of two adapters, also of adapters wider than the base."""
     plan, forward = LoRAEmbeddingPlan(), type(module).forward
     ids = torch.tensor([[3, 0, 3], [1, 8, 2]])

@@ -351,6 +351,7 @@ class DeferredLogits:
                 if name in _ELEMENTWISE:
                     result = _ELEMENTWISE[name](result, *args, **kwargs)
             return F.cross_entropy(result[:, : fused.classes], target, *plain)
+        result = origin.call.loss(result)
         # as the loss of real logits: autocast computes it in float32
         wide = now.autocast is not None and self.dtype.itemsize < 4
         return result.to(self.device, torch.float32 if wide else self.dtype)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.dtensor import is_dtensor
-from liger_kernel.backends import is_capturing
-from liger_kernel.loss_head.label_count import LabelCount
+from liger_kernel.loss_head.label_count import LabelCount, may_count
 from liger_kernel.transformers import functional
 from liger_kernel.transformers.outputs import with_metrics
-from liger_kernel.transformers.patching import heads
+from liger_kernel.transformers.patching import heads, trl_head
 from liger_kernel.transformers.patching.deferred import DeferredLogits, LossRequest
 from liger_kernel.transformers.patching.heads import running
 from liger_kernel.transformers.patching.lazy import lazy
@@ -31,6 +30,7 @@ from liger_kernel.transformers.patching.options import LOSS_OPTIONS
 from liger_kernel.transformers.patching.origin import Modes, Origin
 from liger_kernel.transformers.patching.state import Ours, State, is_replaced
 from liger_kernel.transformers.patching.tensor_parallel import sharded_cross_entropy
+from liger_kernel.transformers.patching.trl_head import TokenCall, TRLHead
 
 #: keyword arguments of a patched model's forward that HF does not know; they are taken out before HF's forward runs
 METRICS = ("return_token_accuracy", "return_predicted_tokens")
@@ -56,6 +56,7 @@ class ForwardCall:
     obstructed: bool = False  # by something that the report sees by itself
     refused: str | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    tokens: TokenCall | None = None  # what is wanted in the place of the loss
 
     # -- asked by the heads -----------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class ForwardCall:
 
     def fused_loss(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LossRequest
-    ) -> Tensor:
+    ) -> Any:
         """Called from inside the head's forward, where its weight is whole; or that of this rank, a DTensor."""
         self.fused, fused = True, request.fused
         if fused.bias is not None:
@@ -98,6 +99,11 @@ class ForwardCall:
             more["low_rank"] = rows, columns[: fused.classes]
         if fused.classes is not None:
             weight, bias = weight[: fused.classes], None if bias is None else bias[: fused.classes]
+        targets = None if self.tokens is None else self.tokens.targets(hidden.shape[0])
+        if self.tokens is not None and targets is not None:
+            how = {**self.loss_options, "scale": fused.scale, "softcap": fused.softcap}
+            how["label_count"] = self.label_count
+            return self.tokens.of_head(hidden, weight, bias, targets, **how)
         if fused.scale != 1.0:
             hidden = hidden * fused.scale
             bias = None if bias is None else bias * fused.scale
@@ -119,6 +125,12 @@ class ForwardCall:
             if value is not None:
                 self.metrics[name] = value
         return result.loss
+
+    def loss(self, result: Any) -> Tensor:
+        """The loss, of what came out of the head's call."""
+        if isinstance(result, tuple):
+            result = cast(TokenCall, self.tokens).take(result)
+        return cast(Tensor, result)
 
     def _count_for(self, request: LossRequest) -> LabelCount | None:
         """The count of this call's labels, where what the loss is given can only be fewer of them."""
@@ -216,6 +228,7 @@ class FusedForward:
     paths: tuple[str, ...]  # of its heads, as the model calls them
     beneath: Any = None  # a `forward` that the instance had before
     reason: str | None = None  # why its last forward did not fuse
+    trl_reason: str | None = None  # why a call of TRL's head was left to TRL
     labels_at: int | None = field(
         init=False
     )  # among the arguments; torch.compile cannot look it up
@@ -270,7 +283,37 @@ class FusedForward:
         """What computes the loss of this head where it is fused."""
         around, name = self.at(path), "fused linear cross entropy"
         group = None if around is None else heads.sharded_by(around)
-        return name if group is None else f"{name} over the classes of {group.size()} ranks"
+        if group is not None:
+            name = f"{name} over the classes of {group.size()} ranks"
+        head = self.trl_head()
+        if head is None:
+            return name
+        reason = self.trl_obstacle(head)
+        return name + (
+            f"; TRL's head runs its own code: {reason}" if reason else ", and TRL's head"
+        )
+
+    def trl_head(self) -> TRLHead | None:
+        """The head that a trainer of TRL gave this model, before it was patched or since."""
+        attributes = self.model.__dict__
+        forward: Any = attributes.get("_old_forward", self.model.forward)
+        while forward is not None:
+            head = TRLHead.of(forward)
+            if head is not None:
+                return head
+            ours = is_ours(forward)
+            forward = self.beneath if ours else getattr(forward, "__wrapped__", None)
+        return None
+
+    def trl_obstacle(self, head: TRLHead) -> str | None:
+        """Why calls of TRL's head are left to TRL."""
+        if not self.is_in_place():
+            return "the forward of the model was replaced after patching"
+        if getattr(head.beneath, "__self__", self.model) is not self.model:
+            return "it belongs to the model that this one was copied from"
+        if head.wide:
+            return "it computes in float32"
+        return self.trl_reason or next(filter(None, map(heads.obstacle, self.around())), None)
 
     def verdict(self, path: str) -> str | None:
         """Why the loss of this head is not fused as things are now; None if it is."""
@@ -318,7 +361,7 @@ class FusedForward:
                 "it is new: call patch(model) again, or the model once, before torch.compile"
             )
         same = shift_labels is None or shift_labels is labels
-        if same and _may_count(labels):
+        if same and may_count(labels):
             call.label_count = LabelCount(labels)  # shifting and slicing only leave labels out
         return call, kwargs
 
@@ -330,15 +373,35 @@ class FusedForward:
 
     def call(self, beneath: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """`beneath(*args, **kwargs)`, a forward of the model, with its loss fused."""
-        if self.state is None:
+        if self.state is None or kwargs.get(trl_head.THEIRS):
             return beneath(*args, **kwargs)
+        head: TRLHead | None = kwargs.pop(trl_head.OURS, None)
+        if head is None:
+            return self._run(beneath, None, args, kwargs)
+        tokens = TokenCall(head, self.model, args, kwargs)
+        output = tokens.output(self._run(beneath, tokens, args, tokens.for_model()))
+        if output is None:
+            self.trl_reason = self.reason or "the loss is not over one row for each token"
+            return head.call(self.model, *args, **kwargs)
+        return output
+
+    def _run(
+        self,
+        beneath: Callable[..., Any],
+        tokens: TokenCall | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         call, kwargs = self.begin(args, kwargs)
+        call.tokens = tokens
         depth = len(running.calls)
         try:
             running.calls.append(call)
             output = beneath(*args, **kwargs)
             if call.armed:
-                output, self.reason = call.finish(output), call.verdict()
+                # of TRL's head nobody sees the logits
+                output = call.finish(output) if tokens is None else output
+                self.reason = call.verdict()
             return output
         finally:
             while len(running.calls) > depth:  # torch.compile of torch 2.6 cannot delete a slice
@@ -401,9 +464,10 @@ def is_ours(forward: Any) -> bool:
 
 
 def leads_here(forward: Any) -> bool:
-    """Whether `forward` is ours, or a decorator around ours that says so."""
+    """Whether `forward` is ours, or a decorator around ours that says so, or what TRL puts around it."""
     while not is_ours(forward):
-        forward = getattr(forward, "__wrapped__", None)
+        head = TRLHead.of(forward)
+        forward = getattr(forward, "__wrapped__", None) if head is None else head.beneath
         if forward is None:
             return False
     return True
@@ -416,10 +480,3 @@ def _replica(model: Any) -> Any:
         if name != "forward" or is_ours(replica.__dict__.get("forward")):
             del replica.__dict__[name]
     return replica
-
-
-def _may_count(labels: Tensor) -> bool:
-    """A compiled or a captured graph is the same for every number of labels, and a DTensor holds only some of them."""
-    if torch.compiler.is_compiling() or type(labels) is not Tensor:
-        return False
-    return not is_capturing(labels.device)

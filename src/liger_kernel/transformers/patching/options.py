@@ -20,6 +20,8 @@ class Option:
     help: str
 
 
+LONG = Option("long_context", False, "for long sequences: `tiled_mlp` and `offload_checkpoints`.")
+
 #: what a caller may get in the place of logits that were fused with the loss
 LOGITS = ("lazy", "none", "real")
 

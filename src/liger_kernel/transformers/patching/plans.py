@@ -24,7 +24,7 @@ class Plan:
     """
 
     def lost(self, module: nn.Module) -> str | None:
-        """Why it does not run any more in `module`; None if it does. Of plans for methods, `lost` below tells."""
+        """Why it does not run any more in `module`; None if it does."""
         return None
 
 
@@ -45,6 +45,10 @@ class MethodPlan(Plan):
     def holds(self, module: nn.Module) -> bool:
         """Whether the module still is what it was when this was proven."""
         return self.facts is None or self.facts.hold(self, module)
+
+    def lost(self, module: nn.Module) -> str | None:
+        """As things are in the module; `lost` below knows what is around it."""
+        return None if self.holds(module) else changed(module)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What `forward` computes now; a call form that was not proven goes to the module's own class."""
@@ -115,7 +119,7 @@ def lost(root: nn.Module, path: str, module: nn.Module, kind: str) -> str | None
     ours = attributes.get("_old_forward", attributes.get("forward"))
     if getattr(ours, "func", None) is not call:
         return "its forward was replaced after patching"
-    return None if plan.holds(module) else changed(module)
+    return plan.lost(module)
 
 
 def changed(module: nn.Module) -> str:

@@ -239,7 +239,7 @@ def _widened(module: nn.Module) -> nn.Module:
     wide = twin.__dict__["_parameters"]
     for name, p in module._parameters.items():
         if p is not None and p.is_floating_point():
-            wide[name] = p.detach().double().requires_grad_(p.requires_grad)
+            wide[name] = nn.Parameter(p.detach().double(), p.requires_grad)
     twin.__dict__["_modules"] = {n: c and _widened(c) for n, c in module._modules.items()}
     return twin
 

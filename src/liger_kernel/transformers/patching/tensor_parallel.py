@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from liger_kernel.distributed.vocab_parallel_cross_entropy import (
     vocab_parallel_linear_cross_entropy,
 )
+from liger_kernel.distributed.vocab_parallel_logprobs import vocab_parallel_linear_logprobs
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.plan import ChunkOptions
+from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.transformers import functional
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -51,7 +53,7 @@ def _by_hooks(head: nn.Module, whole: Any) -> bool:
     from torch.distributed.tensor.parallel import ColwiseParallel
 
     before, after = (
-        _closure(next(iter(attributes[kind].values()))).get(name)
+        closure(next(iter(attributes[kind].values()))).get(name)
         for kind, name in zip(_HOOKS, ("input_fn", "output_fn"), strict=False)
     )
     return (
@@ -72,7 +74,7 @@ def _by_forward(head: nn.Module, whole: Any) -> bool:
     forward, plan = attributes.get("forward"), "transformers.distributed.tensor_parallel"
     if getattr(forward, "__module__", None) != plan or any(attributes[kind] for kind in _HOOKS):
         return False
-    around = _closure(forward)
+    around = closure(forward)
     style: Any = around.get("self")
     beneath = around.get("original_forward")
     return (
@@ -86,7 +88,8 @@ def _by_forward(head: nn.Module, whole: Any) -> bool:
     )
 
 
-def _closure(function: Any) -> dict[str, Any]:
+def closure(function: Any) -> dict[str, Any]:
+    """The variables of an enclosing function that a function reads."""
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     cells = getattr(function, "__closure__", None) or ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
@@ -116,3 +119,28 @@ def sharded_cross_entropy(
         **options,
     )
     return functional._loss_or_output(outputs)
+
+
+def sharded_logprobs(
+    hidden: Tensor,
+    weight: Any,
+    ids: Tensor,
+    *,
+    bias: Any = None,
+    accum_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    label_count: LabelCount | None = None,
+    **options: Any,
+) -> LogProbs:
+    """As `linear_logprobs`, of a weight and a bias that are DTensors of `group_of`."""
+    return vocab_parallel_linear_logprobs(
+        hidden,
+        weight.to_local(),
+        ids,
+        weight.device_mesh.get_group(),
+        bias=None if bias is None else bias.to_local(),
+        n_classes=weight.shape[0],
+        chunks=ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count),
+        **options,
+    )

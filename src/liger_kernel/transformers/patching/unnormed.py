@@ -2,20 +2,24 @@
 
 While a patched attention module runs, its q and k norms return an `Unnormed` instead of a tensor. HF's own code then
 splits and transposes the heads; these views are recorded. When they reach the rotary function, norm and rotation are
-one op. Anything else that asks for numbers gets the normed heads: slower, never wrong.
+one op. Anything else that asks for numbers gets the normed heads: slower, never wrong. From then on they are tensors:
+what is written into one of them is seen in those that are views of it.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liger_kernel.backends import served_alike
 from liger_kernel.transformers.patching.linears import is_hooked
+from liger_kernel.transformers.patching.waiting import Waiting
 
 
 class _Running(threading.local):
@@ -38,8 +42,37 @@ class Norm:
     casting_mode: str
 
 
-class Unnormed:
-    """`compute(x)` after the views in `steps`, which made `raw` of x itself.
+class _Call:
+    """One call of a norm of x, not carried out: `compute()` in the gradient mode of then."""
+
+    def __init__(self, x: Tensor, compute: Callable[[], Tensor]):
+        self._x, self._compute = x, compute
+        self._then = self._now()
+        self.normed: Tensor | None = None
+
+    def _now(self) -> tuple[bool, int | None]:
+        x = self._x
+        return torch.is_grad_enabled(), None if x.is_inference() else x._version
+
+    def may_wait(self) -> bool:
+        """Whether the numbers are those of then, and nobody has them yet."""
+        return self.normed is None and self._then == self._now()
+
+    def made(self) -> Tensor:
+        if self.normed is None:
+            grad, version = self._then
+            if version != self._now()[1]:
+                raise RuntimeError(
+                    "The input of a norm of q or k, which waits for its rotation, was overwritten before that. Norm "
+                    "and rotate apart: liger_kernel.patch(model, rope=False)."
+                )
+            with torch.set_grad_enabled(grad):
+                self.normed = self._compute()
+        return self.normed
+
+
+class Unnormed(Waiting):
+    """`compute()`, the norm of x, after the views in `steps`, which made `raw` of x itself.
 
     `heads` is the dimension of raw that the heads have been split off to, where all of them are normed together.
     """
@@ -53,19 +86,27 @@ class Unnormed:
         compute: Callable[[], Tensor],
     ):
         self.norm, self.module, self.weight, self.raw = norm, module, weight, x
-        self._compute = compute
+        self._call = _Call(x, compute)
         self._steps: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+        self._real: Tensor | None = None
         self.heads: int | None = None
 
-    def materialize(self) -> Tensor:
-        found = self._compute()
-        for name, args in self._steps:
-            found = getattr(found, name)(*args)
-        return found
+    def may_wait(self) -> bool:
+        return self._call.may_wait()
 
-    def _then(self, raw: Tensor, heads: int | None, name: str, *args: Any) -> Unnormed:
-        after = Unnormed(self.norm, self.module, self.weight, raw, self._compute)
-        after.heads, after._steps = heads, (*self._steps, (name, args))
+    def materialize(self) -> Tensor:
+        if self._real is None:
+            found = self._call.made()
+            for name, args in self._steps:
+                found = getattr(found, name)(*args)
+            self._real = found
+        return self._real
+
+    def _then(self, raw: Tensor, heads: int | None, name: str, *args: Any) -> Any:
+        if not self.may_wait():
+            return getattr(self.materialize(), name)(*args)
+        after = copy.copy(self)
+        after.raw, after.heads, after._steps = raw, heads, (*self._steps, (name, args))
         return after
 
     def transpose(self, dim0: int, dim1: int) -> Any:
@@ -90,41 +131,6 @@ class Unnormed:
 
     def reshape(self, *shape: Any) -> Any:
         return self._reshaped("reshape", *shape)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"Unnormed has no attribute {name!r}")
-        same = name in ("shape", "dtype", "device", "ndim", "size", "dim")
-        return getattr(self.raw if same else self.materialize(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return func(*real(args), **{name: real(value) for name, value in (kwargs or {}).items()})
-
-
-def real(value: Any) -> Any:
-    """`value` with tensors in it that have their numbers."""
-    if isinstance(value, Unnormed):
-        return value.materialize()
-    return type(value)(map(real, value)) if type(value) in (list, tuple) else value
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: Unnormed, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*real(args))
-
-    return method
-
-
-_DELEGATED = (
-    "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv pow neg abs matmul rmatmul "
-    "getitem setitem len iter lt le gt ge eq ne bool float int"
-)
-for _name in _DELEGATED.split():
-    setattr(Unnormed, f"__{_name}__", _delegate(f"__{_name}__"))
-Unnormed.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def may_wait(module: nn.Module, x: Any, weight: Any) -> bool:

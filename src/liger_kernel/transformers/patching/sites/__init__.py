@@ -12,12 +12,16 @@ _FILES = (
     "loss",
     "cross_entropy",
     "norms",
+    "hyper_connections",
+    "residual",
     "mlps",
     "relu_squared",
     "experts",
     "rope",
     "lora",
+    "lora_experts",
     "qk_norms",
+    "checkpoints",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

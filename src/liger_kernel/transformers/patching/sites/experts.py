@@ -63,13 +63,19 @@ class ExpertsPlan(MethodPlan):
         return _is_left_to_us(module) and super().holds(module)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        names = _parameters(type(module).forward)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) + len(kwargs) == 3 and given.keys() == {*names[:3]}:
-            tensors = [given[name] for name in names[:3]]
-            if self._serves(module, *tensors):
-                return self.compute(module, *tensors)
+        given = self.given(module, args, kwargs)
+        if given is not None:
+            return self.compute(module, *given)
         return type(module).forward(module, *args, **kwargs)
+
+    def given(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """Tokens, indices and weights of a call; None for a call that was not proven."""
+        names = _parameters(type(module).forward)
+        found = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) + len(kwargs) != 3 or found.keys() != {*names[:3]}:
+            return None
+        tensors = [found[name] for name in names[:3]]
+        return tensors if self._serves(module, *tensors) else None
 
     def _serves(self, module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> bool:
         """Whether they are what was proven: rows of tokens, and plain weights in their dtype."""
@@ -80,11 +86,13 @@ class ExpertsPlan(MethodPlan):
         plain = not any(map(is_dtensor, (x, index, weights, *own)))
         return plain and alike and x.ndim == index.ndim == 2 and index.shape == weights.shape
 
-    def compute(self, module: nn.Module, x: Tensor, *routed: Tensor) -> Tensor:
+    def compute(self, module: nn.Module, x: Tensor, *routed: Tensor, **low_ranks: Any) -> Tensor:
         names = self.first, _DOWN
         weights = [getattr(module, name) for name in names]
         biases = [getattr(module, f"{name}_bias", None) for name in names]
-        return moe_op.fused_moe(x, *weights, *routed, *biases, **self.options.named())
+        return moe_op.fused_moe(
+            x, *weights, *routed, *biases, **{**self.options.named(), **low_ranks}
+        )
 
 
 @functools.cache

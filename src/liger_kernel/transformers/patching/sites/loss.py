@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from liger_kernel.transformers.patching import heads
+from liger_kernel._core.autograd import is_transformed
+from liger_kernel.transformers.patching import heads, trl_head
 from liger_kernel.transformers.patching.forward import KEY, FusedForward
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.savings import LossSite, text_setting
@@ -66,6 +68,17 @@ def language_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "", model
 
 
+def trl_as_ours(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook: TRL's forward, which may lie around ours, passes on what it does not know."""
+    if not kwargs.get(trl_head.THEIRS) or torch.compiler.is_compiling() or is_transformed():
+        return None
+    site: FusedForward | None = model.__dict__.get(KEY)
+    head = None if site is None else site.trl_head()
+    if site is None or head is None or site.trl_obstacle(head) is not None:
+        return None
+    return args, {**{n: v for n, v in kwargs.items() if n != trl_head.THEIRS}, trl_head.OURS: head}
+
+
 def fuse(model: nn.Module, state: State) -> None:
     """Whether a head can be fused is looked at in every forward, and where the report is read."""
     found = list(language_models(model))
@@ -77,6 +90,7 @@ def fuse(model: nn.Module, state: State) -> None:
             site = FusedForward(inner, state, tuple(head_paths(inner)))
             site.install()
             state.handles.append(site)
+            state.handles.append(inner.register_forward_pre_hook(trl_as_ours, with_kwargs=True))
         for path in site.paths:
             by = functools.partial(FusedForward.computed_by, site, path)
             check = functools.partial(FusedForward.verdict, site, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -12,18 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liger_kernel._core.autograd import autocast_dtype, is_transformed
+from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import glu as glu_op
+from liger_kernel.ops import tiled_mlp as tiled_mlp_op
 from liger_kernel.ops.glu.contract import GLUOptions
+from liger_kernel.ops.tiled_mlp.tiles import Rerun, in_tiles
 from liger_kernel.transformers.patching import facts, proof
-from liger_kernel.transformers.patching.linears import drops_nothing, maps_features, matmul_weight
-from liger_kernel.transformers.patching.options import Option
+from liger_kernel.transformers.patching.linears import (
+    drops_nothing,
+    is_hooked,
+    maps_features,
+    matmul_weight,
+)
+from liger_kernel.transformers.patching.options import LONG, Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites import lora
 from liger_kernel.transformers.patching.state import State
 
 MLP = Option("mlp", True, "gated MLPs, experts, and squared ReLUs.")
+TILED = Option("tiled_mlp", False, "gated MLPs in tiles of tokens, of which backward keeps x.")
 ACTIVATIONS = {
     "silu": ("LigerSwiGLU",),
     "gelu_tanh": ("LigerGeGLU",),
@@ -82,36 +92,102 @@ class MLPPlan(MethodPlan):
     dropouts: tuple[str | float | None, str | float | None] = (None, None)
     up_first: bool = False  # the order in which adapters draw their dropout
 
+    #: in tiles of tokens, where they are many
+    tiled: bool = field(default=False, compare=False)
+
     def __str__(self) -> str:
-        return self.form.named(*(() if self.up else ("fused gate_up",)))
+        form = [] if self.up else ["fused gate_up"]
+        return self.form.named(*form, *["tiled"] * self.tiled)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        children: Any = module.__dict__["_modules"]
-        form, (into_act, scale) = self.form, self.multipliers
         inner, last = (_dropout(module, d) for d in self.dropouts)
-        up = None if self.up is None else children[self.up]
-        gate, down = children[self.gate], children[self.down]
-        w_gate, w_down = matmul_weight(gate), matmul_weight(down)
-        w_up = None if up is None else matmul_weight(up)
-        whole = (up is None) == (w_up is None) and inner is None
-        if whole and w_gate is not None and w_down is not None and x.dtype == w_gate.dtype:
+        num_tiles = self._num_tiles(module, x) if self.tiled else 1
+        whole = self._weights(module, x) if inner is None else None
+        form, (into_act, scale) = self.form, self.multipliers
+        options = GLUOptions(form.activation, into_act, limit=form.limit, alpha=form.alpha)
+        if whole is not None and num_tiles > 1 and autocast_dtype(x) is None:
+            y = tiled_mlp_op.gated_tiles(x, *whole, options, num_tiles)
+        elif whole is not None and num_tiles == 1:
             # one op, which keeps a third less for backward
-            y = gated_mlp_op.gated_mlp(
-                x, w_gate, w_up, w_down, form.activation, into_act, form.limit, form.alpha
-            )
+            y = gated_mlp_op.gated_mlp(x, *whole, form.activation, into_act, form.limit, form.alpha)
+        elif num_tiles > 1:
+            y = self._in_tiles(module, x, options, num_tiles, inner)
         else:
-            ups = up(x) if up is not None and self.up_first else None
-            gated = gate(x)
-            ups = up(x) if up is not None and not self.up_first else ups
-            glu = GLUOptions(form.activation, into_act, limit=form.limit, alpha=form.alpha)
-            fused = lora.down_of_product(down, gated, ups, glu) if inner is None else None
-            if fused is not None:
-                y = fused
-            else:
-                product = glu_op.gated_product(gated, ups, **glu.named())
-                y = down(product if inner is None else inner(product))
+            y = self._of_modules(module, x, options, inner)
         y = y if scale == 1 else y * scale
         return y if last is None else last(y)
+
+    def _weights(self, module: nn.Module, x: Tensor) -> tuple[Any, Any, Any] | None:
+        """Of gate, up and down, where nothing else is computed."""
+        children: Any = module.__dict__["_modules"]
+        up = None if self.up is None else children[self.up]
+        gate, down = matmul_weight(children[self.gate]), matmul_weight(children[self.down])
+        w_up = None if up is None else matmul_weight(up)
+        if gate is None or down is None or (up is None) != (w_up is None) or x.dtype != gate.dtype:
+            return None
+        return gate, w_up, down
+
+    def _of_modules(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        options: GLUOptions,
+        inner: Callable[[Tensor], Tensor] | None,
+        read: bool = True,
+    ) -> Tensor:
+        """By the Linears, and what is in their place. read: whether somebody reads the numbers."""
+        children: Any = module.__dict__["_modules"]
+        up = None if self.up is None else children[self.up]
+        gate, down = children[self.gate], children[self.down]
+        ups = up(x) if up is not None and self.up_first else None
+        gated = gate(x)
+        ups = up(x) if up is not None and not self.up_first else ups
+        fused = lora.down_of_product(down, gated, ups, options, read) if inner is None else None
+        if fused is not None:
+            return fused
+        product = glu_op.gated_product(gated, ups, **options.named())
+        y: Tensor = down(product if inner is None else inner(product))
+        return y
+
+    def _num_tiles(self, module: nn.Module, x: Tensor) -> int:
+        children: Any = module.__dict__["_modules"]
+        names = (self.gate, self.up, self.down)
+        outputs = sum(children[name].out_features for name in names if name is not None)
+        return 1 if is_transformed() or is_dtensor(x) else tiled_mlp_op.tiles_of(x, outputs)
+
+    def _in_tiles(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        options: GLUOptions,
+        num_tiles: int,
+        inner: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """`_of_modules` of each tile."""
+        run = partial(self._of_modules, module, options=options, inner=inner)
+        if not _may_run_alone(module):
+            return tiled_mlp_op.apply_tiled_mlp(lambda _, tile: run(tile), module, x, num_tiles)
+        children = module.__dict__["_modules"].items()
+        names = (self.gate, self.up, self.down)
+        draws = inner is not None or any(lora.draws(c) for n, c in children if n in names)
+        block = Rerun(x, run, partial(run, read=False), partial(_trained, module), draws)
+        return in_tiles(block, x, num_tiles, _trained(module))
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _may_run_alone(module: nn.Module) -> bool:
+    """Whether backward may run the block as it is: nobody follows its parts, and gradients may be handed out later."""
+    inside = module.modules()
+    next(inside)
+    return not any(is_hooked(m.__dict__) for m in inside) and all(
+        not is_dtensor(p)
+        and not hasattr(p, "ds_id")  # of ZeRO-3
+        and not (p.requires_grad and (type(p) is not nn.Parameter or p._backward_hooks))
+        for p in module.parameters()
+    )
 
 
 def _dropout(module: nn.Module, given: str | float | None) -> Callable[[Tensor], Tensor] | None:
@@ -211,6 +287,8 @@ def find_plan(module: nn.Module) -> MLPPlan | None:
 
 def _prove(module: nn.Module, state: State) -> MLPPlan | str | None:
     found = find_plan(module)
+    if isinstance(found, MLPPlan) and state.options.enabled & {TILED.name, LONG.name}:
+        found = replace(found, tiled=True)
     meant = isinstance(found, MLPPlan) or (len(_linears(module)) == 3 and _has_activation(module))
     return found if meant else None
 
@@ -222,7 +300,7 @@ def _has_activation(module: nn.Module) -> bool:
 
 
 SITE = Site(
-    options=(MLP,),
+    options=(MLP, TILED),
     kind="mlp",
     candidates=modules(is_candidate),
     prove=_prove,

@@ -21,6 +21,7 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import MethodPlan
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
+from liger_kernel.transformers.patching.sums import Sum
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -100,6 +101,10 @@ class NormPlan(MethodPlan):
         weight = self._weight(module)
         if not self._takes(weight, x, gate):
             return type(module).forward(module, *args, **kwargs)
+        if isinstance(x, Sum):
+            if gate is None and self.can_wait:
+                return x.normed(weight, self._eps(module), self.offset, self.casting_mode)
+            x = x.materialize()
         if gate is None and self.can_wait and unnormed.may_wait(module, x, weight):
             norm = unnormed.Norm(self._eps(module), self.offset, self.casting_mode)
             compute = functools.partial(self.compute, module, x, None, weight)
@@ -187,7 +192,7 @@ def _more_arguments(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def _candidates(module: nn.Module) -> Iterator[NormPlan]:
-    size = _size(module)
+    size = size_of(module)
     own = {name: p for name, p in module._parameters.items() if p is not None}
     if any(tuple(proof.whole_shape(own[n])) != (size,) for n in ("weight", "bias") if n in own):
         return
@@ -261,7 +266,7 @@ def find_plan(module: nn.Module) -> NormPlan | None:
     return None
 
 
-def _size(module: nn.Module) -> int:
+def size_of(module: nn.Module) -> int:
     """How many columns the module normalises."""
     for p in module._parameters.values():
         if p is not None:
@@ -285,7 +290,7 @@ def _inputs(module: nn.Module, gated: bool, dtype: torch.dtype) -> list[Tensor]:
     """Rows from tiny (eps decides) to large, and a gate if wanted."""
     generator = torch.Generator().manual_seed(2)
     scales = torch.tensor([1e-3, 1e-2, 1.0, 30.0]).view(4, 1, 1)
-    shape = (4, 1, _size(module))
+    shape = (4, 1, size_of(module))
     x = ((torch.randn(shape, generator=generator) + 0.3) * scales).to(dtype)
     return [x, 2 * torch.randn(shape, generator=generator).to(dtype)] if gated else [x]
 

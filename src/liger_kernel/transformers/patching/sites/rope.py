@@ -27,7 +27,8 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.plans import Method, MethodPlan, call, marker, ours_runs
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites.norms import NormPlan, twin_of
-from liger_kernel.transformers.patching.unnormed import Unnormed, real, running
+from liger_kernel.transformers.patching.unnormed import Unnormed, running
+from liger_kernel.transformers.patching.waiting import real
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Form:
     ) -> Any:
         """`compute` of heads that are not normed yet; None where one op does not compute both."""
         heads, angles = args[: self.n_heads], args[self.n_heads :]
-        if not all(isinstance(x, Unnormed) for x in heads) or len({x.norm for x in heads}) > 1:
+        waiting = all(isinstance(x, Unnormed) and x.may_wait() for x in heads)
+        if not waiting or len({x.norm for x in heads}) > 1:
             return None
         raw = (*(x.raw for x in heads), *angles)
         at = kwargs.get("unsqueeze_dim", self.heads)

@@ -1,0 +1,200 @@
+"""Kernels of a mixture of experts between its matrix products: over rows sorted by expert, and over tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from liger_kernel.ops.glu.triton import activation
+
+
+@triton.jit
+def _gate_and_up(
+    hidden_ptr,
+    rows,
+    cols,
+    mask,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """f(alpha gate) / alpha and its derivative, up + up_shift, whether gate and up are within the limit; and where
+    gate and up are. Without a gate the factor is 1."""
+    width = n_cols
+    gate_at = rows * n_cols + cols
+    up_at = gate_at
+    if GATED:
+        width = 2 * n_cols
+        gate_at = rows * width + cols
+        up_at = gate_at + n_cols
+        if INTERLEAVED:
+            gate_at = rows * width + 2 * cols
+            up_at = gate_at + 1
+    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+    gate_in = mask
+    up_in = mask
+    if LIMITED:  # a NaN stays one
+        gate_in = ~(gate > limit)
+        gate = tl.where(gate_in, gate, limit)
+    z = gate * alpha
+    if ACTIVATION == "relu_squared":
+        z = tl.where(z < 0.0, 0.0, z)
+        value = z * z
+        slope = 2.0 * z
+    else:
+        value, slope = activation(z, 1.0, ACTIVATION)
+    factor = tl.zeros_like(gate) + 1.0
+    if GATED:
+        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
+        if LIMITED:
+            up_in = ~(tl.abs(up) > limit)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        factor = up + up_shift
+    return value / alpha, slope, factor, gate_in, up_in, gate_at, up_at
+
+
+@triton.jit
+def activate(
+    hidden_ptr,
+    act_ptr,
+    live_ptr,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """act = f(alpha gate) / alpha (up + up_shift), rounded once. One program owns one tile."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    rows = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
+    mask = (rows < tl.load(live_ptr)) & (cols < n_cols)
+    value, _, factor, _, _, _, _ = _gate_and_up(
+        hidden_ptr,
+        rows,
+        cols,
+        mask,
+        n_cols,
+        limit,
+        alpha,
+        up_shift,
+        ACTIVATION,
+        GATED,
+        INTERLEAVED,
+        LIMITED,
+    )
+    act = (value * factor).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + rows * n_cols + cols, act, mask=mask)
+
+
+@triton.jit
+def activate_bwd(
+    da_ptr,
+    hidden_ptr,
+    weights_ptr,
+    slots_ptr,
+    dhidden_ptr,
+    act_ptr,
+    dw_ptr,
+    live_ptr,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    NEEDS_DH: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
+    slot of the row. A program owns ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < tl.load(live_ptr)
+    slot = tl.load(slots_ptr + row, mask=live, other=0)
+    w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+    rows = row[:, None]
+    dw = tl.zeros((ROWS, COLS), tl.float32)
+    dtype = hidden_ptr.dtype.element_ty
+    for start in range(0, n_cols, COLS):
+        cols = start + tl.arange(0, COLS)[None, :]
+        mask = live[:, None] & (cols < n_cols)
+        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
+            hidden_ptr,
+            rows,
+            cols,
+            mask,
+            n_cols,
+            limit,
+            alpha,
+            up_shift,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMITED,
+        )
+        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        act = value * factor
+        if NEEDS_DW:
+            dw += tl.where(mask, da * act, 0.0)
+        if NEEDS_DH:
+            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
+            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
+            if GATED:
+                dup = tl.where(up_in, w * da * value, 0.0)
+                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
+        if NEEDS_ACT:
+            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
+    if NEEDS_DW:
+        tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
+
+
+@triton.jit
+def combine(
+    y_ptr,
+    weights_ptr,
+    rows_ptr,
+    live_ptr,
+    out_ptr,
+    n_tokens,
+    n_cols,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
+    inside = token < n_tokens
+    n_live = tl.load(live_ptr)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
+        live = inside & (row < n_live)
+        mask = live[:, None] & (cols < n_cols)
+        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
+        y = y.to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weights_ptr + token * TOP_K + k, mask=live, other=0.0).to(tl.float32)[
+                :, None
+            ]
+        total += y
+    mask = inside[:, None] & (cols < n_cols)
+    out_ptrs = out_ptr + token[:, None] * n_cols + cols
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
