@@ -51,7 +51,9 @@ def quantise(weight: Tensor, nested: bool, blocksize: int) -> Params4bit:
         scale = parted.abs().amax(1)
         found = ((parted / scale[:, None] + 1) * 127.5).round().flatten()[: absmax.numel()]
         state.absmax = found.to(torch.uint8)
-        state.state2 = SimpleNamespace(absmax=scale, code=table, blocksize=256)
+        state.state2 = SimpleNamespace(
+            absmax=scale, code=table, blocksize=256, dtype=torch.float32, nested=False
+        )
     packed = (indices[:, 0] << 4 | indices[:, 1])[:, None]
     param = Params4bit(packed, requires_grad=False)
     param.quant_state = state

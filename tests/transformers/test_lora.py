@@ -199,6 +199,62 @@ class TestStates:
         assert not [row for row in report.rows if row.kind == "lora"]
 
 
+class TestEmbedding:
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """Whether ours computed, in each call."""
+        calls: list[bool] = []
+        original = adapters.LoRAEmbeddingPlan._read
+
+        def recorded(module: nn.Module) -> Any:
+            found = original(module)
+            calls.append(found is not None)
+            return found
+
+        monkeypatch.setattr(adapters.LoRAEmbeddingPlan, "_read", staticmethod(recorded))
+        return calls
+
+    def make(self, name: str = "llama", **options: Any) -> Any:
+        return adapted(name, target_modules=["embed_tokens", "q_proj"], **options)
+
+    def report(self, model: nn.Module) -> Any:
+        rows = liger_kernel.patch(model).rows
+        (row,) = (row for row in rows if row.path.endswith("embed_tokens"))
+        return row
+
+    def test_a_step(self, read: list[bool]) -> None:
+        ours = assert_as_peft(self.make, nodes=2)
+        assert self.report(ours).by == "LoRA of an embedding"
+        assert read
+        assert all(read)
+
+    def test_adapters_wider_than_the_base(self) -> None:
+        model = self.make(dtype=torch.bfloat16)
+        models = model, copy.deepcopy(model).double(), copy.deepcopy(model)
+        liger_kernel.patch(model)
+        runs = []
+        for one in models:
+            layer = one.base_model.model.model.embed_tokens
+            y = layer(batch()["input_ids"])
+            y.backward(torch.linspace(-1, 1, y.numel()).to(torch.bfloat16).view_as(y).to(y.dtype))
+            runs.append({"y": y, **{n: p.grad for n, p in layer.named_parameters() if "lora" in n}})
+        for name, found in runs[0].items():
+            assert_no_worse(name, found, runs[1][name], runs[2][name])
+
+    def test_left_to_peft(self, read: list[bool]) -> None:
+        """An embedding that multiplies its result; an adapter that is no plain LoRA, or off."""
+        model = self.make("gemma3_text")
+        low, high = copy.deepcopy(model), copy.deepcopy(model).double()
+        liger_kernel.patch(model)
+        read.clear()  # of the proof
+        assert_no_worse("loss", *(step(m)["loss"] for m in (model, high, low)))
+        with model.disable_adapter(), torch.no_grad():
+            model(**batch())
+        knows_of_scales = hasattr(peft.tuners.lora.Embedding, "_get_embed_scale")
+        assert read == [not knows_of_scales, False]
+        assert "Dora" in self.report(self.make(use_dora=True)).reason
+
+
 class TestWhatIsLeftToPEFT:
     @pytest.mark.parametrize(
         ("options", "reason"), [({"use_dora": True}, "Dora"), ({"lora_bias": True}, "bias")]

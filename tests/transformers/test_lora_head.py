@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
+from liger_kernel.transformers.patching import heads
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from tests.transformers.steps import unrounded
 from tests.transformers.test_lora import adapted, assert_as_peft, fill, step
@@ -208,8 +209,12 @@ class TestWhatIsLeftToPEFT:
         assert row(model).reason == "Linear computes something else"
 
     def test_compiled(self) -> None:
-        def compiled(model: Any) -> Any:
-            torch._dynamo.reset()
-            return torch.compile(model, backend="eager", fullgraph=True)
+        """What looks for the reason is traced with the model."""
+        head = of_head().base_model.model.lm_head
 
-        assert_as_peft(of_head, compiled=compiled, nodes=None)
+        @torch.compile(backend="eager", fullgraph=True)
+        def is_suitable(x: Tensor) -> Tensor:
+            return x + (heads.obstacle(head) is None)
+
+        assert heads.obstacle(head) is None
+        assert is_suitable(torch.zeros(1)) == 0

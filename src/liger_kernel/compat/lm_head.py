@@ -30,8 +30,8 @@ def lce_maybe_trainable_lm_head(
     def loss_of(head: Any) -> Any:
         if hasattr(head, "base_layer"):
             raise ValueError(
-                f"The head is a {type(head).__name__}, whose adapter the fused loss would leave out; leave lm_head out "
-                "of the adapter's target modules, or call liger_kernel.patch(model), which keeps such a head whole."
+                f"The head is a {type(head).__name__}, whose adapter this loss would leave out; leave lm_head out of "
+                "the adapter's target modules, or call liger_kernel.patch(model), whose loss has it."
             )
         bias = {} if head.bias is None else {"bias": head.bias}
         return loss_utils.LigerForCausalLMLoss(

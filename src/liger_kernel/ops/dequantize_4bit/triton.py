@@ -17,10 +17,13 @@ from liger_kernel.ops.dequantize_4bit.contract import Dequantize4bitOptions
 
 @dataclass(frozen=True)
 class Config:
-    """One program owns whole blocks, of so many bytes together, or one."""
+    """One program owns whole blocks, of so many bytes together, or one.
 
-    packed: int = 2048
-    warps: int = 4
+    On an H100, nested NF4 to bf16: 58 us for 4096 x 14336, 2.5 TB/s; with 2048 bytes and 4 warps 59, with 8192 69.
+    """
+
+    packed: int = 1024
+    warps: int = 2
 
 
 CONFIG = Config()

@@ -32,6 +32,14 @@ from liger_kernel.transformers.patching.mixins import without
 SMALL = 2**21
 #: children of PEFT's layer by the name of an adapter
 _TABLES = ("lora_A", "lora_B", "lora_dropout")
+#: of a layer in a proof
+_STATE = {
+    "_disable_adapters": False,
+    "merged_adapters": [],
+    "lora_variant": {},
+    "scaling": {"a": 0.5, "b": 2.0},
+    "cast_input_dtype_enabled": True,
+}
 
 
 @dataclass(frozen=True)
@@ -147,12 +155,18 @@ def obstacle(module: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def variant(module: Any) -> str | None:
+    """Why it is no plain LoRA."""
+    variants = getattr(module, "lora_variant", None) or {}
+    names = sorted({type(variant).__name__ for variant in variants.values()})
+    return f"{', '.join(names)} is no plain LoRA" if names else None
+
+
 def no_plain_lora(module: Any) -> str | None:
     """Why not, as far as one can see."""
-    variants = getattr(module, "lora_variant", None) or {}
-    if variants:
-        names = sorted({type(variant).__name__ for variant in variants.values()})
-        return f"{', '.join(names)} is no plain LoRA"
+    reason = variant(module)
+    if reason is not None:
+        return reason
     if any(getattr(b, "bias", None) is not None for b in module._modules["lora_B"].children()):
         return "an adapter has a bias"
     return None
@@ -179,16 +193,8 @@ def _twin(module: nn.Module, dropout: Callable[[], nn.Module]) -> nn.Module:
         "lora_dropout": nn.ModuleDict({n: dropout() for n in ranks}),
     }
     twin = proof.clone(module, {}, children)
-    twin.__dict__ |= {
-        "_disable_adapters": False,
-        "_active_adapter": list(ranks),
-        "merged_adapters": [],
-        "lora_variant": {},
-        "scaling": {"a": 0.5, "b": 2.0},
-        "cast_input_dtype_enabled": True,
-        "in_features": 24,
-        "out_features": 32,
-    }
+    twin.__dict__ |= {**_STATE, "_active_adapter": list(ranks)}
+    twin.__dict__ |= {"in_features": 24, "out_features": 32}
     return twin
 
 
@@ -225,6 +231,82 @@ def verdict(module: nn.Module) -> LoRAPlan | None:
         mixed = _twin(module, dropout)
         mixed.get_submodule("base_layer").bfloat16()
         rounded = proof.Theirs(forward, mixed, [x.bfloat16()], backward=False)
-        if not exact.agrees(compute) or not rounded.rounds_like(compute):
+        if not exact.agrees(compute) or not rounded.agrees(compute):
             return None
     return plan
+
+
+# -- of an embedding ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoRAEmbeddingPlan(plans.MethodPlan):
+    """`base_layer(ids)`, to which the products of the active adapters are added as they are made."""
+
+    kind = "lora"
+
+    def __str__(self) -> str:
+        return "LoRA of an embedding"
+
+    def holds(self, module: nn.Module) -> bool:
+        return not isinstance(verdict_of_embedding(module), str)
+
+    def compute(self, module: Any, x: Tensor) -> Any:
+        found = self._read(module)
+        if found is None or is_dtensor(x) or autocast_dtype(found[0][0]) is not None:
+            return type(module).forward(module, x)
+        y = module.base_layer(x)
+        wide = functools.reduce(torch.promote_types, (a.dtype for a, _, _ in found), y.dtype)
+        total = y.reshape(-1, y.shape[-1]).to(wide)
+        for a, b, scaling in found:
+            rows = module._embed(x, a.t()).reshape(-1, a.shape[0])
+            total = torch.addmm(total, rows.to(wide), b.t().to(wide), alpha=scaling)
+        return total.to(y.dtype).view(y.shape)
+
+    @staticmethod
+    def _read(module: Any) -> list[tuple[Tensor, Tensor, float]] | None:
+        """A (r, V), B (H, r) and scaling of the active adapters; None where PEFT's layer does anything else now."""
+        scaled = getattr(module, "_get_embed_scale", lambda: None)() is not None
+        if module.disable_adapters or module.merged or scaled:
+            return None
+        tables = module.lora_embedding_A, module.lora_embedding_B
+        names = [name for name in module.active_adapters if name in tables[0]]
+        if not names or not set(names).isdisjoint(getattr(module, "lora_variant", ())):
+            return None
+        found = [(*(table[name] for table in tables), module.scaling[name]) for name in names]
+        tensors = [module.base_layer.weight, *(t for a, b, _ in found for t in (a, b))]
+        plain = all(type(t) in (nn.Parameter, Tensor) for t in tensors)
+        return found if plain and all(a.dtype == b.dtype for a, b, _ in found) else None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """PEFT's layer around an embedding."""
+    children = module._modules
+    return isinstance(children.get("base_layer"), nn.Embedding) and hasattr(
+        module, "lora_embedding_A"
+    )
+
+
+@verdict_of_class
+def verdict_of_embedding(module: nn.Module) -> LoRAEmbeddingPlan | None:
+    """The plan, if PEFT's code computes it of two adapters, also of adapters wider than the base."""
+    plan, forward = LoRAEmbeddingPlan(), type(module).forward
+    ids = torch.tensor([[3, 0, 3], [1, 8, 2]])
+    ranks = {"a": 3, "b": 5}
+    for dtype in (torch.float32, torch.bfloat16):
+        children: dict[str, nn.Module] = {
+            "base_layer": nn.Embedding(9, 24, padding_idx=0).to(dtype),
+            "lora_embedding_A": nn.ParameterDict({n: torch.randn(r, 9) for n, r in ranks.items()}),
+            "lora_embedding_B": nn.ParameterDict({n: torch.randn(24, r) for n, r in ranks.items()}),
+        }
+        twin = proof.clone(module, {}, children)
+        twin.__dict__ |= {**_STATE, "_active_adapter": list(ranks)}
+        theirs = proof.Theirs(lambda twin: forward(twin, ids), twin, [])
+        ours = partial(_call, plan, ids)
+        if not (theirs.agrees if dtype == torch.float32 else theirs.rounds_like)(ours):
+            return None
+    return plan
+
+
+def _call(plan: plans.MethodPlan, ids: Tensor, twin: nn.Module) -> Any:
+    return plan.compute(twin, ids)

@@ -24,7 +24,7 @@ from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.state import State
 
-LORA = Option("lora", True, "Linears with LoRA adapters of PEFT.")
+LORA = Option("lora", True, "Linears and embeddings with LoRA adapters of PEFT.")
 
 
 def down_of_product(
@@ -60,7 +60,12 @@ def draws(linear: nn.Module) -> bool:
     return found is None or any(dropout is not None for *_, dropout in found)
 
 
-def _prove(module: Any, state: State) -> LoRAPlan | str:
+def _prove(module: Any, state: State) -> plans.MethodPlan | str:
+    if adapters.is_embedding(module):
+        found: plans.MethodPlan | str = adapters.variant(module) or adapters.verdict_of_embedding(
+            module
+        )
+        return found
     base = module._modules["base_layer"]
     weights = quantised.name(base)
     reason = None
@@ -76,7 +81,7 @@ def _prove(module: Any, state: State) -> LoRAPlan | str:
 SITE = Site(
     options=(LORA,),
     kind=LoRAPlan.kind,
-    candidates=modules(adapters.is_candidate),
+    candidates=modules(lambda m: adapters.is_candidate(m) or adapters.is_embedding(m)),
     prove=_prove,
     grows=True,
 )
