@@ -70,7 +70,8 @@ class Config:
         if INTERPRET:  # it pays per program, and tests want several
             return Config(16, 32, 32, warps=4, stages=1, low_inner=32)  # tl.dot wants 16
         if dtype.itemsize > 2:
-            return Config(rows=64, cols=64, inner=32, warps=4, stages=facts.stages(3, 2**14))
+            stages = facts.stages(3, 2**14)  # steps of 128 spill
+            return Config(64, 64, inner=32, warps=4, stages=stages, low_inner=32)
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
             stages = facts.stages(3, 3 * 2**14)
