@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -334,6 +335,32 @@ def _quack_cross_entropy(o: Options) -> Function | None:
 QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entropy}
 
 
+def _hf_experts(o: Options) -> Function | None:
+    if (
+        o["activation"] != "silu"
+        or not o["gated"]
+        or not _plain(o, "activation", "gated", "alpha", "gate_up_scaling", "down_scaling")
+    ):
+        return None
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    def gated(hidden: Any) -> Any:
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def function(x: Any, w1: Any, w2: Any, index: Any, weights: Any, *rest: Any) -> Any:
+        form = {"has_gate": True, "has_bias": False, "is_transposed": False, "_apply_gate": gated}
+        module: Any = SimpleNamespace(
+            gate_up_proj=w1, down_proj=w2, num_experts=w1.shape[0], **form
+        )
+        return grouped_mm_experts_forward(module, x, index, weights)
+
+    return function
+
+
+HF: Table = {"fused_moe": _hf_experts}
+
+
 def _base(spec: OpSpec, case: OpCase) -> Function | None:
     """The op of the commit that has our import name by now, on the inputs of this tree's case."""
     testing = importlib.import_module("liger_kernel.testing")
@@ -359,5 +386,6 @@ PROVIDERS: dict[str, Provider] = {
         "Apple's cut cross entropy", _from(CCE), "cut_cross_entropy", "cut-cross-entropy"
     ),
     "quack": Provider("quack-kernels", _from(QUACK), "quack", "quack-kernels"),
+    "transformers": Provider("the experts of transformers by grouped_mm", _from(HF)),
     "base": Provider("this op at the commit of --base", _base, "liger_kernel"),
 }
