@@ -344,7 +344,7 @@ def test_class_level_calls_add_up() -> None:
     monkey_patch.revert_liger_kernel_to_llama()
     assert state_of(model) is None
     doors.apply_liger_kernel_to_llama(**off, swiglu=False)
-    assert {row.kind for row in state_of(model).report.replaced} == {"norm"}
+    assert {row.kind for row in state_of(model).report.replaced} == {"norm", "residual"}
 
 
 def test_what_is_loaded_copied_and_compiled_while_classes_are_patched(tmp_path: Path) -> None:
