@@ -172,8 +172,11 @@ def _mhc_project_bwd(
 
     One program owns K columns of the tiles of tokens that are `part` modulo the parts, and its sum of dw over them.
     """
-    part = tl.program_id(0) % n_parts
-    k = (tl.program_id(0) // n_parts) * K + tl.arange(0, K)
+    k_tiles = tl.cdiv(
+        n_k, K
+    )  # those of the same tokens run together: whole rows are read, not 128 bytes of each
+    part = tl.program_id(0) // k_tiles
+    k = (tl.program_id(0) % k_tiles) * K + tl.arange(0, K)
     m = tl.arange(0, M)
     if NEEDS_DX:
         of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
