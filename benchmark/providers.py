@@ -336,12 +336,9 @@ QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entro
 
 
 def _hf_experts(o: Options) -> Function | None:
-    if (
-        o["activation"] != "silu"
-        or not o["gated"]
-        or not _plain(o, "activation", "gated", "alpha", "gate_up_scaling", "down_scaling")
-    ):
-        return None
+    plain = _plain(o, "activation", "gated", "alpha", "gate_up_scaling", "down_scaling")
+    if not plain or (o["activation"], o["gated"], o["gate_up_scaling"]) != ("silu", True, 1.0):
+        return None  # adapters have another scaling
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     def gated(hidden: Any) -> Any:
