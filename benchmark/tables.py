@@ -18,7 +18,17 @@ from typing import Any
 from benchmark.options import Parser
 from benchmark.results import KEYS, Row, load
 
-PROVIDER_ORDER = ("ours", "base", "eager", "torch", "compile", "transformers", "liger", "cce", "quack")
+PROVIDER_ORDER = (
+    "ours",
+    "base",
+    "eager",
+    "torch",
+    "compile",
+    "transformers",
+    "liger",
+    "cce",
+    "quack",
+)
 LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
 E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
