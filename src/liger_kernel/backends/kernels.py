@@ -41,6 +41,10 @@ def _hooked() -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
+#: whether kernels are launched on the meta device, too: for who records launches
+starts_on_meta = False
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, faster, on the device of `args[0]`, a tensor.
 
@@ -48,7 +52,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """
     first = args[0]
     if not _FAST or not first.is_cuda or _hooked():
-        if first.is_meta:  # on paper, for the memory that goes with it
+        if first.is_meta and not starts_on_meta:  # on paper, for the memory that goes with it
             return
         with device_guard(first.device):
             kernel[grid](*args, **constants)
