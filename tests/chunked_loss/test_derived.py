@@ -123,6 +123,29 @@ def test_what_it_shares_with_our_own() -> None:
         LigerFusedLinearPreferenceBase.preference_loss_fn(chosen, rejected, i["target"])
 
 
+def test_a_trained_tensor_that_the_loss_reads_is_refused() -> None:
+    """Its gradient would be lost. What only its metrics read gets none anyway."""
+    i, share = draw_sequences(torch.float32)(0), torch.ones((), requires_grad=True)
+    given = i["hidden"].requires_grad_(), i["weight"], i["target"]
+
+    class Reads(LigerFusedLinearPreferenceBase):
+        in_loss = True
+
+        @classmethod
+        def preference_loss_fn(cls, c: Any, r: Any, full: Any, beta: float) -> Any:
+            return (r - c).sum() * (share if cls.in_loss else 1), (c * share).sum()
+
+        @classmethod
+        def forward(cls, ctx: Any, *args: Any) -> Any:
+            return LigerFusedLinearPreferenceBase.forward(cls, ctx, *args, compute_nll_loss=False)
+
+    with pytest.raises(ValueError, match="that requires a gradient"):
+        Reads.apply(*given)
+    Reads.in_loss = False
+    Reads.apply(*given)[0].backward()
+    assert share.grad is None
+
+
 def test_a_preference_loss_of_log_probabilities() -> None:
     logps = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
     full, of = torch.zeros(4, 1), LigerFusedLinearDPOFunction.preference_loss_fn

@@ -34,11 +34,21 @@ class GradientsInForward(torch.autograd.Function, metaclass=OwnApply):
     def keep(
         ctx: Any, loss_of: Callable[..., tuple[Tensor, Any]], *given: Tensor | None
     ) -> tuple[Tensor, Any]:
-        """`loss_of(*given)`, a loss and what is returned beside it; the gradients of `given` are kept in `ctx`."""
+        """`loss_of(*given)`, a loss and what is returned beside it; the gradients of `given` are kept in `ctx`.
+
+        Raises: ValueError if the loss reads anything else that requires a gradient, which it would not get.
+        """
         leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         with torch.enable_grad():
             loss, beside = loss_of(*leaves)
+        other = _leaf_of(loss, beside=wanted)
+        if other is not None:
+            raise ValueError(
+                f"The loss reads a tensor of shape {tuple(other.shape)} that requires a gradient, which "
+                f"it would not get here: only _input, weight and bias do. Pass it detached, or write the loss as a "
+                f"FormulaLoss of liger_kernel.loss_head.row_loss."
+            )
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ())
         ctx.save_for_backward(
             *(next(found) if t is not None and t.requires_grad else None for t in leaves)
@@ -52,3 +62,19 @@ class GradientsInForward(torch.autograd.Function, metaclass=OwnApply):
         grads = made_in_forward(ctx)
         scale_gradients(grads, grad_output)
         return grads
+
+
+def _leaf_of(loss: Tensor, beside: list[Tensor]) -> Tensor | None:
+    """A leaf of the graph of `loss` that is not among these."""
+    nodes: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is t for t in beside):
+            return leaf
+        nodes += [following for following, _ in node.next_functions]
+    return None
