@@ -21,7 +21,7 @@ from liger_kernel.ops.rms_norm.npu import gamma_of, gradients
 def unserved(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, *, options: FusedAddRMSNormOptions
 ) -> str | None:
-    return "no residual" if residual is None else no_native_call(x)
+    return no_native_call(x)
 
 
 def forward(
@@ -33,12 +33,12 @@ def forward(
     needs: Needs,
 ) -> tuple[tuple[Tensor, Tensor], Saved]:
     gamma = gamma_of(x, weight, options.offset)
-    if gamma.dtype == x.dtype:
+    if residual is not None and gamma.dtype == x.dtype:
         rows = as_rows(x), as_rows(residual)
         y, rstd, s = torch_npu.npu_add_rms_norm(*rows, gamma, epsilon=options.eps)
         s = s.view(x.shape)
-    else:  # RMSNorm alone takes a float32 gamma for 16-bit rows
-        s = x + residual
+    else:  # RMSNorm alone; it takes a float32 gamma for 16-bit rows
+        s = x if residual is None else x + residual
         y, rstd = torch_npu.npu_rms_norm(as_rows(s), gamma, epsilon=options.eps)
     return (y.view(x.shape), s), (s, weight, rstd)
 
