@@ -351,7 +351,7 @@ def test_a_model_that_stayed_on_the_cpu(model: Any, monkeypatch: pytest.MonkeyPa
 def test_an_adapter_on_the_head(model: Any) -> None:
     peft = pytest.importorskip("peft")
     liger_kernel.unpatch(model)
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], lora_bias=True)
     wrapped = peft.get_peft_model(model, config)
     liger_kernel.patch(wrapped)
     assert "target modules" in fault(doctor(wrapped, step(wrapped)))

@@ -59,7 +59,7 @@ def step(model: Any, batch: int, seq: int) -> tuple[int, int]:
         if hasattr(
             torch.ops.aten, "_fused_rms_norm"
         ):  # since torch 2.8; before, a GPU runs the same chain of ops
-            stack.enter_context(mock.patch.object(nn.functional, "rms_norm", _rms_norm))
+            stack.enter_context(mock.patch.object(torch, "rms_norm", _rms_norm))
         stack.enter_context(_checkpoints_on_the_host())
         with LiveBytes(model) as live:
             outputs = model(**given)
@@ -96,7 +96,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options:
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Keeps what `F.rms_norm` keeps on a GPU; on the meta device it is a chain of ops, two of them in fp32."""
+    """Keeps what `torch.rms_norm` keeps on a GPU; on the meta device it is a chain of ops, two of them in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
