@@ -216,9 +216,15 @@ def _liger_qk_norm_rope(o: Options) -> Function | None:
     return function
 
 
+def _plain_experts(o: Options) -> bool:
+    """SwiGLU; cases with adapters have another scaling than 1."""
+    scales = dict.fromkeys(("alpha", "gate_up_scaling", "down_scaling"), 1.0)
+    plain = {"activation": "silu", "gated": True, **scales}
+    return not any(value != plain.get(name) and value for name, value in o.items())
+
+
 def _liger_moe(o: Options) -> Function | None:
-    plain = {"activation": "silu", "gated": True, "alpha": 1.0}
-    if any(value != plain.get(name) and value for name, value in o.items()):
+    if not _plain_experts(o):
         return None
     apply = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction.apply
     return lambda x, w1, w2, index, weights, *biases: apply(x, w1, w2, index.int(), weights)
@@ -336,9 +342,8 @@ QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entro
 
 
 def _hf_experts(o: Options) -> Function | None:
-    plain = _plain(o, "activation", "gated", "alpha", "gate_up_scaling", "down_scaling")
-    if not plain or (o["activation"], o["gated"], o["gate_up_scaling"]) != ("silu", True, 1.0):
-        return None  # adapters have another scaling
+    if not _plain_experts(o):
+        return None
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     def gated(hidden: Any) -> Any:
