@@ -204,7 +204,11 @@ def test_training(name: str, trainer: Make, calls: collections.Counter[str]) -> 
         # rope: on the modeling file
         early = set() if TRAINER_PATCHES_AT_TRAIN else {"loss"}
         adapters = {"lora"} if "LoRA" in name else set()
-        assert {row.kind for row in report.replaced} - early == {"norm", "mlp"} | adapters
+        assert {row.kind for row in report.replaced} - early == {
+            "norm",
+            "mlp",
+            "residual",
+        } | adapters
         assert min(calls[op] for op in ("rms_norm", "glu", "rope")) >= STEPS
         assert not calls["fused_linear_cross_entropy"]
 

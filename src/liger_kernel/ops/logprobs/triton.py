@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor, ones_like
 
 from liger_kernel.backends.kernels import launch
+from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.cross_entropy.triton import _FAR, _VECTOR, _no_gradient, _tanh, tile
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
 
@@ -23,9 +24,14 @@ def _scaled(x, inner, outer, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
     return outer * t, t
 
 
+_EXACT_EXP = tl.constexpr(INTERPRET)  # NumPy's is, and has no fma
+
+
 @triton.jit
 def _exp(x):
     """exp(x) of x <= 0 to the last digit also where it is tiny: `tl.exp` rounds x / log 2, which is large there."""
+    if _EXACT_EXP:
+        return tl.exp(x)
     x = tl.where(x < -200.0, -200.0, x)  # 0, and NaN stays; of -inf the rest would be NaN
     whole = x * 1.4426950408889634
     rest = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500011e-08
