@@ -41,9 +41,10 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def forward(facts: DeviceFacts, itemsize: int) -> Config:
+    def forward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
         stages = facts.stages(4, 64 * (64 + 32) * itemsize)
-        return Config(64, 64, 2 * facts.processors, stages, facts.exact_precision)
+        precision, warps = facts.exact_precision, 4 if m <= 64 else 8
+        return Config(64, 64, 2 * facts.processors, stages, precision, warps)
 
     @staticmethod
     @functools.cache
@@ -215,7 +216,9 @@ def forward(
     rows = as_rows(x)  # (T, K)
     (n_rows, n_k), n_out = rows.shape, weight.shape[1]
     y, rstd = (x.new_empty(s, dtype=torch.float32) for s in ((*x.shape[:-1], n_out), n_rows))
-    config = Config.forward(facts_of(x.device), max(x.element_size(), weight.element_size()))
+    config = Config.forward(
+        facts_of(x.device), max(x.element_size(), weight.element_size()), _padded(n_out)
+    )
     tiles = cdiv(n_rows, config.rows)
     if y.numel():
         parts = config.parts(tiles, n_k, config.k)
