@@ -123,9 +123,10 @@ def test_what_it_shares_with_our_own() -> None:
         LigerFusedLinearPreferenceBase.preference_loss_fn(chosen, rejected, i["target"])
 
 
-def test_a_trained_tensor_that_the_loss_reads_is_refused() -> None:
-    """Its gradient would be lost. What only its metrics read gets none anyway."""
-    i, share = draw_sequences(torch.float32)(0), torch.ones((), requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_trained_tensor_that_the_loss_reads_is_refused(dtype: torch.dtype) -> None:
+    """Its gradient would be lost, in one walk over the logits and in two. What only metrics read gets none anyway."""
+    i, share = draw_sequences(dtype)(0), torch.ones((), requires_grad=True)
     given = i["hidden"].requires_grad_(), i["weight"], i["target"]
 
     class Reads(LigerFusedLinearPreferenceBase):
