@@ -60,16 +60,9 @@ class LoRAPlan(plans.MethodPlan):
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) or host_bound(x, SMALL) else read(module, x)
-        if found is None or not _fits(found[0], x):
+        if found is None:
             return type(module).forward(module, x)
         return op.adapted(x, *found[:2], with_inputs(x, found[2]))
-
-
-def _fits(weight: Tensor | op.Quantised, x: Tensor) -> bool:
-    """Another dtype than that of the weight is an error of PyTorch's, unless autocast converts both."""
-    return (
-        not isinstance(weight, Tensor) or x.dtype == weight.dtype or autocast_dtype(x) is not None
-    )
 
 
 Adapters = list[tuple[Tensor, Tensor, float, Any]]
@@ -105,10 +98,11 @@ def active(module: Any, dtype: torch.dtype) -> Adapters | None:
 
 
 def dtype_of(weight: Tensor | op.Quantised, x: Tensor) -> torch.dtype | None:
-    """What the adapters are given; None where the base computes in another dtype than autocast asks for."""
-    if isinstance(weight, Tensor):
-        return weight.dtype
+    """What the adapters are given; None where the base computes in another dtype than autocast asks for, or, without
+    it, x has another one than a plain weight, which is an error of PyTorch's."""
     autocast = autocast_dtype(x)
+    if isinstance(weight, Tensor):
+        return weight.dtype if autocast is not None or x.dtype == weight.dtype else None
     if autocast is None:
         return x.dtype
     return autocast if autocast == (weight.dtype or x.dtype) else None
