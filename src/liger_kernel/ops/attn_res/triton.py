@@ -31,6 +31,7 @@ class Config:
     block: int
     warps: int
     programs: int
+    stages: int = 3
 
     @staticmethod
     @functools.cache
@@ -55,6 +56,7 @@ def _attn_res_fwd(
     n_cols,
     eps,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """h = sum_i softmax(s)_i v_i with s_i = rstd_i sum of query norm v_i, in one pass over the blocks: sums so far are
     scaled down where the maximum grows. One program owns one token."""
@@ -67,7 +69,7 @@ def _attn_res_fwd(
     top = -float("inf")
     total = 0.0
     at = v_ptr + row * v_row + cols
-    for i in range(0, n_blocks):
+    for i in tl.range(0, n_blocks, num_stages=STAGES):
         v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         at += v_block
         rstd = 1.0 / tl.sqrt(tl.sum(v * v, 0) / n_cols + eps)
@@ -104,6 +106,8 @@ def _attn_res_bwd(
     NEEDS_DV: tl.constexpr,
     NEEDS_DU: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With a = softmax(s), g_i = sum of dh v_i, ds_i = a_i (g_i - sum_j a_j g_j), u = query norm:
     dv_i = a_i dh + ds_i (rstd_i u - s_i rstd_i^2 / D v_i), and du = sum of ds_i rstd_i v_i over blocks and tokens.
@@ -112,6 +116,7 @@ def _attn_res_bwd(
     """
     cols = tl.arange(0, BLOCK)
     mask = cols < n_cols
+    number = tl.arange(0, BLOCKS)
     query = tl.load(query_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     u = query * tl.load(norm_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     du = tl.zeros((BLOCK,), tl.float32)
@@ -119,22 +124,24 @@ def _attn_res_bwd(
     for _ in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         dh = tl.load(dh_ptr + row * dh_row + cols, mask=mask, other=0.0).to(tl.float32)
         lse = tl.load(lse_ptr + row)
-        mean = 0.0
+        g = tl.zeros((BLOCKS,), tl.float32)
         at = v_ptr + row * v_row + cols
-        for i in range(0, n_blocks):
+        for i in tl.range(0, n_blocks, num_stages=STAGES):
             v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             at += v_block
-            mean += tl.exp(tl.load(score_ptr + row * n_blocks + i) - lse) * tl.sum(dh * v, 0)
+            g = tl.where(number == i, tl.sum(dh * v, 0), g)
+        scores = tl.load(score_ptr + row * n_blocks + number, number < n_blocks, -float("inf"))
+        mean = tl.sum(tl.exp(scores - lse) * g, 0)
         at = v_ptr + row * v_row + cols
         if NEEDS_DV:
             to = dv_ptr + row * n_cols + cols
-        for i in range(0, n_blocks):
+        for i in tl.range(0, n_blocks, num_stages=STAGES):
             v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             at += v_block
             score = tl.load(score_ptr + row * n_blocks + i)
             rstd = tl.load(rstd_ptr + row * n_blocks + i)
             a = tl.exp(score - lse)
-            ds = a * (tl.sum(dh * v, 0) - mean) * rstd
+            ds = a * (tl.sum(tl.where(number == i, g, 0.0), 0) - mean) * rstd
             if NEEDS_DV:
                 dv = a * dh + ds * (u - score * rstd / n_cols * v)
                 tl.store(to, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -169,6 +176,7 @@ def forward(
             (n_rows,),
             *(v, query, norm, h, scores, rstd, lse, *v.stride()[:2], n_blocks, n_cols, options.eps),
             BLOCK=config.block,
+            STAGES=config.stages,
             num_warps=config.warps,
         )
     return h, (v, query, norm, scores, rstd, lse)
@@ -194,6 +202,8 @@ def backward(grads: Any, saved: Any, *, options: AttnResOptions, needs: Needs) -
         NEEDS_DV=needs_dv,
         NEEDS_DU=partial is not None,
         BLOCK=config.block,
+        BLOCKS=next_power_of_2(n_blocks),
+        STAGES=config.stages,
         num_warps=config.warps,
     )
     if partial is None:
