@@ -45,6 +45,21 @@ def _incumbent(model: Any) -> Any:
     return model
 
 
+def _reading(model: Any) -> Any:
+    """As a metric on the logits of every step would."""
+    _patched(model).register_forward_hook(lambda model, args, output: output.logits[..., :1].sum())
+    return model
+
+
+def _accurate(model: Any) -> Any:
+    """Accuracy without logits, in every step."""
+    accuracy = {"return_token_accuracy": True}
+    _patched(model).register_forward_pre_hook(
+        lambda model, args, kwargs: (args, {**kwargs, **accuracy}), with_kwargs=True
+    )
+    return model
+
+
 def _compiled(model: Any) -> Any:
     return torch.compile(model, dynamic=False)
 
@@ -53,6 +68,8 @@ def _compiled(model: Any) -> Any:
 MODES: dict[str, Callable[[Any], Any]] = {
     "stock": _stock,
     "patched": _patched,
+    "patched+logits": _reading,
+    "patched+accuracy": _accurate,
     "incumbent": _incumbent,
     "base": _patched,
     "compile": _compiled,

@@ -28,6 +28,7 @@ FOLDER = sources.ROOT / "benchmark" / "results"
 KEYS = {
     "ops": ("op", "case", "dtype", "provider", "mode"),
     "e2e": ("shape", "seq", "batch", "checkpointing", "ignored", "mode"),
+    "sharded": ("shape", "seq", "batch", "ranks", "how", "mode"),
     "host": ("op", "case", "provider"),
     "chunked": ("loss", "case", "mode"),
 }
