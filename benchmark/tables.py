@@ -221,7 +221,7 @@ def chunked_table(content: dict[str, Any]) -> str:
 
 def cpu_table(content: dict[str, Any]) -> str:
     """Milliseconds of ops on a processor, in float32 and in bfloat16."""
-    order = ("ours", "eager", "torch")
+    order = ("ours", "inductor", "eager", "torch")
     cells: dict[tuple[Any, ...], list[str]] = {}
     for (op, case, _), line in lines(content["ops"], ("op", "case", "dtype"), "provider", order):
         found = (time_cell(row, best(line)) for row in line)
