@@ -5,6 +5,7 @@ One more size is one more line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -60,11 +61,28 @@ STEPS = (
     Setup("qwen3-0.6b", 512, 4),
 )
 
-#: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
+
+class LossShape(NamedTuple):
+    """A batch of `python -m benchmark losses`."""
+
+    batch: int  # sequences
+    length: int  # tokens of each
+    hidden: int
+    classes: int
+    ignored: float = 0.0  # the share of each sequence that is its prompt
+
+    @property
+    def product(self) -> int:
+        """Multiplications of a matrix product that leaves nothing out."""
+        return math.prod(self[:4])
+
+
 LOSSES = {
-    "8x1024x4096x128256": (8, 1024, 4096, 128256),
-    "8x1024x4096x151936": (8, 1024, 4096, 151936),
-    "tiny": (4, 8, 16, 64),
+    "8x1024x4096x128256": LossShape(8, 1024, 4096, 128256),
+    "8x1024x4096x128256-half-ignored": LossShape(8, 1024, 4096, 128256, ignored=0.5),
+    "8x1024x4096x151936": LossShape(8, 1024, 4096, 151936),
+    "2x32768x4096x128256": LossShape(2, 32768, 4096, 128256),
+    "tiny": LossShape(4, 8, 16, 64),
 }
 
 

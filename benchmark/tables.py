@@ -198,7 +198,7 @@ def host_table(content: dict[str, Any]) -> str:
 def chunked_table(content: dict[str, Any]) -> str:
     """Forward and backward of the losses on log-probabilities."""
     rows = content["chunked"]
-    modes, body = present(rows, "mode", ("ours", "eager", "incumbent")), []
+    modes, body = present(rows, "mode", ("ours", "eager", "incumbent", "trl")), []
 
     def cell(row: Row | None, fastest: float | None) -> str:
         if row is None or "ms" not in row:
@@ -210,7 +210,9 @@ def chunked_table(content: dict[str, Any]) -> str:
 
     for (loss, case), line in lines(rows, ("loss", "case"), "mode", modes):
         rates = [
-            f"{r['tflop_s']:.0f} TFLOP/s" for r in line if r and r["mode"] == "ours" and "ms" in r
+            f"{r['tflop_s']:.0f} TFLOP/s"
+            for r in line
+            if r and r["mode"] == "ours" and "tflop_s" in r
         ]
         body.append([f"{loss} {case}", *(cell(row, best(line)) for row in line), *(rates or [""])])
     marked = any("compared" in row for row in rows)
