@@ -17,8 +17,8 @@ from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 
-def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:
-    return a[routing.slots // gathered] if gathered else a
+def _rows(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
+    return a[routing.tokens] if gathered else a
 
 
 def _parts(rows: Tensor, routing: Routing) -> Sequence[Tensor]:
@@ -41,7 +41,7 @@ def _owned(routing: Routing) -> Iterator[Tensor]:
     yield row >= starts[-1]
 
 
-class Portable:
+class Portable(pipeline.Separately):
     """`pipeline.Steps`"""
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
@@ -53,7 +53,7 @@ class Portable:
         weight: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        gathered: int,
+        gathered: bool,
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
@@ -80,7 +80,7 @@ class Portable:
         a: Tensor,
         b: Tensor,
         routing: Routing,
-        gathered: tuple[int, int],
+        gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if not has_numbers(a):
@@ -93,7 +93,7 @@ class Portable:
         return found if dtype is None else found.to(dtype)
 
     def bias_gradient(
-        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int
+        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: bool
     ) -> Tensor:
         rows = _rows(a, routing, gathered)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
