@@ -358,7 +358,7 @@ def _product_tile(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_rows"])
 def grouped_product(
     a_ptr,
     weight_ptr,
