@@ -40,8 +40,13 @@ class Routing(NamedTuple):
     tiles: Tensor  # what the products of a device need besides; perhaps empty
 
 
-#: rows (S, R) and a weight (E, N, R), of any strides
-LowRank = tuple[Tensor, Tensor]
+class LowRank(NamedTuple):
+    """Beside a product: rows p go through `a` (E, R, M), are rounded, and go through `b` (E, N, R); any strides."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: Tensor | None  # (S, R), where scale a[e] @ p goes, if somebody wants it
 
 
 class Steps(Protocol):
@@ -60,7 +65,7 @@ class Steps(Protocol):
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """out[p] = scale a[p] @ weight[e].T + low[0][p] @ low[1][e].T + bias[e], (S, N).
+        """out[p] = scale a[p] @ weight[e].T + what `low` adds + bias[e], (S, N).
 
         `gathered`: a has the rows of tokens. `scale`: given for a weight of a low rank.
         """
@@ -225,13 +230,14 @@ def forward(
     routing = _routing(steps, sort_by_expert(top_k_index, w1.shape[0]), top_k_index.shape[1])
     first = _Pair.of(gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
     second = _Pair.of(down_a, down_b, options.down_scaling, x.dtype)
-    low = first and first.through_a(steps, x, routing, True)
+    n_rows = weights.numel()
+    low = first and first.beside(n_rows, needs[8])
     keep = keeps_hidden(needs)
     hidden, act = steps.activated(x, w1, gate_up_bias, routing, low, options, keep)
-    low_rows = low[0] if low is not None and needs[8] else None
+    low_rows = low and low.rows
     if not keep:
         hidden = None
-    low = second and second.through_a(steps, act, routing, False)
+    low = second and second.beside(n_rows, False)
     y = steps.product(act, w2, down_bias, routing, False, low)  # (S, H)
     del act, low
     out = steps.combine(y, weights, routing, weights.shape, x.dtype)
@@ -270,7 +276,8 @@ def backward(
     given: Any = (*saved, grads[0])
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, a1, b1, *given = given
     a2, b2, hidden, low_rows, *routed, dy = given
-    steps = steps_for(weights.numel(), x, gate_up_weight, down_weight)
+    n_rows = weights.numel()
+    steps = steps_for(n_rows, x, gate_up_weight, down_weight)
     routing = _routing(steps, routed, weights.shape[1])
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
@@ -285,15 +292,17 @@ def backward(
         db2 = steps.bias_gradient(dy, weights, routing, True).to(down_bias.dtype)
     if hidden is None:
         return (*(None,) * 6, db2, *(None,) * 4)
-    low = second and second.through_b(steps, dy, routing, True)
+    low = second and second.behind(n_rows, of_second[1])
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
     dhidden, act, dw = steps.activated_backward(
         dy, w2.mT, routing, low, hidden, weights, options, wanted, into
     )
     if act is not None:
-        u = second.through_a(steps, act, routing, False)[0] if second and of_second[2] else None
-        between = (u, low and low[0])
+        u = None
+        if second and of_second[2]:
+            u = steps.product(act, second.a, None, routing, False, scale=second.scale)
+        between = (u, low and low.rows)
         gathered = (False, True)
         seconds = _of_weight(steps, act, dy, routing, gathered, options, second, between, of_second)
         del act
@@ -304,15 +313,17 @@ def backward(
     if dhidden is not None:
         if needs_db1 and gate_up_bias is not None:
             db1 = steps.bias_gradient(dhidden, None, routing, False).to(gate_up_bias.dtype)
-        low = None
-        if first and (needs_dx or of_first[1]):
-            low = first.through_b(steps, dhidden, routing, False)
-        between = (low_rows, low and low[0])
-        gathered = (True, False)
-        firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
+        v = None
         if needs_dx:
+            low = first and first.behind(n_rows, of_first[1])
             dx = steps.product(dhidden, w1.mT, None, routing, False, low)  # (S, H)
             dx = steps.combine(dx, None, routing, weights.shape, x.dtype)
+            v = low and low.rows
+        elif first and of_first[1]:
+            v = steps.product(dhidden, first.b.mT, None, routing, False, scale=first.scale)
+        between = (low_rows, v)
+        gathered = (True, False)
+        firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
     return dx, firsts[0], seconds[0], None, dw, db1, db2, *firsts[1:], *seconds[1:]
 
 
@@ -330,13 +341,17 @@ class _Pair(NamedTuple):
             return None
         return _Pair(_dense(a, dtype), _dense(b, dtype), scale, (a.dtype, b.dtype))
 
-    def through_a(self, steps: Steps, rows: Tensor, routing: Routing, gathered: bool) -> LowRank:
-        """u, and what takes it on."""
-        return steps.product(rows, self.a, None, routing, gathered, scale=self.scale), self.b
+    def beside(self, n_rows: int, keep: bool) -> LowRank:
+        """For the product with the weight. `keep`: u."""
+        return LowRank(self.a, self.b, self.scale, self._rows(n_rows) if keep else None)
 
-    def through_b(self, steps: Steps, grad: Tensor, routing: Routing, gathered: bool) -> LowRank:
-        """v, and what takes it on."""
-        return steps.product(grad, self.b.mT, None, routing, gathered, scale=self.scale), self.a.mT
+    def behind(self, n_rows: int, keep: bool) -> LowRank:
+        """For the product with the transposed weight. `keep`: v."""
+        rows = self._rows(n_rows) if keep else None
+        return LowRank(self.b.mT, self.a.mT, self.scale, rows)
+
+    def _rows(self, n_rows: int) -> Tensor:
+        return self.a.new_empty(n_rows, self.a.shape[1])
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -64,7 +64,10 @@ class Portable(pipeline.Separately):
         if scale is not None:
             found = [part * scale for part in found]
         if low is not None:
-            found = list(map(torch.addmm, found, _parts(low[0], routing), low[1].mT.unbind()))
+            rows = self.product(a, low.a, None, routing, gathered, scale=low.scale)
+            found = list(map(torch.addmm, found, _parts(rows, routing), low.b.mT.unbind()))
+            if low.rows is not None:
+                low.rows.copy_(rows)
         if bias is not None:
             found = list(map(torch.add, found, bias.to(a.dtype).unbind()))
         found.append(others.new_zeros(others.shape[0], weight.shape[1]))

@@ -23,7 +23,7 @@ from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
-from liger_kernel.ops.fused_moe.products import (
+from liger_kernel.ops.fused_moe.products.kernels import (
     bias_gradient,
     grouped_product,
     tile_table,
@@ -92,6 +92,7 @@ class Config:
     library: of (rows of an expert, by and large, from which it holds; who multiplies), in rising order.
     low_rows, low_inner: rows and step of a product onto a low rank, which is bound by memory: of 128 rows it took about
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
+    made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
     fused_forward, fused_backward: the products that are activated end with it.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache.
@@ -102,6 +103,7 @@ class Config:
     library: tuple[tuple[int, Library], ...] = ()
     low_rows: int = 64
     low_inner: int = 128
+    made_rank: int = 0
     halves: bool = False
     fused_forward: bool = False
     fused_backward: bool = False
@@ -114,7 +116,7 @@ class Config:
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
             fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
-            return Config(tile, tile, low_rows=16, low_inner=32, **fused)
+            return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill
             tile = Tile(64, 64, inner=32, warps=4, stages=facts.stages(3, 2**14))
@@ -236,15 +238,24 @@ class Kernels(pipeline.Separately):
             tile = self.config.of_low_rank(n_cols)
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
-        rank = 0 if low is None else low[0].shape[1]
         numbers, constants = _PLAIN if options is None else _of_activation(options)
+        rank, strides, low_rows, made = 0, (0,) * 6, None, False
+        if low is not None:
+            rank, strides, low_rows = low.a.shape[1], (*low.a.stride(), *low.b.stride()), low.rows
+            made = rank <= self.config.made_rank
+            if not made:
+                if low_rows is None:
+                    low_rows = a.new_empty(routing.slots.shape[0], rank)
+                self._launch(a, low.a, None, routing, gathered, None, low.scale, out=low_rows)
         launch(
             grouped_product,
             (n_tiles * cdiv(n_cols, tile.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
-            *(low or (None, None)),
+            low and low.a,
+            low and low.b,
+            low_rows,
             out,
             hidden,
             act,
@@ -260,13 +271,16 @@ class Kernels(pipeline.Separately):
             n_inner,
             *weight.stride(),
             rank,
-            *(low[1].stride() if low else (0, 0, 0)),
+            *strides,
+            float(low.scale) if low else 1.0,
             1.0 if scale is None else float(scale),
             features,
             *numbers,
             GATHERED=gathered,
             HAS_BIAS=bias is not None,
             RANK=min(tile.inner, max(16, next_power_of_2(rank))) if rank else 0,
+            LOW="none" if low is None else "made" if made else "given",
+            KEEPS_LOW=made and low_rows is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
             END=end,

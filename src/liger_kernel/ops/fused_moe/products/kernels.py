@@ -1,4 +1,4 @@
-"""Grouped matrix products over rows sorted by expert: a tile of rows is of one expert, one table serves all products."""
+"""Grouped matrix products over rows sorted by expert. A tile of rows is of one expert; one table serves them all."""
 
 from __future__ import annotations
 
@@ -218,8 +218,9 @@ def _product_tile(
     a_ptr,
     weight_ptr,
     bias_ptr,
+    low_a_ptr,
+    low_b_ptr,
     low_ptr,
-    low_weight_ptr,
     out_ptr,
     hidden_ptr,
     act_ptr,
@@ -238,9 +239,13 @@ def _product_tile(
     col_stride,
     inner_stride,
     rank,
-    low_expert_stride,
-    low_col_stride,
-    low_inner_stride,
+    low_a_expert_stride,
+    low_a_rank_stride,
+    low_a_inner_stride,
+    low_b_expert_stride,
+    low_b_col_stride,
+    low_b_rank_stride,
+    low_scale,
     scale,
     features,
     limit,
@@ -249,6 +254,8 @@ def _product_tile(
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    LOW: tl.constexpr,
+    KEEPS_LOW: tl.constexpr,
     END: tl.constexpr,
     NEEDS_DH: tl.constexpr,
     NEEDS_ACT: tl.constexpr,
@@ -285,6 +292,11 @@ def _product_tile(
     weight_ptrs = weight_ptr + expert * expert_stride
     weight_ptrs += inside[None, :] * col_stride + inner[:, None].to(tl.int64) * inner_stride
     acc = tl.zeros((ROWS, COLS), tl.float32)
+    if LOW == "made":
+        r = tl.arange(0, RANK)
+        low_a_ptrs = low_a_ptr + expert * low_a_expert_stride
+        low_a_ptrs += r[None, :] * low_a_rank_stride + inner[:, None] * low_a_inner_stride
+        through = tl.zeros((ROWS, RANK), tl.float32)
     for at in range(0, n_inner, INNER):
         if EVEN:
             a = tl.load(a_ptrs)
@@ -294,18 +306,33 @@ def _product_tile(
             a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
             weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
         acc = _dot(a, weight, acc, PRECISION)
+        if LOW == "made":
+            low_a_mask = (r < rank)[None, :]
+            if not EVEN:
+                low_a_mask &= inner[:, None] < n_inner - at
+            low_a = tl.load(low_a_ptrs, mask=low_a_mask, other=0.0)
+            through = _dot(a, low_a, through, PRECISION)
+            low_a_ptrs += INNER * low_a_inner_stride
         a_ptrs += INNER
         weight_ptrs += INNER * inner_stride
     acc *= scale
-    if RANK:
-        low_rows = tl.where(live, rows, 0)[:, None] * rank
-        low_weight_ptr += expert * low_expert_stride + inside[None, :] * low_col_stride
+    if LOW != "none":
+        low_at = tl.where(live, rows, 0)[:, None] * rank
+        low_b_ptr += expert * low_b_expert_stride + inside[None, :] * low_b_col_stride
+    if LOW == "made":
+        low = (through * low_scale).to(low_b_ptr.dtype.element_ty)
+        if KEEPS_LOW:
+            mask = live[:, None] & (r < rank)[None, :] & (col_tile == 0)
+            tl.store(low_ptr + low_at + r[None, :], low, mask=mask)
+        low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
+        acc = _dot(low, tl.load(low_b, mask=r[:, None] < rank, other=0.0), acc, PRECISION)
+    if LOW == "given":
         for at in range(0, rank, RANK):
             r = at + tl.arange(0, RANK)
-            low = tl.load(low_ptr + low_rows + r[None, :], mask=r[None, :] < rank, other=0.0)
-            beside = low_weight_ptr + r[:, None].to(tl.int64) * low_inner_stride
-            beside = tl.load(beside, mask=r[:, None] < rank, other=0.0)
-            acc = _dot(low, beside, acc, PRECISION)
+            low = tl.load(low_ptr + low_at + r[None, :], mask=r[None, :] < rank, other=0.0)
+            low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
+            low_b = tl.load(low_b, mask=r[:, None] < rank, other=0.0)
+            acc = _dot(low, low_b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
     if END == "activate":
@@ -363,8 +390,9 @@ def grouped_product(
     a_ptr,
     weight_ptr,
     bias_ptr,
+    low_a_ptr,
+    low_b_ptr,
     low_ptr,
-    low_weight_ptr,
     out_ptr,
     hidden_ptr,
     act_ptr,
@@ -382,9 +410,13 @@ def grouped_product(
     col_stride,
     inner_stride,
     rank,
-    low_expert_stride,
-    low_col_stride,
-    low_inner_stride,
+    low_a_expert_stride,
+    low_a_rank_stride,
+    low_a_inner_stride,
+    low_b_expert_stride,
+    low_b_col_stride,
+    low_b_rank_stride,
+    low_scale,
     scale,
     features,
     limit,
@@ -393,6 +425,8 @@ def grouped_product(
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    LOW: tl.constexpr,
+    KEEPS_LOW: tl.constexpr,
     PARTS: tl.constexpr,
     HALVES: tl.constexpr,
     END: tl.constexpr,
@@ -411,12 +445,13 @@ def grouped_product(
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[p, n] = scale sum_m a[p, m] weight[e, n, m] + sum_r low[p, r] low_weight[e, n, r] + bias[e, n].
+    """out[p, n] = scale sum_m a[p, m] weight[e, n, m] + sum_r low[p, r] low_b[e, n, r] + bias[e, n].
 
     With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
-    multiple of INNER. RANK: how far a step over the low rank goes; 0 where there is none. PARTS: of a tile of the
-    table, each of ROWS rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows are there.
-    END: what becomes of the sums, "store", or one of `_end_activated` and `_end_backward`.
+    multiple of INNER. LOW: low is "given" and has any rank, or "made" here of low_scale sum_m a[p, m] low_a[e, r, m]
+    and rounded, by all programs of a row, one of which may keep it, or there is "none"; RANK: a step over it. PARTS: of
+    a tile of the table, each of ROWS rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows
+    are there. END: what becomes of the sums, "store", or one of `_end_activated` and `_end_backward`.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -440,8 +475,9 @@ def grouped_product(
             a_ptr,
             weight_ptr,
             bias_ptr,
+            low_a_ptr,
+            low_b_ptr,
             low_ptr,
-            low_weight_ptr,
             out_ptr,
             hidden_ptr,
             act_ptr,
@@ -460,9 +496,13 @@ def grouped_product(
             col_stride,
             inner_stride,
             rank,
-            low_expert_stride,
-            low_col_stride,
-            low_inner_stride,
+            low_a_expert_stride,
+            low_a_rank_stride,
+            low_a_inner_stride,
+            low_b_expert_stride,
+            low_b_col_stride,
+            low_b_rank_stride,
+            low_scale,
             scale,
             features,
             limit,
@@ -471,6 +511,8 @@ def grouped_product(
             GATHERED,
             HAS_BIAS,
             RANK,
+            LOW,
+            KEEPS_LOW,
             END,
             NEEDS_DH,
             NEEDS_ACT,
@@ -491,8 +533,9 @@ def grouped_product(
             a_ptr,
             weight_ptr,
             bias_ptr,
+            low_a_ptr,
+            low_b_ptr,
             low_ptr,
-            low_weight_ptr,
             out_ptr,
             hidden_ptr,
             act_ptr,
@@ -511,9 +554,13 @@ def grouped_product(
             col_stride,
             inner_stride,
             rank,
-            low_expert_stride,
-            low_col_stride,
-            low_inner_stride,
+            low_a_expert_stride,
+            low_a_rank_stride,
+            low_a_inner_stride,
+            low_b_expert_stride,
+            low_b_col_stride,
+            low_b_rank_stride,
+            low_scale,
             scale,
             features,
             limit,
@@ -522,6 +569,8 @@ def grouped_product(
             GATHERED,
             HAS_BIAS,
             RANK,
+            LOW,
+            KEEPS_LOW,
             END,
             NEEDS_DH,
             NEEDS_ACT,
