@@ -100,11 +100,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def build(shape: str, seq: int, checkpointing: bool, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**MODELS[shape], max_position_embeddings=seq, use_cache=False)
+    given = {"attn_implementation": "sdpa", **MODELS[shape]}
+    attention = given.pop("attn_implementation")
+    config = AutoConfig.for_model(**given, max_position_embeddings=seq, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            config, dtype=torch.bfloat16, attn_implementation=attention
         )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

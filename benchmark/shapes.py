@@ -39,8 +39,19 @@ MODELS = {
         "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
     ),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
+    "qwen3-30b-a3b-6-layers": _model(
+        "qwen3_moe", 151936, 2048, 6144, 6, 32, 4, head_dim=128, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    ),
+    "gpt-oss-20b-4-layers": _model(
+        "gpt_oss", 201088, 2880, 2880, 4, 64, 8, head_dim=64, num_local_experts=32,
+        num_experts_per_tok=4, attn_implementation="eager",  # its sinks; no other comes with torch
+    ),
+    "mixtral-8x7b-2-layers": _model(
+        "mixtral", 32000, 4096, 14336, 2, 32, 8, num_local_experts=8, num_experts_per_tok=2
+    ),
     "tiny": _model("llama", 32000, 256, 688, 4, 4, 2),
-}
+}  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -59,6 +70,9 @@ STEPS = (
     Setup("llama-3-8b-4-layers", 4096, 4),
     Setup("qwen3-0.6b", 2048, 8),
     Setup("qwen3-0.6b", 512, 4),
+    Setup("qwen3-30b-a3b-6-layers", 4096, 2),
+    Setup("gpt-oss-20b-4-layers", 1024, 8),
+    Setup("mixtral-8x7b-2-layers", 4096, 2),
 )
 
 
