@@ -37,18 +37,20 @@ MODELS = {
     "llama-3-8b-4-layers": _model(
         "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
     ),
+    "llama-3.1-8b": _model("llama", 128256, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
     "tiny": _model("llama", 32000, 256, 688, 4, 4, 2),
 }
 
 
 class Setup(NamedTuple):
-    """A training step: a row of `python -m benchmark e2e`."""
+    """A training step: a row of `python -m benchmark e2e`. rank: of LoRA on all linears; 0: everything is trained."""
 
     shape: str
     seq: int
     batch: int
     checkpointing: bool = False
+    rank: int = 0
 
 
 STEPS = (
@@ -58,6 +60,9 @@ STEPS = (
     Setup("llama-3-8b-4-layers", 4096, 4),
     Setup("qwen3-0.6b", 2048, 8),
     Setup("qwen3-0.6b", 512, 4),
+    Setup("llama-3.1-8b", 4096, 2, rank=16),
+    Setup("llama-3.1-8b", 512, 4, rank=16),
+    Setup("qwen3-0.6b", 512, 4, rank=16),
 )
 
 #: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
