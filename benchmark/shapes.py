@@ -38,6 +38,7 @@ MODELS = {
     "llama-3-8b-4-layers": _model(
         "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
     ),
+    "llama-3.1-8b": _model("llama", 128256, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
     "qwen3-30b-a3b-6-layers": _model(
         "qwen3_moe", 151936, 2048, 6144, 6, 32, 4, head_dim=128, moe_intermediate_size=768,
@@ -55,12 +56,13 @@ MODELS = {
 
 
 class Setup(NamedTuple):
-    """A training step: a row of `python -m benchmark e2e`."""
+    """A training step: a row of `python -m benchmark e2e`. rank: of LoRA on all linears; 0: everything is trained."""
 
     shape: str
     seq: int
     batch: int
     checkpointing: bool = False
+    rank: int = 0
 
 
 STEPS = (
@@ -73,6 +75,9 @@ STEPS = (
     Setup("qwen3-30b-a3b-6-layers", 4096, 2),
     Setup("gpt-oss-20b-4-layers", 1024, 8),
     Setup("mixtral-8x7b-2-layers", 4096, 2),
+    Setup("llama-3.1-8b", 4096, 2, rank=16),
+    Setup("llama-3.1-8b", 512, 4, rank=16),
+    Setup("qwen3-0.6b", 512, 4, rank=16),
 )
 
 

@@ -328,7 +328,7 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     setups = [
         shapes.Setup("tiny", 16, 2),
         shapes.Setup("no-such-shape", 16, 2),
-        shapes.Setup("tiny", 8, 1),
+        shapes.Setup("tiny", 8, 1, rank=4),
     ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [

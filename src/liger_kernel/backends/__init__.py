@@ -37,14 +37,17 @@ from liger_kernel.backends.records import Backend, DeviceFacts, Implementation, 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
 _SHARED = (
-    "capability",
-    "disabled",
-    "dispatch",
-    "inductor",
-    "kernels",
-    "products",
-    "records",
-    "triton",
+    *(
+        "capability",
+        "disabled",
+        "dispatch",
+        "graphs",
+        "inductor",
+        "kernels",
+        "products",
+        "records",
+        "triton",
+    ),
 )
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
@@ -134,7 +137,7 @@ def on_paper(facts: DeviceFacts, kernels: bool = False) -> Iterator[None]:
     """
     triton, files = IMPLEMENTATIONS["triton"], None
     if kernels:
-        facts = replace(facts, streams=None, guard=no_guard)
+        facts = replace(facts, streams=None, graphs=None, guard=no_guard)
         if importlib.util.find_spec("triton") is not None:
             files = replace(triton, unavailable=lambda device: None)
     register(Backend("paper", ("meta",), lambda device: facts, implementation=files))
