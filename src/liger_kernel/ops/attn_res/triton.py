@@ -59,11 +59,12 @@ def _attn_res_fwd(
     n_blocks,
     n_cols,
     eps,
+    NORMED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """h = sum_i softmax(s)_i v_i with s_i = rstd_i sum of query norm v_i, in one pass over the blocks: sums so far are
-    scaled down where the maximum grows. One program owns one token."""
+    scaled down where the maximum grows. NORMED: rstd_i v_i in the place of v_i. One program owns one token."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n_cols
@@ -82,7 +83,7 @@ def _attn_res_fwd(
         tl.store(rstd_ptr + row * n_blocks + i, rstd)
         now = tl.maximum(top, score)
         down, p = tl.exp(top - now), tl.exp(score - now)
-        h = h * down + p * v
+        h = h * down + (p * rstd if NORMED else p) * v
         total = total * down + p
         top = now
     tl.store(h_ptr + row * n_cols + cols, (h / total).to(h_ptr.dtype.element_ty), mask=mask)
@@ -107,6 +108,7 @@ def _attn_res_bwd(
     n_rows,
     n_blocks,
     n_cols,
+    NORMED: tl.constexpr,
     NEEDS_DV: tl.constexpr,
     NEEDS_DU: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -115,6 +117,7 @@ def _attn_res_bwd(
 ):
     """With a = softmax(s), g_i = sum of dh v_i, ds_i = a_i (g_i - sum_j a_j g_j), u = query norm:
     dv_i = a_i dh + ds_i (rstd_i u - s_i rstd_i^2 / D v_i), and du = sum of ds_i rstd_i v_i over blocks and tokens.
+    NORMED: the norm's own gradient in the place of a_i dh, and g_i = sum of dh rstd_i v_i.
 
     One program owns the tokens that are its number modulo the programs, and their sum of du.
     """
@@ -134,6 +137,8 @@ def _attn_res_bwd(
             v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             at += v_block
             g = tl.where(number == i, tl.sum(dh * v, 0), g)
+        if NORMED:
+            g *= tl.load(rstd_ptr + row * n_blocks + number, number < n_blocks, 0.0)
         scores = tl.load(score_ptr + row * n_blocks + number, number < n_blocks, -float("inf"))
         mean = tl.sum(tl.exp(scores - lse) * g, 0)
         at = v_ptr + row * v_row + cols
@@ -145,9 +150,12 @@ def _attn_res_bwd(
             score = tl.load(score_ptr + row * n_blocks + i)
             rstd = tl.load(rstd_ptr + row * n_blocks + i)
             a = tl.exp(score - lse)
-            ds = a * (tl.sum(tl.where(number == i, g, 0.0), 0) - mean) * rstd
+            g_i = tl.sum(tl.where(number == i, g, 0.0), 0)
+            ds = a * (g_i - mean) * rstd
             if NEEDS_DV:
-                dv = a * dh + ds * (u - score * rstd / n_cols * v)
+                dv = (a * rstd if NORMED else a) * dh + ds * (u - score * rstd / n_cols * v)
+                if NORMED:
+                    dv -= a * g_i * rstd * rstd / n_cols * v
                 tl.store(to, dv.to(dv_ptr.dtype.element_ty), mask=mask)
                 to += dv_block
             if NEEDS_DU:
@@ -178,6 +186,7 @@ def forward(
             _attn_res_fwd,
             (n_rows,),
             *(v, query, norm, h, scores, rstd, lse, *v.stride()[:2], n_blocks, n_cols, options.eps),
+            NORMED=options.normed,
             BLOCK=config.block,
             STAGES=config.stages,
             num_warps=config.warps,
@@ -202,6 +211,7 @@ def backward(grads: Any, saved: Any, *, options: AttnResOptions, needs: Needs) -
         (programs,),
         *(dh, v, query, norm, scores, rstd, lse, dv, partial, dh.stride(0), *v.stride()[:2]),
         *(n_rows * n_cols, n_rows, n_blocks, n_cols),
+        NORMED=options.normed,
         NEEDS_DV=needs_dv,
         NEEDS_DU=partial is not None,
         BLOCK=config.block,
