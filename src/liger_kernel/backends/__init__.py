@@ -37,17 +37,15 @@ from liger_kernel.backends.records import Backend, DeviceFacts, Implementation, 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
 _SHARED = (
-    *(
-        "capability",
-        "disabled",
-        "dispatch",
-        "graphs",
-        "inductor",
-        "kernels",
-        "products",
-        "records",
-        "triton",
-    ),
+    "capability",
+    "disabled",
+    "dispatch",
+    "graphs",
+    "inductor",
+    "kernels",
+    "products",
+    "records",
+    "triton",
 )
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
