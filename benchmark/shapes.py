@@ -5,6 +5,7 @@ One more size is one more line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -37,18 +38,31 @@ MODELS = {
     "llama-3-8b-4-layers": _model(
         "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
     ),
+    "llama-3.1-8b": _model("llama", 128256, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
+    "qwen3-30b-a3b-6-layers": _model(
+        "qwen3_moe", 151936, 2048, 6144, 6, 32, 4, head_dim=128, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    ),
+    "gpt-oss-20b-4-layers": _model(
+        "gpt_oss", 201088, 2880, 2880, 4, 64, 8, head_dim=64, num_local_experts=32,
+        num_experts_per_tok=4, attn_implementation="eager",  # its sinks; no other comes with torch
+    ),
+    "mixtral-8x7b-2-layers": _model(
+        "mixtral", 32000, 4096, 14336, 2, 32, 8, num_local_experts=8, num_experts_per_tok=2
+    ),
     "tiny": _model("llama", 32000, 256, 688, 4, 4, 2),
-}
+}  # fmt: skip
 
 
 class Setup(NamedTuple):
-    """A training step: a row of `python -m benchmark e2e`."""
+    """A training step: a row of `python -m benchmark e2e`. rank: of LoRA on all linears; 0: everything is trained."""
 
     shape: str
     seq: int
     batch: int
     checkpointing: bool = False
+    rank: int = 0
 
 
 STEPS = (
@@ -58,13 +72,36 @@ STEPS = (
     Setup("llama-3-8b-4-layers", 4096, 4),
     Setup("qwen3-0.6b", 2048, 8),
     Setup("qwen3-0.6b", 512, 4),
+    Setup("qwen3-30b-a3b-6-layers", 4096, 2),
+    Setup("gpt-oss-20b-4-layers", 1024, 8),
+    Setup("mixtral-8x7b-2-layers", 4096, 2),
+    Setup("llama-3.1-8b", 4096, 2, rank=16),
+    Setup("llama-3.1-8b", 512, 4, rank=16),
+    Setup("qwen3-0.6b", 512, 4, rank=16),
 )
 
-#: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
+
+class LossShape(NamedTuple):
+    """A batch of `python -m benchmark losses`."""
+
+    batch: int  # sequences
+    length: int  # tokens of each
+    hidden: int
+    classes: int
+    ignored: float = 0.0  # the share of each sequence that is its prompt
+
+    @property
+    def product(self) -> int:
+        """Multiplications of a matrix product that leaves nothing out."""
+        return math.prod(self[:4])
+
+
 LOSSES = {
-    "8x1024x4096x128256": (8, 1024, 4096, 128256),
-    "8x1024x4096x151936": (8, 1024, 4096, 151936),
-    "tiny": (4, 8, 16, 64),
+    "8x1024x4096x128256": LossShape(8, 1024, 4096, 128256),
+    "8x1024x4096x128256-half-ignored": LossShape(8, 1024, 4096, 128256, ignored=0.5),
+    "8x1024x4096x151936": LossShape(8, 1024, 4096, 151936),
+    "2x32768x4096x128256": LossShape(2, 32768, 4096, 128256),
+    "tiny": LossShape(4, 8, 16, 64),
 }
 
 

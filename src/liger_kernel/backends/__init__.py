@@ -40,6 +40,7 @@ _SHARED = (
     "capability",
     "disabled",
     "dispatch",
+    "graphs",
     "inductor",
     "kernels",
     "products",
@@ -134,7 +135,7 @@ def on_paper(facts: DeviceFacts, kernels: bool = False) -> Iterator[None]:
     """
     triton, files = IMPLEMENTATIONS["triton"], None
     if kernels:
-        facts = replace(facts, streams=None, guard=no_guard)
+        facts = replace(facts, streams=None, graphs=None, guard=no_guard)
         if importlib.util.find_spec("triton") is not None:
             files = replace(triton, unavailable=lambda device: None)
     register(Backend("paper", ("meta",), lambda device: facts, implementation=files))

@@ -11,6 +11,8 @@
    fused op if it has one, or the reference, compiled if that was asked for: directly, under PyTorch's autograd. Nothing
    is computed twice then; an autograd node of ours would run the reference again in backward. (It does for tensors
    without numbers: they stand for those of a GPU, whose memory is estimated, and keep for backward what kernels keep.)
+
+An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_composed` for 1 and 2.
 """
 
 from __future__ import annotations
@@ -100,6 +102,12 @@ def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
     if unserved is None or unserved(*tensors, options=options) is None:
         return found
     return reference_of(op, x)
+
+
+def is_composed(*tensors: Tensor | None) -> bool:
+    """Whether an op of several matrix products is left to PyTorch's products and our single ops: for who follows ops
+    one by one, and for DTensors, each of which has rules of its own."""
+    return is_transformed() or any(map(is_dtensor, tensors))
 
 
 @torch.compiler.disable

@@ -68,6 +68,8 @@ class DeviceFacts:
     wide_products_are_free: bool = False
     #: the torch module with the streams and events on which numbers go to the host beside the work; None: none do
     streams: ModuleType | None = None
+    #: the torch module that captures work as graphs; None: there are none
+    graphs: ModuleType | None = None
     #: float64 arithmetic is there and no slower than on the CPU
     float64: bool = False
     #: makes the device current for the launches inside

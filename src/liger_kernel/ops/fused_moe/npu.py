@@ -70,7 +70,7 @@ class Steps(Portable):
         weight: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        gathered: int,
+        gathered: bool,
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
@@ -83,17 +83,23 @@ class Steps(Portable):
                 weight = weight.contiguous()
             return _grouped(rows.contiguous(), weight.mT, ends, 0, bias)
 
-        out: Tensor = product(rows_of(a, routing, gathered), weight, bias)
+        rows = rows_of(a, routing, gathered)
+        out: Tensor = product(rows, weight, bias)
         if scale is not None:
             out = out * scale
-        return out if low is None else out + product(*low)
+        if low is not None:
+            inner = product(rows, low.a) * low.scale
+            out = out + product(inner, low.b)
+            if low.rows is not None:
+                low.rows.copy_(inner)
+        return out
 
     def weight_gradient(
         self,
         a: Tensor,
         b: Tensor,
         routing: Routing,
-        gathered: tuple[int, int],
+        gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Rows of no expert are a group of their own. What is written for one without rows, nobody documents."""
