@@ -119,9 +119,8 @@ class Config:
             fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
             return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
-            # steps of 128 spill; and 32 sums a thread on RDNA, which has no units that multiply matrices in fp32
-            warps = 8 if facts.architecture.startswith("rdna") else 4
-            tile = Tile(64, 64, inner=32, warps=warps, stages=facts.stages(3, 2**14))
+            # steps of 128 spill
+            tile = Tile(64, 64, inner=32, warps=4, stages=facts.stages(3, 2**14))
             return Config(tile, tile, low_inner=32)
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
