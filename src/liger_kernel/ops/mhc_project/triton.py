@@ -57,7 +57,7 @@ class Config:
         # the sums (k, m) stay in registers, twice: 4096 are 32 in each thread, half where fp32 takes as many; `tl.dot`
         # wants 16 columns. H100, likewise: 0.41 ms; of 64 columns 0.76
         widest = 128 if split else 64
-        k = max(16, min(widest, 32 * widest // m))
+        k = min(widest, 32 * widest // m) if m <= 64 else 16
         stages = facts.stages(2, 64 * (k + 2 * m) * max(itemsize, 4))
         return Config(64, k, 4 * facts.processors, stages, warps=4 if m <= 64 else 8)
 

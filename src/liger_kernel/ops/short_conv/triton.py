@@ -41,9 +41,10 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def backward(facts: DeviceFacts, n_cols: int) -> Config:
-        cols = min(128, max(32, next_power_of_2(n_cols)))
-        return Config(16, cols, warps=cols // 16, programs=4 * facts.processors)
+    def backward(facts: DeviceFacts, n_cols: int, taps: int) -> Config:
+        cols = min(128, max(64, next_power_of_2(n_cols)))
+        rows = 16 if taps < 4 else 8  # a fourth tap would spill
+        return Config(rows, cols, warps=rows * cols // 256, programs=4 * facts.processors)
 
 
 def unserved(
@@ -219,7 +220,7 @@ def backward(grads: Any, saved: Any, *, options: ShortConvOptions, needs: Needs)
     n_rows, (n_cols, taps) = rows.shape[0], weight.shape
     needs_dx, needs_dw = needs[0], any(needs[1:])
     dbcx = rows.new_empty(*dy.shape[:-1], 3 * n_cols) if needs_dx else None
-    config = Config.backward(facts_of(rows.device), n_cols)
+    config = Config.backward(facts_of(rows.device), n_cols, taps)
     tiles = cdiv(n_cols, config.cols)
     parts = max(1, min(cdiv(config.programs, tiles), cdiv(n_rows, config.rows)))
     dw = rows.new_empty(1, parts, n_cols * taps, dtype=torch.float32) if needs_dw else None
