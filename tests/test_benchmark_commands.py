@@ -171,6 +171,15 @@ def test_the_longest_sequence_is_found_in_few_steps(waste: float) -> None:
     assert len(tried) <= 8
 
 
+def test_the_search_ends_when_time_is_up() -> None:
+    def trial(seq: int) -> dict[str, Any]:
+        if seq > 65536:
+            raise longest.OutOfTime
+        return {"seq": seq, "peak_gb": 18.0 + 80e-6 * seq}
+
+    assert longest.search(trial, 80e9, [32768, 65536]) == 65536
+
+
 def test_a_deeper_model_is_forecast_from_two_depths() -> None:
     def rows(layers: int) -> list[dict[str, Any]]:
         peaks = ((s, 2 + 0.5 * layers + (80 + layers) * 1e-6 * s) for s in (1000, 500_000))
