@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import e2e, host, losses, measure, providers, results, shapes, tables, workload
+from benchmark import (
+    e2e,
+    host,
+    losses,
+    measure,
+    providers,
+    results,
+    shapes,
+    tables,
+    trl_head,
+    workload,
+)  # fmt: skip
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
@@ -317,7 +328,7 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     setups = [
         shapes.Setup("tiny", 16, 2),
         shapes.Setup("no-such-shape", 16, 2),
-        shapes.Setup("tiny", 8, 1),
+        shapes.Setup("tiny", 8, 1, rank=4),
     ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
@@ -360,14 +371,17 @@ def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         host.main(["no_such_op", "--device", "cpu"])
 
 
+SOME_LOSSES = ("dpo", "policy-entropy")
+
+
 def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path)]
+    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--losses", *SOME_LOSSES]
     assert losses.main([*command, "--base", str(ROOT)]) == 0
     content = json.loads(path.read_text())
     found = {(row["loss"], row["mode"]): row for row in content["chunked"]}
     assert set(found) == {
-        (loss, mode) for loss in losses.LOSSES for mode in ("ours", "eager", "base")
+        (loss, mode) for loss in SOME_LOSSES for mode in ("ours", "eager", "base")
     }
     assert all(row["ms"] > 0 for row in found.values())
     assert not any("package" in row for row in found.values())
@@ -390,11 +404,33 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
     )
     path = tmp_path / "results.json"
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
+    command += ["--losses", "dpo", "grpo"]
     assert losses.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
     found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
     assert found["dpo"]["compared"].startswith("worse: loss: error is")
     assert found["dpo"]["ms"] > 0
     assert "LigerFusedLinearGRPOLoss" in found["grpo"]["error"]
+
+
+def test_steps_by_the_fused_head_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    command = ["--device", "cpu", "--shape", "tiny", "--steps", "grpo", "--json", str(path)]
+    try:
+        assert trl_head.main(command) == 0
+    except SystemExit:
+        assert "TRL 1.16" in capsys.readouterr().err
+        pytest.skip("no TRL with a fused head")
+    found = {row["mode"]: row for row in json.loads(path.read_text())["chunked"]}
+    assert set(found) == {"trl", "ours"}
+    assert 0 <= found["ours"]["difference"] < trl_head.AGREE
+    table = tables.chunked_table(json.loads(path.read_text()))
+    assert "| grpo-step tiny | " in table
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_is_compared_with_a_formula_of_its_own(name: str) -> None:
+    loss = losses.LOSSES[name]
+    assert losses.wrong(loss, loss.fused(), "cpu") is None
 
 
 def test_a_wrong_loss_is_found() -> None:

@@ -41,7 +41,11 @@ PAIRS = [
 #: every implementation that serves this machine; None: the choice by device, which leaves small inputs to PyTorch
 IMPLEMENTATIONS = [
     "reference",
-    *(n for n, found in backends.IMPLEMENTATIONS.items() if found.unavailable(DEVICE) is None),
+    *(
+        name
+        for name, found in backends.IMPLEMENTATIONS.items()
+        if found.compiled is None and found.unavailable(DEVICE) is None
+    ),
     *([None] if DEVICE != "cpu" else []),
 ]
 
