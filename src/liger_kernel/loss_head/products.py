@@ -259,12 +259,12 @@ class HeadGradients:
             n_classes = head.inputs.weight.shape[0]
             self.db.add_(rows[:, :n_classes].sum(0, dtype=self.db.dtype))
         if self.low_rows is not None and head.columns is not None:
-            used = rows[:, : head.columns.shape[0]]
-            product = torch.mm(used, head.columns).to(self.low_rows.dtype)
+            product = ProductSum(self.low_rows[where], self.low_rows.dtype)
+            product.add(rows[:, : head.columns.shape[0]], head.columns)
             if isinstance(where, Tensor):
-                self.low_rows.index_copy_(0, where, product)
+                self.low_rows.index_copy_(0, where, product.total)
             else:
-                self.low_rows[where] = product
+                self.low_rows[where] = product.total
         if self.low_columns is not None:
             n_classes = head.inputs.weight.shape[0]
             self.low_columns.add(rows[:, :n_classes].t(), head.low_rows(where))
