@@ -84,7 +84,7 @@ bench-all: $(READY) ## all measurements, tables and plots: PEERS=dir
 clean: ## remove .venv and everything that was made
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo_output src/*.egg-info
 
-.venv/.ready: requirements-dev.txt pyproject.toml
+.venv/.ready: requirements-dev.txt pyproject.toml tests/framework_wheels.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, found " + sys.version.split()[0] + ". Name another one: make BASE_PYTHON=python3.12")'
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	@echo "Installing the pinned requirements into .venv (once; a few minutes with a slow network) ..."
@@ -92,4 +92,5 @@ clean: ## remove .venv and everything that was made
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(PIP) install --no-deps --upgrade --target .venv/kernels $$(sed -n 's/^# apart: //p' requirements-dev.txt)
+	$(PIP) install --no-deps --upgrade --only-binary :all: --ignore-requires-python --target .venv/frameworks -r tests/framework_wheels.txt
 	@touch $@
