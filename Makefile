@@ -92,5 +92,5 @@ clean: ## remove .venv and everything that was made
 	$(PIP) install -r requirements-dev.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(PIP) install --no-deps --upgrade --target .venv/kernels $$(sed -n 's/^# apart: //p' requirements-dev.txt)
-	$(PIP) install --no-deps --upgrade --only-binary :all: --ignore-requires-python --target .venv/frameworks -r tests/framework_wheels.txt
+	$(PIP) install --no-deps --no-build-isolation --upgrade --ignore-requires-python --target .venv/frameworks -r tests/framework_wheels.txt
 	@touch $@
