@@ -234,7 +234,7 @@ class TestEstimate:
         assert off_by(found[0], alive) < 0.02
         assert off_by(found[1], live.peak) < 0.02
 
-    @pytest.mark.parametrize("setup", STEPS, ids=str)
+    @pytest.mark.parametrize("setup", [s for s in STEPS if not s.rank], ids=str)
     def test_against_measured_peaks(self, run: Run, tmp_path: Path, setup: Any) -> None:
         """Those of `python -m benchmark e2e` on an H100, fused AdamW, in the file of results."""
         settings = {**MODELS[setup.shape], "max_position_embeddings": setup.seq}
@@ -245,7 +245,7 @@ class TestEstimate:
         measured = {
             row["mode"]: row["peak_gb"]
             for row in json.loads(RESULTS.read_text())["e2e"]
-            if (row["shape"], row["seq"], row["batch"]) == setup[:3]
+            if (row["shape"], row["seq"], row["batch"], row["rank"]) == (*setup[:3], 0)
         }
         most = 0.02 if setup.seq == 512 else 0.01
         for mode in ("stock", "patched"):
