@@ -18,16 +18,12 @@ from benchmark import (
     measure,
     providers,
     results,
+    shapes,
     sharded,
-    shapes,
-    tables,
-    workload,
-)
-    shapes,
     tables,
     trl_head,
     workload,
-)  # fmt: skip
+)
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
