@@ -181,7 +181,7 @@ def test_fsdp2() -> None:
 )
 def test_packages_apart(example: str, package: str, launcher: tuple[str, ...]) -> None:
     if not (APART / package).is_dir():
-        pytest.skip(f"no {APART / package}, where make puts it")
+        pytest.skip(f"no {APART / package}, where make test puts it")
     done = started(example, *launcher)
     assert done.returncode == 0, done.stderr
     [(first, last)] = LINE.findall(done.stdout)

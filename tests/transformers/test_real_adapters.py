@@ -1,7 +1,7 @@
 """The adapters of LLaMA-Factory, ms-swift and axolotl themselves, from their wheels, on a tiny model.
 
-`make` installs the wheels, without what they depend on, into `.venv/frameworks` (`tests/framework_wheels.txt`). What
-their packages import beside the adapter, and is not installed, is a stand-in; so all run in a process of their own.
+`make test` puts the wheels, without what they depend on, into `.venv/frameworks` (`tests/framework_wheels.txt`).
+What their packages import beside the adapter, and is not installed, is a stand-in; so all run in a process of their own.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def main() -> None:
 
 def test_adapters() -> None:
     if not WHEELS.is_dir():
-        pytest.skip(f"no {WHEELS}, into which make installs the wheels")
+        pytest.skip(f"no {WHEELS}, into which make test installs the wheels")
     done = subprocess.run(
         [sys.executable, "-m", "tests.transformers.test_real_adapters"],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
