@@ -1,7 +1,7 @@
 """The adapters of LLaMA-Factory, ms-swift and axolotl themselves, from their wheels, on a tiny model.
 
 `make test` puts the wheels, without what they depend on, into `.venv/frameworks` (`tests/framework_wheels.txt`).
-What their packages import beside the adapter, and is not installed, is a stand-in; so all run in a process of their own.
+What their packages import beside the adapter, and is not installed, is a stand-in; all run in a process of their own.
 """
 
 from __future__ import annotations
