@@ -350,6 +350,17 @@ def test_a_rank_reports_its_step_or_its_error() -> None:
     assert "no-such-shape" in sharded.measured(args, "ddp", "stock")["error"]
 
 
+def test_what_reads_the_logits_leaves_the_output() -> None:
+    found = {}
+    for mode in ("patched", "patched+accuracy", "patched+logits"):
+        model = e2e.MODES[mode](e2e.build("tiny", 8, False, "cpu"))
+        output = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+        found[mode] = output.loss.item()
+        if mode == "patched+accuracy":
+            assert output.token_accuracy is not None
+    assert len(set(found.values())) == 1
+
+
 def test_a_row_that_takes_too_long_ends_its_process() -> None:
     args = e2e.arguments(["--device", "cpu", "--timeout", "1"])  # importing takes longer
     rows = list(
