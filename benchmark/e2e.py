@@ -27,6 +27,7 @@ from benchmark.measure import release, synchronize
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
 from benchmark.shapes import MODELS, STEPS, Setup
+from liger_kernel.cli.paper import LiveBytes
 
 
 def _stock(model: Any) -> Any:
@@ -49,7 +50,11 @@ def _incumbent(model: Any) -> Any:
 
 def _reading(model: Any) -> Any:
     """As a metric on the logits of every step would."""
-    _patched(model).register_forward_hook(lambda model, args, output: output.logits[..., :1].sum())
+
+    def read(model: Any, args: Any, output: Any) -> None:
+        output.logits.argmax(-1)
+
+    _patched(model).register_forward_hook(read)
     return model
 
 
@@ -159,10 +164,19 @@ def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
         seconds.append(done)
         last = loss.item()
     median = statistics.median(seconds[args.warmup :])
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        with LiveBytes(model) as live:  # counts what is made inside, and slows it
+            step(model, optimizer, tokens, tokens)
+        peak = live.peak + sum(
+            t.nbytes for state in optimizer.state.values() for t in state.values()
+        )
+        peak += sum(p.nbytes for p in model.parameters())
     return {
         "tokens_per_s": row.batch * row.seq / median,
         "step_ms": 1e3 * median,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "peak_gb": peak / 1e9,
         "loss": last,
         "steps": args.warmup + args.steps,
     }
@@ -206,7 +220,7 @@ def line(row: dict[str, Any]) -> str:
     )
     if "error" in row:
         return f"{name:36} {row['mode']:16} {row['error']}"
-    memory = f"{row['peak_gb']:7.1f} GB" if row["peak_gb"] is not None else ""
+    memory = f"{row['peak_gb']:7.{1 if row['peak_gb'] > 1 else 3}f} GB"
     return f"{name:36} {row['mode']:16} {row['tokens_per_s']:10.0f} tokens/s {memory}  loss {row['loss']:.4f}"
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmark import sources
@@ -75,7 +76,7 @@ def train(rank: int, args: argparse.Namespace, how: str, mode: str, meeting: str
     """One rank; the first one hands on the row."""
     if mode in ("incumbent", "base"):
         sources.become(args.site)
-    device = torch.device(args.device, rank if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{rank}" if args.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -120,7 +121,7 @@ def measured(args: argparse.Namespace, how: str, mode: str) -> Row:
         args.site = stack.enter_context(sources.folder_of(mode, args.peer_site, args.base))
         try:
             mp.spawn(train, (args, how, mode, f"{folder}/meeting", out), nprocs=args.ranks)
-        except mp.ProcessException as error:
+        except ProcessException as error:
             lines = str(error).strip().splitlines()
             return {"error": said(RuntimeError(lines[-1] if lines else ""))}
         row: Row = out.get()

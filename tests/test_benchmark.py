@@ -19,10 +19,11 @@ from benchmark import (
     providers,
     results,
     shapes,
+    sharded,
     tables,
     trl_head,
     workload,
-)  # fmt: skip
+)
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
@@ -338,6 +339,26 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     ]
     assert "no-such-shape" in rows[1]["error"]
     assert rows[0]["tokens_per_s"] > 0
+
+
+def test_a_rank_reports_its_step_or_its_error() -> None:
+    options = "--device cpu --shape tiny --ranks 1 --seq 8 --batch 1 --steps 1 --warmup 0"
+    args = sharded.arguments(options.split())
+    row = sharded.measured(args, "ddp", "stock")
+    assert row["tokens_per_s"] == pytest.approx(8e3 / row["step_ms"])
+    args.shape = "no-such-shape"
+    assert "no-such-shape" in sharded.measured(args, "ddp", "stock")["error"]
+
+
+def test_what_reads_the_logits_leaves_the_output() -> None:
+    found = {}
+    for mode in ("patched", "patched+accuracy", "patched+logits"):
+        model = e2e.MODES[mode](e2e.build("tiny", 8, False, "cpu"))
+        output = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+        found[mode] = output.loss.item()
+        if mode == "patched+accuracy":
+            assert output.token_accuracy is not None
+    assert len(set(found.values())) == 1
 
 
 def test_a_row_that_takes_too_long_ends_its_process() -> None:

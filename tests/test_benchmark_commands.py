@@ -29,6 +29,7 @@ from tests import in_children
         ("losses --shape huge --device cpu", "invalid choice: 'huge'"),
         ("host no_such_op --device cpu", "unknown op no_such_op"),
         ("longest --device cpu", "--device cpu needs --limit"),
+        ("sharded --device cpu --how zero", "unknown --how zero; known: ddp, fsdp2"),
         ("tables none-such.json", "no file none-such.json"),
         ("results into.json", "no file to merge into into.json"),
     ],
