@@ -14,7 +14,7 @@ from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.checks import check_floating
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends import can_look, facts_of
-from liger_kernel.backends.products import ProductSum, has_mixed_product
+from liger_kernel.backends.products import ProductSum, has_mixed_product, is_widened
 
 ROW_MULTIPLE = 64  # elements: rows of 16-bit numbers start at multiples of 128 bytes
 
@@ -220,9 +220,7 @@ class WeightGradient(ProductSum):
     def takes_large(self, dtype: torch.dtype) -> bool:
         """Whether sums of logit gradients in `dtype` cannot overflow on their way into the running sum."""
         device, wide = self.total.device, self.total.dtype == torch.float32
-        return wide and (
-            facts_of(device).wide_products_are_free or has_mixed_product(device, dtype)
-        )
+        return wide and (is_widened(device, dtype) or has_mixed_product(device, dtype))
 
 
 class HeadGradients:
