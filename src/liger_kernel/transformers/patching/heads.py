@@ -206,8 +206,9 @@ class Stamp:
         self._facts: list[Any] = [_facts(t) for t in (*operands, *weights)]
         self._facts += [copy.copy(m.__dict__.get(n)) for m in parts(around) for n in _OF_ADAPTERS]
         self._facts.append(drops(around))
-        leaves = [t for t in (*operands, *weights) if t.is_leaf]
-        shards = [_shard(t) for t in leaves if t.requires_grad or any(t is w for w in weights)]
+        kept: list[Tensor] = [t for t in weights if t.is_leaf]
+        kept += [t for t in operands if t.is_leaf and t.requires_grad]
+        shards = map(_shard, kept)
         self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
