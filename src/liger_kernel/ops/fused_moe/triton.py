@@ -239,23 +239,14 @@ class Kernels(pipeline.Separately):
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
         numbers, constants = _PLAIN if options is None else _of_activation(options)
-        rank, strides, low_rows, made = 0, (0,) * 6, None, False
-        if low is not None:
-            rank, strides, low_rows = low.a.shape[1], (*low.a.stride(), *low.b.stride()), low.rows
-            made = rank <= self.config.made_rank
-            if not made:
-                if low_rows is None:
-                    low_rows = a.new_empty(routing.slots.shape[0], rank)
-                self._launch(a, low.a, None, routing, gathered, None, low.scale, out=low_rows)
+        low_tensors, low_numbers, low_constants = self._beside(low, a, routing, gathered)
         launch(
             grouped_product,
             (n_tiles * cdiv(n_cols, tile.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
-            low and low.a,
-            low and low.b,
-            low_rows,
+            *low_tensors,
             out,
             hidden,
             act,
@@ -270,17 +261,12 @@ class Kernels(pipeline.Separately):
             n_cols,
             n_inner,
             *weight.stride(),
-            rank,
-            *strides,
-            float(low.scale) if low else 1.0,
+            *low_numbers,
             1.0 if scale is None else float(scale),
             features,
             *numbers,
             GATHERED=gathered,
             HAS_BIAS=bias is not None,
-            RANK=min(tile.inner, max(16, next_power_of_2(rank))) if rank else 0,
-            LOW="none" if low is None else "made" if made else "given",
-            KEEPS_LOW=made and low_rows is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
             END=end,
@@ -288,11 +274,32 @@ class Kernels(pipeline.Separately):
             NEEDS_ACT=act is not None,
             NEEDS_DW=dw is not None,
             **constants,
+            **low_constants,
             EVEN=n_inner % tile.inner == 0,
             ALIGNED=(features or n_cols) % 8 == 0,
             GROUP=self.config.group,
             **tile.constants(),
         )
+
+    def _beside(
+        self, low: LowRank | None, a: Tensor, routing: Routing, gathered: bool
+    ) -> tuple[tuple[Tensor | None, ...], tuple[float, ...], dict[str, Any]]:
+        """What `grouped_product` is told of a low rank: tensors, numbers and constants."""
+        if low is None:
+            return (None,) * 3, (0,) * 7 + (1.0,), {"RANK": 0, "LOW": "none", "KEEPS_LOW": False}
+        rank, rows = low.a.shape[1], low.rows
+        made = rank <= self.config.made_rank
+        constants = {
+            "RANK": min(self.config.product.inner, max(16, next_power_of_2(rank))),
+            "LOW": "made" if made else "given",
+            "KEEPS_LOW": made and rows is not None,
+        }
+        if not made:
+            if rows is None:
+                rows = a.new_empty(routing.slots.shape[0], rank)
+            self._launch(a, low.a, None, routing, gathered, None, low.scale, out=rows)
+        numbers = (rank, *low.a.stride(), *low.b.stride(), float(low.scale))
+        return (low.a, low.b, rows), numbers, constants
 
     def activated(
         self,
