@@ -95,7 +95,8 @@ class Config:
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
     fused_forward, fused_backward: the products that are activated end with it.
-    group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache.
+    group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
+        the gradients of weights, of which an expert's rows are read again for each tile.
     """
 
     product: Tile
@@ -378,6 +379,7 @@ class Kernels(pipeline.Separately):
             GATHERED_A=gathered[0],
             GATHERED_B=gathered[1],
             ALIGNED=shape[0] % 8 == shape[1] % 8 == 0,
+            GROUP=2 * self.config.group,
             **tile.constants(),
         )
         return out
