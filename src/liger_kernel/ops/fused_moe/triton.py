@@ -89,7 +89,8 @@ class Config:
         first product 155, 480 and 560. PyTorch's products, gathered rows not counted: 150, 460 and 650; its gradients
         of weights 125, 390 and 570 where ours have 80, 210 and 240.
     gradient: of the gradients of weights.
-    library: of (rows of an expert, by and large, from which it holds; who multiplies), in rising order.
+    library: of (rows of an expert, by and large, and features of its activation from which it holds; who multiplies);
+        of those that hold, the last. A pass that gathers rows costs the less, the more features come of them.
     low_rows, low_inner: rows and step of a product onto a low rank, which is bound by memory: of 128 rows it took about
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
@@ -101,7 +102,7 @@ class Config:
 
     product: Tile
     gradient: Tile
-    library: tuple[tuple[int, Library], ...] = ()
+    library: tuple[tuple[int, int, Library], ...] = ()
     low_rows: int = 64
     low_inner: int = 128
     made_rank: int = 0
@@ -119,14 +120,15 @@ class Config:
             fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
             return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
-            # steps of 128 spill
-            tile = Tile(64, 64, inner=32, warps=4, stages=facts.stages(3, 2**14))
+            # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
+            warps = 8 if facts.architecture.startswith("rdna") else 4
+            tile = Tile(64, 64, inner=32, warps=warps, stages=facts.stages(3, 2**14))
             return Config(tile, tile, low_inner=32)
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
             stages = facts.stages(3, 3 * 2**14)
             tile = Tile(rows=128, cols=256, inner=64, warps=8, stages=stages)
-            library = (0, Library(gradients=True)), (1024, Library(True, True, True))
+            library = (0, 0, Library(gradients=True)), (1024, 0, Library(True, True, True))
             return Config(tile, tile, library)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
@@ -140,11 +142,10 @@ class Config:
         rows, inner = min(whole.rows, self.low_rows), max(whole.inner, self.low_inner)
         return replace(whole, rows=rows, cols=cols, inner=inner, warps=4)
 
-    def library_at(self, rows: float) -> Library:
-        """For experts with so many rows, by and large."""
+    def library_at(self, rows: float, features: int) -> Library:
         found = Library()
-        for least, library in self.library:
-            if rows >= least:
+        for least_rows, least_features, library in self.library:
+            if rows >= least_rows and features >= least_features:
                 found = library
         return found
 
@@ -185,7 +186,9 @@ class Kernels(pipeline.Separately):
         config = Config.of(facts_of(x.device), x.dtype, even)
         if not config.library or not _library_serves(x, *weights):
             return Kernels(config, Library())
-        return Kernels(config, config.library_at(n_rows / max(1, weights[0].shape[0])))
+        n_experts, *sizes = weights[1].shape
+        features = sizes[0] * sizes[1] // max(1, x.shape[1])
+        return Kernels(config, config.library_at(n_rows / max(1, n_experts), features))
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         n_experts, rows = starts.shape[0] - 1, self.config.product.rows
