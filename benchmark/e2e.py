@@ -2,6 +2,7 @@
 
     python -m benchmark e2e                                            # the whole table, stock and patched
     python -m benchmark e2e --shape qwen3-0.6b --seq 512 --batch 4     # one row
+    python -m benchmark e2e --rank 16                                  # those with LoRA; "stock" is PEFT alone
     python -m benchmark e2e --modes patched,incumbent --peer-site DIR  # DIR: pip install --target DIR liger-kernel
     python -m benchmark e2e --device cpu --shape tiny --quick          # does it run at all?
 
@@ -15,6 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +33,10 @@ def _stock(model: Any) -> Any:
     return model
 
 
-def _patched(model: Any) -> Any:
+def _patched(model: Any, **options: Any) -> Any:
     import liger_kernel
 
-    print(liger_kernel.patch(model))
+    print(liger_kernel.patch(model, **options))
     return model
 
 
@@ -42,6 +44,21 @@ def _incumbent(model: Any) -> Any:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=model)
+    return model
+
+
+def _reading(model: Any) -> Any:
+    """As a metric on the logits of every step would."""
+    _patched(model).register_forward_hook(lambda model, args, output: output.logits[..., :1].sum())
+    return model
+
+
+def _accurate(model: Any) -> Any:
+    """Accuracy without logits, in every step."""
+    accuracy = {"return_token_accuracy": True}
+    _patched(model).register_forward_pre_hook(
+        lambda model, args, kwargs: (args, {**kwargs, **accuracy}), with_kwargs=True
+    )
     return model
 
 
@@ -53,9 +70,12 @@ def _compiled(model: Any) -> Any:
 MODES: dict[str, Callable[[Any], Any]] = {
     "stock": _stock,
     "patched": _patched,
+    "patched+logits": _reading,
+    "patched+accuracy": _accurate,
     "incumbent": _incumbent,
     "base": _patched,
     "compile": _compiled,
+    "patched+graphs": partial(_patched, cuda_graphs=True),
     "patched+compile": lambda model: _compiled(_patched(model)),
 }
 
@@ -67,6 +87,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq", type=int)
     add("--batch", type=int)
     add("--checkpointing", action="store_true", help="gradient checkpointing")
+    add("--rank", type=int, help="of LoRA on all linears; 0: none")
     add("--ignored", type=float, default=0.0, metavar="PART", help="of the labels, as prompts are")
     add("--modes", default="stock,patched", help=f"of {','.join(MODES)}; default: %(default)s")
     add("--steps", type=int, default=10, help="measured, after --warmup; default: %(default)s")
@@ -80,7 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(shape: str, seq: int, checkpointing: bool, device: str) -> Any:
+def build(shape: str, seq: int, checkpointing: bool, device: str, rank: int = 0) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = {"attn_implementation": "sdpa", **MODELS[shape]}
@@ -91,6 +112,11 @@ def build(shape: str, seq: int, checkpointing: bool, device: str) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -117,8 +143,9 @@ def step(
 def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
     """One mode of one row, in this process."""
     device = args.device
-    model = MODES[mode](build(row.shape, row.seq, row.checkpointing, device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model = MODES[mode](build(row.shape, row.seq, row.checkpointing, device, row.rank))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(0)
     shape, classes = (row.batch, row.seq), MODELS[row.shape]["vocab_size"]
     batches = [torch.randint(classes, shape, generator=generator, device=device) for _ in range(2)]
@@ -174,6 +201,7 @@ def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator
 def line(row: dict[str, Any]) -> str:
     name = (
         f"{row['shape']:20} S{row['seq']} B{row['batch']}{' ckpt' if row['checkpointing'] else ''}"
+        + (f" r{row['rank']}" if row["rank"] else "")
         + (f" {row['ignored']:.0%} ignored" if row["ignored"] else "")
     )
     if "error" in row:
@@ -184,11 +212,11 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    rows = [row for row in STEPS if args.shape in (None, row[0]) and args.seq in (None, row[1])]
-    if args.shape and args.seq and args.batch:
-        rows = [Setup(args.shape, args.seq, args.batch, args.checkpointing)]
-    elif args.shape and not rows:
-        rows = [Setup(args.shape, args.seq or 64, args.batch or 2, args.checkpointing)]
+    asked = {"shape": args.shape, "seq": args.seq, "rank": args.rank}
+    rows = [r for r in STEPS if all(v in (None, getattr(r, name)) for name, v in asked.items())]
+    sizes = args.seq or 64, args.batch or 2, args.checkpointing, args.rank or 0
+    if args.shape and ((args.seq and args.batch) or not rows):
+        rows = [Setup(args.shape, *sizes)]
     path = args.json or default_path(args.device)
     run = describe_run(
         args.device, warmup=args.warmup, incumbent=sources.site_version(args.peer_site)

@@ -208,7 +208,7 @@ def place(content: dict[str, Any], rows: list[Row]) -> str:
 def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool = False) -> Bars:
     """Tokens per second, or the peak memory, of a training step."""
     found = {r["mode"]: r for r in content["e2e"]
-             if (r["shape"], r["seq"], r["batch"]) == (shape, seq, batch)}  # fmt: skip
+             if (r["shape"], r["seq"], r["batch"], r["rank"]) == (shape, seq, batch, 0)}  # fmt: skip
     rows = [found[mode] for mode in STEP_NAMES]
     key = "peak_gb" if memory else "tokens_per_s"
     values = {NAMES[row["mode"]]: row[key] for row in rows}
@@ -216,7 +216,7 @@ def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool
     gain = (
         f"{ours:.0f} GB instead of {stock:.0f}"
         if memory
-        else f"{ours / stock:.1f} times the speed of HuggingFace"
+        else f"{ours / stock:.1f} times HuggingFace's speed"
     )
     title = f"{model_name(shape)}{'' if seq < 16384 else f', {thousands(seq)} tokens'}: {gain}"
     caption = (

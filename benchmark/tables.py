@@ -31,7 +31,7 @@ PROVIDER_ORDER = (
 )
 LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
-E2E_ORDER = ("stock", "patched", "incumbent", "compile", "patched+compile")
+E2E_ORDER = ("stock", "patched", "patched+graphs", "incumbent", "compile", "patched+compile")
 STEP_NAMES = {
     "stock": "HuggingFace",
     "compile": "torch.compile",
@@ -142,9 +142,10 @@ def head_table(content: dict[str, Any]) -> str:
 def e2e_table(content: dict[str, Any]) -> str:
     modes, body = present(content["e2e"], "mode", E2E_ORDER), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
-        shape, seq, batch, checkpointing, ignored = key
+        shape, seq, batch, checkpointing, rank, ignored = key
         speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
+        name += f", LoRA r {rank}" if rank else ""
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
         body.append([name, *(e2e_cell(row, speed, int(steps)) for row in line)])
     note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
@@ -166,11 +167,12 @@ def steps_table(content: dict[str, Any]) -> str:
     """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
     body = []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
-        shape, seq, batch, checkpointing, ignored = key
+        shape, seq, batch, checkpointing, rank, ignored = key
         if ignored:
             continue
         name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
         name += ", checkpointing" if checkpointing else ""
+        name += f", LoRA r {rank}" if rank else ""
         speed = best(line, "tokens_per_s", max) or 0
         cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
         body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])
@@ -198,7 +200,7 @@ def host_table(content: dict[str, Any]) -> str:
 def chunked_table(content: dict[str, Any]) -> str:
     """Forward and backward of the losses on log-probabilities."""
     rows = content["chunked"]
-    modes, body = present(rows, "mode", ("ours", "eager", "incumbent")), []
+    modes, body = present(rows, "mode", ("ours", "eager", "incumbent", "trl")), []
 
     def cell(row: Row | None, fastest: float | None) -> str:
         if row is None or "ms" not in row:
@@ -210,7 +212,9 @@ def chunked_table(content: dict[str, Any]) -> str:
 
     for (loss, case), line in lines(rows, ("loss", "case"), "mode", modes):
         rates = [
-            f"{r['tflop_s']:.0f} TFLOP/s" for r in line if r and r["mode"] == "ours" and "ms" in r
+            f"{r['tflop_s']:.0f} TFLOP/s"
+            for r in line
+            if r and r["mode"] == "ours" and "tflop_s" in r
         ]
         body.append([f"{loss} {case}", *(cell(row, best(line)) for row in line), *(rates or [""])])
     marked = any("compared" in row for row in rows)
@@ -221,7 +225,7 @@ def chunked_table(content: dict[str, Any]) -> str:
 
 def cpu_table(content: dict[str, Any]) -> str:
     """Milliseconds of ops on a processor, in float32 and in bfloat16."""
-    order = ("ours", "eager", "torch")
+    order = ("ours", "inductor", "eager", "torch")
     cells: dict[tuple[Any, ...], list[str]] = {}
     for (op, case, _), line in lines(content["ops"], ("op", "case", "dtype"), "provider", order):
         found = (time_cell(row, best(line)) for row in line)

@@ -18,7 +18,7 @@ from benchmark import children, longest, run, sources
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "unknown command ''; known: run, e2e, losses, cpu, host"),
+        ("", "unknown command ''; known: run, e2e, losses, trl_head, cpu"),
         ("walk", "unknown command 'walk'"),
         ("run --walk", "unrecognized arguments: --walk"),
         ("run no_such_op --device cpu", "unknown op no_such_op; known: attn_res, cross_entropy"),
@@ -169,6 +169,15 @@ def test_the_longest_sequence_is_found_in_few_steps(waste: float) -> None:
     exact = (80 / (1 + waste) - 18) / 80e-6
     assert 0.985 * exact <= best <= exact
     assert len(tried) <= 8
+
+
+def test_the_search_ends_when_time_is_up() -> None:
+    def trial(seq: int) -> dict[str, Any]:
+        if seq > 65536:
+            raise longest.OutOfTime
+        return {"seq": seq, "peak_gb": 18.0 + 80e-6 * seq}
+
+    assert longest.search(trial, 80e9, [32768, 65536]) == 65536
 
 
 def test_a_deeper_model_is_forecast_from_two_depths() -> None:

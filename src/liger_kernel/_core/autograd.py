@@ -91,6 +91,11 @@ def saved_tensors_are_ours() -> bool:
     return hooks is None or _are_of(_KEEP_NOTHING, hooks)
 
 
+def observes_saved_tensors() -> bool:
+    """Whether somebody has put hooks around what nodes save now, or may have."""
+    return _saved_tensors_hooks() is not None
+
+
 def graph_task() -> int:
     """Of the backward that is under way; -1 where there is none."""
     return int(torch._C._current_graph_task_id())

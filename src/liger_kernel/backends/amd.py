@@ -43,6 +43,7 @@ def described(compiler_name: str, processors: int, wavefront: int, name: str = "
         queues=True,
         product_multiple=8,
         streams=torch.cuda,
+        graphs=torch.cuda,
         float64=True,
         guard=torch.cuda.device,
     )

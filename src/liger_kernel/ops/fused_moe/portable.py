@@ -17,8 +17,8 @@ from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 
-def _rows(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
-    return a[routing.tokens] if gathered else a
+def rows_of(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
+    return a.index_select(0, routing.tokens) if gathered else a
 
 
 def _parts(rows: Tensor, routing: Routing) -> Sequence[Tensor]:
@@ -59,7 +59,7 @@ class Portable(pipeline.Separately):
     ) -> Tensor:
         if not has_numbers(a):  # whose are the rows? of a shape, the loop over experts says nothing
             return a.new_empty(routing.slots.shape[0], weight.shape[1])
-        *parts, others = _parts(_rows(a, routing, gathered), routing)
+        *parts, others = _parts(rows_of(a, routing, gathered), routing)
         found = list(map(torch.mm, parts, weight.mT.unbind()))
         if scale is not None:
             found = [part * scale for part in found]
@@ -89,7 +89,7 @@ class Portable(pipeline.Separately):
         if not has_numbers(a):
             return a.new_empty(routing.starts.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
         parts = (
-            _parts(_rows(t, routing, n), routing)[:-1]
+            _parts(rows_of(t, routing, n), routing)[:-1]
             for t, n in zip((a, b), gathered, strict=True)
         )
         found = torch.stack([torch.mm(x.t(), y) for x, y in zip(*parts, strict=True)])
@@ -98,7 +98,7 @@ class Portable(pipeline.Separately):
     def bias_gradient(
         self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: bool
     ) -> Tensor:
-        rows = _rows(a, routing, gathered)
+        rows = rows_of(a, routing, gathered)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
             rows = rows * weights.view(-1, 1)[routing.slots]

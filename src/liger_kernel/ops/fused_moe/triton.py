@@ -23,6 +23,7 @@ from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
+from liger_kernel.ops.fused_moe.portable import rows_of
 from liger_kernel.ops.fused_moe.products.kernels import (
     bias_gradient,
     grouped_product,
@@ -211,7 +212,7 @@ class Kernels(pipeline.Separately):
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
         if alone and (self.library.gathered if gathered else self.library.plain):
-            return _grouped_mm(_rows(a, routing, gathered), weight.mT, routing)
+            return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
@@ -365,7 +366,7 @@ class Kernels(pipeline.Separately):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if self.library.gradients and dtype is None:  # not of a low rank
-            a, b = (_rows(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+            a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
         out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
@@ -496,10 +497,6 @@ class Kernels(pipeline.Separately):
                 **tile,
             )
         return out
-
-
-def _rows(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
-    return a.index_select(0, routing.tokens) if gathered else a
 
 
 def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:

@@ -15,6 +15,7 @@ _FILES = (
     "hyper_connections",
     "residual",
     "streams",
+    "attention_residuals",
     "short_conv",
     "mlps",
     "relu_squared",
@@ -24,6 +25,7 @@ _FILES = (
     "lora_experts",
     "qk_norms",
     "checkpoints",
+    "graphs",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)
