@@ -57,7 +57,7 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
     inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
     tile = kernels.Tile(rows=16, cols=32, inner=32, warps=4, stages=1)
-    config = kernels.Config(tile, tile, library=((0, 0, kernels.Library(True, True, True)),))
+    config = kernels.Config(tile, tile, library=((0, kernels.Library(0, True, 0)),))
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     used = []
     original = kernels._grouped_mm

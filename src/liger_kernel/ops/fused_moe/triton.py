@@ -42,11 +42,12 @@ def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
 
 
 class Library(NamedTuple):
-    """Which products are PyTorch's, where its products serve."""
+    """Which products are PyTorch's, where its products serve. A pass has to gather the rows of tokens for it, which
+    costs the less, the more columns they are multiplied with; `None`: never."""
 
-    gathered: bool = False  # of the rows of tokens: a pass gathers them before
-    plain: bool = False  # of sorted rows
-    gradients: bool = False  # of weights; a pass gathers the rows of tokens before
+    gathered_from: int | None = None  # products of the rows of tokens: columns of the result
+    plain: bool = False  # products of sorted rows
+    gradients_from: int | None = None  # gradients of weights: columns beside the rows of tokens
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,14 @@ class Config:
     """Of all products.
 
     product: its rows are those of the table of tiles, which all products share. On an H100 128 x 256 x 64 with 8 warps
-        was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral; in TFLOP/s of the
-        first product 155, 480 and 560. PyTorch's products, gathered rows not counted: 150, 460 and 650; its gradients
-        of weights 125, 390 and 570 where ours have 80, 210 and 240.
+        was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral.
     gradient: of the gradients of weights.
-    library: of (rows of an expert, by and large, and features of its activation from which it holds; who multiplies);
-        of those that hold, the last. A pass that gathers rows costs the less, the more features come of them.
+    library: of (rows of an expert, by and large, from which it holds; who multiplies), in rising order. H100, ms of
+        ours and of PyTorch's with its gathering passes, Qwen3-30B-A3B at 64, 512 and 2048 rows, and Mixtral at 2048:
+        first product .32 / .35, .79 / .88, 3.00 / 3.12 and 6.58 / 5.23; da .16 / .20, .40 / .56, 1.32 / 1.99 and
+        3.17 / 3.03; down .18 / .18, .49 / .44, 1.69 / 1.49 and 3.18 / 2.93; dx .31 / .33, .77 / .76, 3.15 / 2.56 and
+        6.15 / 5.97; dW2 .26 / .22, .53 / .62, 1.67 / 1.97 and 3.66 / 2.80; dW1 .60 / .40, 1.19 / .98, 4.02 / 3.08 and
+        8.44 / 6.23.
     low_rows, low_inner: rows and step of a product onto a low rank, which is bound by memory: of 128 rows it took about
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
@@ -103,7 +106,7 @@ class Config:
 
     product: Tile
     gradient: Tile
-    library: tuple[tuple[int, int, Library], ...] = ()
+    library: tuple[tuple[int, Library], ...] = ()
     low_rows: int = 64
     low_inner: int = 128
     made_rank: int = 0
@@ -129,8 +132,8 @@ class Config:
         if large and even:
             stages = facts.stages(3, 3 * 2**14)
             tile = Tile(rows=128, cols=256, inner=64, warps=8, stages=stages)
-            library = (0, 0, Library(gradients=True)), (1024, 0, Library(True, True, True))
-            return Config(tile, tile, library)
+            library = (0, Library(gradients_from=0)), (512, Library(2048, True, 1024))
+            return Config(tile, tile, library, made_rank=16, halves=True, fused_forward=True)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
@@ -143,10 +146,10 @@ class Config:
         rows, inner = min(whole.rows, self.low_rows), max(whole.inner, self.low_inner)
         return replace(whole, rows=rows, cols=cols, inner=inner, warps=4)
 
-    def library_at(self, rows: float, features: int) -> Library:
+    def library_at(self, rows: float) -> Library:
         found = Library()
-        for least_rows, least_features, library in self.library:
-            if rows >= least_rows and features >= least_features:
+        for least, library in self.library:
+            if rows >= least:
                 found = library
         return found
 
@@ -187,9 +190,7 @@ class Kernels(pipeline.Separately):
         config = Config.of(facts_of(x.device), x.dtype, even)
         if not config.library or not _library_serves(x, *weights):
             return Kernels(config, Library())
-        n_experts, *sizes = weights[1].shape
-        features = sizes[0] * sizes[1] // max(1, x.shape[1])
-        return Kernels(config, config.library_at(n_rows / max(1, n_experts), features))
+        return Kernels(config, config.library_at(n_rows / max(1, weights[0].shape[0])))
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         n_experts, rows = starts.shape[0] - 1, self.config.product.rows
@@ -211,11 +212,15 @@ class Kernels(pipeline.Separately):
     ) -> Tensor:
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
-        if alone and (self.library.gathered if gathered else self.library.plain):
+        if alone and (self._gathers(weight) if gathered else self.library.plain):
             return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
+
+    def _gathers(self, weight: Tensor) -> bool:
+        least = self.library.gathered_from
+        return least is not None and weight.shape[1] >= least
 
     def _launch(
         self,
@@ -316,7 +321,7 @@ class Kernels(pipeline.Separately):
         options: MoEOptions,
         keep: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        if not self.config.fused_forward or self.library.gathered:
+        if not self.config.fused_forward or self._gathers(weight):
             return super().activated(a, weight, bias, routing, low, options, keep)
         n_rows, n_cols = routing.slots.shape[0], weight.shape[1]
         features = n_cols // (1 + options.gated)
@@ -338,7 +343,7 @@ class Kernels(pipeline.Separately):
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not self.config.fused_backward or self.library.gathered or not any(needs):
+        if not self.config.fused_backward or self._gathers(weight) or not any(needs):
             given = (hidden, weights, options, needs, into)
             return super().activated_backward(dy, weight, routing, low, *given)
         n_rows, features = routing.slots.shape[0], weight.shape[1]
@@ -365,7 +370,8 @@ class Kernels(pipeline.Separately):
         gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        if self.library.gradients and dtype is None:  # not of a low rank
+        least, beside = self.library.gradients_from, (a if gathered[1] else b).shape[1]
+        if least is not None and beside >= least and dtype is None:  # not of a low rank
             a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
