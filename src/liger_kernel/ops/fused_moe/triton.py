@@ -99,8 +99,8 @@ class Config:
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
-    fused_forward, fused_backward: the products that are activated end with it. Forward saves .03 of .90 ms on an H100 (512
-        rows of Qwen3-30B-A3B), backward loses as much: it spills.
+    fused_forward, fused_backward: the products that are activated end with it. Forward saves .03 of .90 ms on an H100
+        (512 rows of Qwen3-30B-A3B), backward loses as much: it spills.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
         the gradients of weights, of which an expert's rows are read again for each tile.
     """
