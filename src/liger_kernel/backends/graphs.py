@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import facts_of, host_is_free
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -70,6 +70,7 @@ class Captured:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
             stack.enter_context(graphs.device(device))
+            stack.enter_context(host_is_free())
             stack.enter_context(torch.set_grad_enabled(bool(wanted)))
             stream.wait_stream(now)
             with graphs.stream(stream):  # kernels are compiled, and workspaces fetched, before
