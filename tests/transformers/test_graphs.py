@@ -19,6 +19,7 @@ from liger_kernel.backends.nvidia import ON_PAPER
 from tests.transformers.tiny import build
 
 COUNTS = {"captured": 0, "forward": 0, "backward": 0}
+WEIGHTS: set[int] = set()
 
 
 class StandIn:
@@ -33,6 +34,8 @@ class StandIn:
     ):
         COUNTS["captured"] += 1
         self.function, self.inputs, self.wanted = function, inputs, wanted
+        # where gradients of a weight arrive belongs to the stream of its first use
+        assert not WEIGHTS & {id(t) for t in wanted}
         with torch.random.fork_rng():
             outputs = self._run()
             self.differentiable = [y.requires_grad for y in outputs]
@@ -80,6 +83,8 @@ def pair(kind: str = "qwen3", **settings: Any) -> tuple[Any, Any]:
     other = copy.deepcopy(model)
     liger_kernel.patch(model)
     liger_kernel.patch(other, cuda_graphs=True)
+    WEIGHTS.clear()
+    WEIGHTS.update(map(id, other.parameters()))
     return model, other
 
 
