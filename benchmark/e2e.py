@@ -48,6 +48,21 @@ def _incumbent(model: Any) -> Any:
     return model
 
 
+def _reading(model: Any) -> Any:
+    """As a metric on the logits of every step would."""
+    _patched(model).register_forward_hook(lambda model, args, output: output.logits[..., :1].sum())
+    return model
+
+
+def _accurate(model: Any) -> Any:
+    """Accuracy without logits, in every step."""
+    accuracy = {"return_token_accuracy": True}
+    _patched(model).register_forward_pre_hook(
+        lambda model, args, kwargs: (args, {**kwargs, **accuracy}), with_kwargs=True
+    )
+    return model
+
+
 def _compiled(model: Any) -> Any:
     return torch.compile(model, dynamic=False)
 
@@ -56,6 +71,8 @@ def _compiled(model: Any) -> Any:
 MODES: dict[str, Callable[[Any], Any]] = {
     "stock": _stock,
     "patched": _patched,
+    "patched+logits": _reading,
+    "patched+accuracy": _accurate,
     "incumbent": _incumbent,
     "base": _patched,
     "compile": _compiled,
@@ -90,13 +107,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def build(row: Setup, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        **MODELS[row.shape], max_position_embeddings=row.seq, use_cache=False
-    )
+    given = {"attn_implementation": "sdpa", **MODELS[row.shape]}
+    attention = given.pop("attn_implementation")
+    config = AutoConfig.for_model(**given, max_position_embeddings=row.seq, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            config, dtype=torch.bfloat16, attn_implementation=attention
         )
     if row.weights:
         quantise(model.model, row.weights)

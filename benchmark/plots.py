@@ -216,7 +216,7 @@ def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool
     gain = (
         f"{ours:.0f} GB instead of {stock:.0f}"
         if memory
-        else f"{ours / stock:.1f} times the speed of HuggingFace"
+        else f"{ours / stock:.1f} times HuggingFace's speed"
     )
     title = f"{model_name(shape)}{'' if seq < 16384 else f', {thousands(seq)} tokens'}: {gain}"
     caption = (

@@ -30,6 +30,7 @@ KEYS = {
     "e2e": (
         *("shape", "seq", "batch", "checkpointing", "rank", "head", "weights", "ignored", "mode"),
     ),
+    "sharded": ("shape", "seq", "batch", "ranks", "how", "mode"),
     "host": ("op", "case", "provider"),
     "chunked": ("loss", "case", "mode"),
 }

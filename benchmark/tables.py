@@ -214,7 +214,7 @@ def host_table(content: dict[str, Any]) -> str:
 def chunked_table(content: dict[str, Any]) -> str:
     """Forward and backward of the losses on log-probabilities."""
     rows = content["chunked"]
-    modes, body = present(rows, "mode", ("ours", "eager", "incumbent")), []
+    modes, body = present(rows, "mode", ("ours", "eager", "incumbent", "trl")), []
 
     def cell(row: Row | None, fastest: float | None) -> str:
         if row is None or "ms" not in row:
@@ -226,7 +226,9 @@ def chunked_table(content: dict[str, Any]) -> str:
 
     for (loss, case), line in lines(rows, ("loss", "case"), "mode", modes):
         rates = [
-            f"{r['tflop_s']:.0f} TFLOP/s" for r in line if r and r["mode"] == "ours" and "ms" in r
+            f"{r['tflop_s']:.0f} TFLOP/s"
+            for r in line
+            if r and r["mode"] == "ours" and "tflop_s" in r
         ]
         body.append([f"{loss} {case}", *(cell(row, best(line)) for row in line), *(rates or [""])])
     marked = any("compared" in row for row in rows)
@@ -237,7 +239,7 @@ def chunked_table(content: dict[str, Any]) -> str:
 
 def cpu_table(content: dict[str, Any]) -> str:
     """Milliseconds of ops on a processor, in float32 and in bfloat16."""
-    order = ("ours", "eager", "torch")
+    order = ("ours", "inductor", "eager", "torch")
     cells: dict[tuple[Any, ...], list[str]] = {}
     for (op, case, _), line in lines(content["ops"], ("op", "case", "dtype"), "provider", order):
         found = (time_cell(row, best(line)) for row in line)

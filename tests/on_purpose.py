@@ -14,8 +14,6 @@ PARAMETERS = {
     "implementation. `liger_kernel.transformers.functional` takes what the incumbent's takes.",
     r"liger_kernel\.transformers\.layer_norm\.LigerLayerNorm": "`LIGER_KERNEL_IMPL` chooses the implementation, for "
     "all modules alike.",
-    r".*\.LigerFusedLinearPPOBase": "The policy losses share one loss head instead of a base class; what others call "
-    "of the base is there.",
 }
 
 #: pattern for "module.name" -> why it is not there

@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import e2e, host, losses, measure, providers, results, shapes, tables, workload
+from benchmark import (
+    e2e,
+    host,
+    losses,
+    measure,
+    providers,
+    results,
+    shapes,
+    tables,
+    trl_head,
+    workload,
+)  # fmt: skip
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
@@ -205,29 +216,31 @@ def test_no_graph_is_captured_that_could_run_out_of_memory(monkeypatch: pytest.M
         measure._check_room(20_001)
 
 
-@pytest.mark.parametrize("name", ["TORCH", "LIGER"])
-def test_adapters_compute_the_op(name: str) -> None:
-    """The incumbent's functions have the names and signatures of ours, so ours stand in for them."""
-    pytest.importorskip("liger_kernel.transformers.functional")
-    table = getattr(providers, name)
-    assert set(table) <= set(SPECS)
-    for op, adapter in table.items():
-        bound = 0
-        for case in SPECS[op].cases[:4]:
-            function = adapter(case.options)
+def bound_and_right(provider: str) -> set[str]:
+    """The ops of which it computes one of the first cases, all of them right."""
+    found = set()
+    for op, spec in SPECS.items():
+        for case in spec.cases[:4]:
+            function = providers.PROVIDERS[provider].bind(spec, case)
             if function is not None:
-                work = workload.Workload(SPECS[op], case, torch.float32, "cpu")
+                work = workload.Workload(spec, case, torch.float32, "cpu")
                 work.check(function, exact_dtype=False)
-                bound += 1
-        assert bound or (op == "fused_linear_cross_entropy" and name == "TORCH"), f"no case of {op}"
+                found.add(op)
+    return found
+
+
+def test_adapters_of_torch_compute_the_op() -> None:
+    assert {*providers.TORCH} - bound_and_right("torch") <= {"fused_linear_cross_entropy"}
 
 
 def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
-    """Not beside it: its gated MLP runs on a few GPUs only, its tiled one takes a module, its GRPO one advantage for a
+    """The incumbent's functions have the names and signatures of ours, so ours stand in for them.
+
+    Not beside it: its gated MLP runs on a few GPUs only, its tiled one takes a module, its GRPO one advantage for a
     sequence, whose logits have a row that nobody reads; shards need several processes; the others are no functions
     of its own. Nor are ops for which `OPS` has no name of it."""
+    pytest.importorskip("liger_kernel.transformers.functional")
     apart = {
-        "attn_res",
         "gated_mlp",
         "grpo_loss",
         "mhc_mix",
@@ -238,7 +251,9 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "vocab_parallel_logprobs",
     }
     named = {op for op, names in SERVED.items() if names}
-    assert named & set(SPECS) - set(providers.LIGER) == apart
+    bound = bound_and_right("liger")
+    assert {*providers.LIGER} <= bound
+    assert named & set(SPECS) - bound == apart
 
 
 def test_results_of_a_cpu_are_not_committed() -> None:
@@ -356,14 +371,17 @@ def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         host.main(["no_such_op", "--device", "cpu"])
 
 
+SOME_LOSSES = ("dpo", "policy-entropy")
+
+
 def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path)]
+    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--losses", *SOME_LOSSES]
     assert losses.main([*command, "--base", str(ROOT)]) == 0
     content = json.loads(path.read_text())
     found = {(row["loss"], row["mode"]): row for row in content["chunked"]}
     assert set(found) == {
-        (loss, mode) for loss in losses.LOSSES for mode in ("ours", "eager", "base")
+        (loss, mode) for loss in SOME_LOSSES for mode in ("ours", "eager", "base")
     }
     assert all(row["ms"] > 0 for row in found.values())
     assert not any("package" in row for row in found.values())
@@ -386,11 +404,33 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
     )
     path = tmp_path / "results.json"
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
+    command += ["--losses", "dpo", "grpo"]
     assert losses.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
     found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
     assert found["dpo"]["compared"].startswith("worse: loss: error is")
     assert found["dpo"]["ms"] > 0
     assert "LigerFusedLinearGRPOLoss" in found["grpo"]["error"]
+
+
+def test_steps_by_the_fused_head_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    command = ["--device", "cpu", "--shape", "tiny", "--steps", "grpo", "--json", str(path)]
+    try:
+        assert trl_head.main(command) == 0
+    except SystemExit:
+        assert "TRL 1.16" in capsys.readouterr().err
+        pytest.skip("no TRL with a fused head")
+    found = {row["mode"]: row for row in json.loads(path.read_text())["chunked"]}
+    assert set(found) == {"trl", "ours"}
+    assert 0 <= found["ours"]["difference"] < trl_head.AGREE
+    table = tables.chunked_table(json.loads(path.read_text()))
+    assert "| grpo-step tiny | " in table
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_is_compared_with_a_formula_of_its_own(name: str) -> None:
+    loss = losses.LOSSES[name]
+    assert losses.wrong(loss, loss.fused(), "cpu") is None
 
 
 def test_a_wrong_loss_is_found() -> None:

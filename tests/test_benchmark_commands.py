@@ -18,7 +18,7 @@ from benchmark import children, longest, run, sources
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("", "unknown command ''; known: run, e2e, losses, cpu, host"),
+        ("", "unknown command ''; known: run, e2e, losses, trl_head, cpu"),
         ("walk", "unknown command 'walk'"),
         ("run --walk", "unrecognized arguments: --walk"),
         ("run no_such_op --device cpu", "unknown op no_such_op; known: attn_res, cross_entropy"),

@@ -163,9 +163,9 @@ def in_two_processes(example: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_fsdp2() -> None:
-    from tests.transformers.ranks import HAS_FSDP2_ON_CPU
+    from tests.transformers.ranks import LACKS_FSDP2
 
-    if not HAS_FSDP2_ON_CPU:
+    if LACKS_FSDP2:
         pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
     done = in_two_processes("fsdp2")
     assert done.returncode == 0, done.stderr

@@ -183,6 +183,10 @@ def bare(function: Any) -> str:
     return str(signature.replace(parameters=parameters, return_annotation=empty))
 
 
+def test_every_loss_has_its_signatures_written_down() -> None:
+    assert sorted(SIGNATURES) == NAMES
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures(name: str) -> None:
     forward, apply = SIGNATURES[name]

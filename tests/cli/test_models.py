@@ -95,6 +95,28 @@ class TestBadInput:
         assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
         assert str(where) in done.err
 
+    def test_what_transformers_stumbles_over(self, run: Run, tmp_path: Path) -> None:
+        where = tmp_path / "config.json"
+        where.write_text("[1]")
+        assert "TypeError: " in run("inspect", str(where)).err
+
+    def test_code_of_a_repository_is_not_run(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor is an option recommended that no command has. One in the cache is no folder here."""
+        remote = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+        (tmp_path / "config.json").write_text(json.dumps(remote))
+        done = run("inspect", str(tmp_path))
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "code of its own" in done.err
+        assert "trust_remote_code" not in done.err
+        refused = ValueError("pass the argument `trust_remote_code=True`")
+        auto = models._transformers().AutoConfig
+        monkeypatch.setattr(
+            auto, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(refused)
+        )
+        assert "code of its own" in run("inspect", "somebody/something").err
+
     def test_a_type_without_defaults(self, run: Run) -> None:
         done = run("inspect", "vision-encoder-decoder")
         assert (done.status, done.err.count("\n")) == (2, 1)
@@ -110,7 +132,7 @@ class TestBadInput:
         [
             ("--batch", "-1"), ("--batch", "0"), ("--seq", "0"), ("--seq", "x"), ("--lora", "-3"),
             ("--dtype", "int4"), ("--optimizer", "lion"), ("--memory", "-1"), ("--quantised", "nf4"),
-            ("--quantised", "int2"),
+            ("--quantised", "int2"), ("--seq", "100000000"),
         ],
     )  # fmt: skip
     def test_sizes(self, run: Run, both: str, options: tuple[str, str]) -> None:

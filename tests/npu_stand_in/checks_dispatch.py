@@ -36,6 +36,7 @@ from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross
 from liger_kernel.loss_head.label_count import LabelCount, count_labels
 from liger_kernel.ops import OPS
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_moe import fused_moe
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.rms_norm import rms_norm
@@ -54,6 +55,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "gated_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
     "tiled_mlp": {"npu_swiglu": 10, "npu_swiglu_backward": 5},  # five tiles
     "rope": {"npu_rotary_mul": 4},
+    "fused_moe": {"npu_grouped_matmul": 6},
     "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
     "fused_neighborhood_attention": {"_softmax_backward_data": 1},
     "multi_token_attention": {"_softmax_backward_data": 1},
@@ -63,7 +65,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "moe_router": {"_softmax_backward_data": 1},
 }
 
-WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope")
+WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope", "fused_moe")
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
@@ -109,6 +111,12 @@ def test_every_file_satisfies_its_contract(op: str) -> None:
     assert check_contract(module, contract, op) is module
 
 
+def experts(n: int, tokens: int = 3, features: int = 1) -> Tensor:
+    index = torch.zeros(tokens, 1, dtype=torch.long).to("npu")
+    weights = randn(n, 2 * features, 2), randn(n, 2, features)
+    return fused_moe(randn(tokens, 2), *weights, index, randn(tokens, 1))
+
+
 HALF = torch.bfloat16
 Q, ANGLES = (2, 4, 5, 16), (1, 5, 16)
 #: what a file leaves to the reference by its rule -> words of the reason, op, options and tensors
@@ -142,6 +150,9 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "many heads": ("1000", lambda: rope(randn(1, 1000, 1, 4), None, randn(1, 4), randn(1, 4))),
     "many sequences": ("1000", lambda: rope(randn(1000, 1, 1, 4), None, randn(1, 4), randn(1, 4))),
+    "many experts": ("1024 experts", lambda: experts(1024)),
+    "wide experts": ("65536 features", lambda: experts(2, features=65536)),
+    "no token": ("no empty", lambda: experts(2, tokens=0)),
     "angles of each sequence": (
         "interleaved",
         lambda: rope(randn(*Q), None, randn(2, 5, 16), randn(2, 5, 16), interleaved=True),

@@ -59,11 +59,16 @@ def test_switched_off(options: dict[str, bool], calls: Calls) -> None:
     assert calls["fused_add_rms_norm"] == 0
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed(use_reentrant: bool, calls: Calls) -> None:
+def test_checkpointed(use_reentrant: bool, before: bool, calls: Calls) -> None:
+    """Before or after `patch`: transformers 5.24 begins the checkpoint in the forward of the layer's class."""
     model = build("llama")
-    liger_kernel.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for step in (liger_kernel.patch, None)[:: -1 if before else 1]:
+        if step is None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        else:
+            step(model)
     model.enable_input_require_grads()
     model.train()(**batch()).loss.backward()
     assert calls["fused_add_rms_norm"] == 8

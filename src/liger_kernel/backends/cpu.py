@@ -1,9 +1,10 @@
-"""Processors: the reference computes, or the kernels under Triton's interpreter where they are requested."""
+"""Processors: the reference computes; on request compiled by Inductor, or kernels under Triton's interpreter."""
 
 from __future__ import annotations
 
 import torch
 
+from liger_kernel.backends.inductor import INDUCTOR
 from liger_kernel.backends.records import Backend, ChunkSizes, DeviceFacts
 from liger_kernel.backends.triton import TRITON
 
@@ -20,4 +21,4 @@ def facts(device: torch.device) -> DeviceFacts:
     return FACTS
 
 
-BACKEND = Backend("cpu", ("cpu",), facts, on_request=(TRITON,))
+BACKEND = Backend("cpu", ("cpu",), facts, on_request=(TRITON, INDUCTOR))

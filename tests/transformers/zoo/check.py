@@ -182,6 +182,7 @@ def _assert_told(result: Result) -> None:
         "rope": ("rope",),
         "qk_norm_rope": ("rope",),
         "short_conv": ("short_conv",),
+        "attn_res": ("attention_residual",),
         **dict.fromkeys(("mhc_project", "mhc_sinkhorn", "mhc_mix"), ("hyper_connection",)),
         **dict.fromkeys((*LOSS_OPS, "scale_gradients"), ("loss",)),
     }

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import liger_kernel.ops.grpo_loss as _op
 from liger_kernel._core.checks import check_choice
+from liger_kernel.chunked_loss.engine import of_sequences_or_tokens
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
-from liger_kernel.chunked_loss.policy import get_gamma_weights, of_sequences_or_tokens
+from liger_kernel.chunked_loss.policy import get_gamma_weights
 from liger_kernel.compat.function import autograd_function
 from liger_kernel.ops.grpo_loss.contract import LOSS_TYPES, NOT_COUNTED, TOKEN_LEVEL_ONLY
 from liger_kernel.ops.grpo_loss.reference import token_terms

@@ -30,13 +30,18 @@ _dispatch = Dispatch(
 
 
 def attn_res(
-    blocks: Tensor | Sequence[Tensor], w_query: Tensor, w_norm: Tensor, eps: float = 1e-6
+    blocks: Tensor | Sequence[Tensor],
+    w_query: Tensor,
+    w_norm: Tensor,
+    eps: float = 1e-6,
+    normed: bool = False,
 ) -> Tensor:
     """`sum_i alpha_i v_i`, alpha the softmax over the blocks of `w_query . (w_norm * RMSNorm(v_i))`, token by token.
 
     Args:
         blocks: N tensors (..., D), or one (N, ..., D), any floating dtype; N is any number above 0.
         w_query, w_norm: (D,).
+        normed: the sum is that of RMSNorm(v_i), without `w_norm`, as in Inkling-2, and not that of v_i.
 
     Returns: (..., D) in the dtype of blocks, computed in fp32 and rounded once.
     Raises: ValueError for what does not fit; TypeError for integers and DTensors.
@@ -47,7 +52,7 @@ def attn_res(
             f"blocks has shape {tuple(v.shape)}; pass at least one block, as (N, ..., D)."
         )
     check_parameters(v, w_query=w_query, w_norm=w_norm)
-    found: Tensor = _dispatch(AttnResOptions(float(eps)), v, w_query, w_norm)
+    found: Tensor = _dispatch(AttnResOptions(float(eps), bool(normed)), v, w_query, w_norm)
     return found
 
 

@@ -27,6 +27,10 @@ CASES = (
     case("strided", "rows with gaps", of(2, 2, 40, draw=Make.strided)),
     case("transposed", "columns first", of(2, 2, 40, draw=Make.transposed)),
     case("tiny-values", "eps decides", of(2, 2, 24, scale=1e-3), eps=1e-5),
+    case("normed", "the sum of what the norm makes", of(3, 34, 13), normed=True),
+    case(
+        "normed-tiny", "and eps decides", of(2, 2, 24, scale=1e-3, draw=Make.strided), normed=True
+    ),
     case("8x8192x4096", "eight blocks", of(8, 8192, 4096), large=True),
 )
 SPEC = OpSpec(
@@ -35,6 +39,6 @@ SPEC = OpSpec(
     reference=reference.attn_res,
     cases=CASES,
     differentiable=(0, 1, 2),
-    defaults={"eps": 1e-6},
+    defaults={"eps": 1e-6, "normed": False},
     traffic=(3, (0,)),
 )

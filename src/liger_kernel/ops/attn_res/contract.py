@@ -14,6 +14,7 @@ from liger_kernel._core.options import OpOptions
 @dataclass(frozen=True)
 class AttnResOptions(OpOptions):
     eps: float = 1e-6
+    normed: bool = False
 
 
 class Kernels(Backward, Protocol):

@@ -18,12 +18,11 @@ from liger_kernel._core.autograd import (
     autocast_dtype,
     graph_task,
     is_checkpointed,
-    is_transformed,
     refuse_double_backward,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
-from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops.lora_linear import reference
 
 _MET = "_liger_met"
@@ -72,7 +71,7 @@ def lora_linear(
     Raises: ValueError for shapes that do not fit, TypeError for integers and other mixes of dtypes.
     """
     _check(x, weight, bias, lora_a, lora_b)
-    if is_transformed() or any(map(is_dtensor, (x, weight, bias, lora_a, lora_b))):
+    if is_composed(x, weight, bias, lora_a, lora_b):
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, float(scaling))
     return adapted(x, weight, bias, [Adapter(lora_a, lora_b, float(scaling))])
 

@@ -23,24 +23,21 @@ from liger_kernel.ops.short_conv.contract import ShortConvOptions
 @dataclass(frozen=True)
 class Config:
     """Tiles of (rows, cols): tokens, one after the other, and channels. In backward a thread holds a sum for each of
-    its elements and taps, which bounds these. `programs`: how many share the tokens there."""
+    its elements and taps, which bounds these, and `programs` share the tokens.
+
+    H100, 16384 x 2048, backward: 0.183 ms; tiles of 256 columns and a quarter of the programs 0.260.
+    """
 
     rows: int
     cols: int
     warps: int
-    programs: int = 0
+    programs: int
 
     @staticmethod
     @functools.cache
-    def forward(facts: DeviceFacts, n_cols: int) -> Config:
-        cols = min(256, max(32, next_power_of_2(n_cols)))
-        return Config(16, cols, warps=cols // 32)
-
-    @staticmethod
-    @functools.cache
-    def backward(facts: DeviceFacts, n_cols: int) -> Config:
-        cols = min(256, max(32, next_power_of_2(n_cols)))
-        return Config(8, cols, warps=cols // 32, programs=4 * facts.processors)
+    def of(facts: DeviceFacts, n_cols: int) -> Config:
+        cols = min(128, max(32, next_power_of_2(n_cols)))
+        return Config(8, cols, warps=max(1, cols // 32), programs=16 * facts.processors)
 
 
 def unserved(
@@ -197,7 +194,7 @@ def forward(
     n_cols, taps = weight.shape
     y = bcx.new_empty(*bcx.shape[:-1], n_cols)
     if y.numel():
-        config = Config.forward(facts_of(bcx.device), n_cols)
+        config = Config.of(facts_of(bcx.device), n_cols)
         launch(
             _short_conv_fwd,
             (cdiv(rows.shape[0], config.rows) * cdiv(n_cols, config.cols),),
@@ -216,7 +213,7 @@ def backward(grads: Any, saved: Any, *, options: ShortConvOptions, needs: Needs)
     n_rows, (n_cols, taps) = rows.shape[0], weight.shape
     needs_dx, needs_dw = needs[0], any(needs[1:])
     dbcx = rows.new_empty(*dy.shape[:-1], 3 * n_cols) if needs_dx else None
-    config = Config.backward(facts_of(rows.device), n_cols)
+    config = Config.of(facts_of(rows.device), n_cols)
     tiles = cdiv(n_cols, config.cols)
     parts = max(1, min(cdiv(config.programs, tiles), cdiv(n_rows, config.rows)))
     dw = rows.new_empty(1, parts, n_cols * taps, dtype=torch.float32) if needs_dw else None

@@ -44,6 +44,8 @@ _FIXED = (
 )
 _TABLES = (dict, list, set)
 # fmt: on
+#: of a layer's forward that begins its own checkpoint: the same numbers, so no facts
+_CHECKPOINTING = frozenset(["gradient_checkpointing", "_gradient_checkpointing_func"])
 _NOWHERE = object()
 
 Globals = dict[tuple[FunctionType, str], Any]
@@ -206,7 +208,10 @@ class Part:
         kind, attributes = type(module), module.__dict__
         # what transformers' registry of experts calls beside the forward
         reading = Reading(None, kind, "forward", "_apply_gate")
-        names, members = frozenset(reading.names), reading.members
+        names = frozenset(reading.names) - _CHECKPOINTING
+        members = {n: v for n, v in reading.members.items() if n not in _CHECKPOINTING}
+        if "forward" in members:
+            members["forward"] = without_checkpoint(members["forward"])
         whole = not reading.known or not _ANY_NAME.isdisjoint(names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
         read = {n: attributes[n] for n in wanted if n != "forward" and (whole or n in names)}
@@ -246,7 +251,7 @@ class Part:
                 return False
         for name, value in self.members:
             now = getattr(kind, name, _NOWHERE)
-            if now is not value and now != value:
+            if now is not value and now != value and without_checkpoint(now) is not value:
                 return False
         for owner, name, value in self.inherited:
             if vars(owner).get(name) is not value:
@@ -275,6 +280,15 @@ def parts_of(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[Part]:
     for name, child in module._modules.items():
         if child is not None and is_inert(child):
             yield from parts_of(child, (*path, name))
+
+
+def without_checkpoint(forward: Any) -> Any:
+    """What transformers 5.24 wraps in each class of layers, and in FSDP2's subclass of it, to begin a checkpoint."""
+    while "_gradient_checkpointing_func" in getattr(
+        getattr(forward, "__code__", None), "co_names", ()
+    ) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return forward
 
 
 def numbers(module: nn.Module, kind: type) -> dict[str, Any]:

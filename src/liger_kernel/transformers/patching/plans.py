@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import kernels_requested
-from liger_kernel.transformers.patching.facts import Facts
+from liger_kernel.transformers.patching.facts import Facts, without_checkpoint
 from liger_kernel.transformers.patching.linears import is_hooked
 from liger_kernel.transformers.patching.state import OWNER, Bound, State, own_forward
 
@@ -96,6 +97,25 @@ def call(module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> Any:
     if plan is not None and (not is_transformed() or ours_runs()) and plan.holds(module):
         return plan.call(module, *args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
+
+
+def run_layer(module: Any, ours: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`ours(forward, module, *args, **kwargs)` around a layer's own forward, within the checkpoint that this begins.
+
+    Before transformers 5.24 the checkpoint lay around the call of the layer, and so around all of this.
+    """
+    whole = type(module).forward
+    forward = without_checkpoint(whole)
+    if forward is whole or not (
+        module.gradient_checkpointing and module.training and torch.is_grad_enabled()
+    ):
+        return ours(forward, module, *args, **kwargs)
+    if any(kwargs.get(name) not in (None, False) for name in _CACHES):
+        return whole(module, *args, **kwargs)  # which does without them, and says so
+    return module._gradient_checkpointing_func(partial(ours, forward, module, **kwargs), *args)
+
+
+_CACHES = ("use_cache", "cache", "past_key_values", "layer_past")
 
 
 def runs_bare(module: nn.Module, plan: MethodPlan) -> bool:

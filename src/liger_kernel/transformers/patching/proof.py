@@ -65,6 +65,8 @@ def clone(
     if type(module) is nn.Dropout:
         twin.__dict__["p"] = 0.5
     twin.__dict__.pop("forward", None)
+    if "gradient_checkpointing" in twin.__dict__:
+        twin.__dict__["gradient_checkpointing"] = False
     return twin
 
 

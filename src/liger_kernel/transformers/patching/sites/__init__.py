@@ -15,6 +15,7 @@ _FILES = (
     "hyper_connections",
     "residual",
     "streams",
+    "attention_residuals",
     "short_conv",
     "mlps",
     "relu_squared",

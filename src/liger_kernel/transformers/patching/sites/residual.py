@@ -18,7 +18,7 @@ from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import host_bound, served_alike
 from liger_kernel.transformers.patching import proof, stand_ins
 from liger_kernel.transformers.patching.options import Option
-from liger_kernel.transformers.patching.plans import MethodPlan, marker, runs_bare
+from liger_kernel.transformers.patching.plans import MethodPlan, marker, run_layer, runs_bare
 from liger_kernel.transformers.patching.site import Places, Site
 from liger_kernel.transformers.patching.sites.norms import NormPlan, size_of, twin_of
 from liger_kernel.transformers.patching.sites.norms import find_plan as find_norm
@@ -64,9 +64,12 @@ class ResidualPlan(MethodPlan):
             or not all(_takes_sums(module, name) for name in self.norms)
         ):
             return forward(module, *args, **kwargs)
+        return run_layer(module, self._on_sums, *args, **kwargs)
+
+    def _on_sums(self, forward: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if args:
-            return real(forward(module, Sum(x), *args[1:], **kwargs))
-        return real(forward(module, **{**kwargs, self.first: Sum(x)}))
+            return real(forward(module, Sum(args[0]), *args[1:], **kwargs))
+        return real(forward(module, **{**kwargs, self.first: Sum(kwargs[self.first])}))
 
 
 def is_norm(child: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.transformers.patching import proof, stand_ins, streams
-from liger_kernel.transformers.patching.plans import MethodPlan
+from liger_kernel.transformers.patching.plans import MethodPlan, run_layer
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites import hyper_connections as hyper
 from liger_kernel.transformers.patching.sites.norms import is_candidate as is_norm
@@ -42,7 +42,7 @@ class StreamsPlan(MethodPlan):
             return type(module).forward(module, *args, **kwargs)
         children = module.__dict__["_modules"]
         waiting = tuple(children.get(name) for name in self.connections)
-        return streams.run(waiting, type(module).forward, module, *args, **kwargs)
+        return run_layer(module, partial(streams.run, waiting), *args, **kwargs)
 
 
 def _connections(module: nn.Module) -> dict[str, hyper.HyperConnectionPlan]:
