@@ -146,7 +146,8 @@ def e2e_table(content: dict[str, Any]) -> str:
     modes, body = present(content["e2e"], "mode", E2E_ORDER), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
         shape, seq, batch, checkpointing, *adapters, ignored = key
-        speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
+        told = [row for row in line if row and row.get("loss") is not None]
+        speed, steps = best(line, "tokens_per_s", max) or 0, best(told, "steps", max) or 0
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += adapted(*adapters)
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
@@ -173,6 +174,8 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
+    if row["loss"] is None:  # measured on a model that had been trained before
+        return speed + memory
     after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
 
@@ -180,13 +183,14 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
 def steps_table(content: dict[str, Any]) -> str:
     """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
     body = []
-    for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
-        shape, seq, batch, checkpointing, *adapters, ignored = key
+    rows = [r for r in content["e2e"] if not r["rank"] and r["mode"] in STEP_NAMES]
+    content = {**content, "e2e": rows}
+    for key, line in lines(rows, KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
+        shape, seq, batch, checkpointing, *_, ignored = key
         if ignored:
             continue
         name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
         name += ", checkpointing" if checkpointing else ""
-        name += adapted(*adapters)
         speed = best(line, "tokens_per_s", max) or 0
         cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
         body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])
