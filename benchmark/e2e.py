@@ -185,10 +185,14 @@ def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
         seconds.append(done)
         last = loss.item()
     median = statistics.median(seconds[args.warmup :])
+    peak: float | None = None
+    if device == "cuda":  # what graphs work in is not allocated, but reserved
+        graphs = mode == "patched+graphs"
+        peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
     return {
         "tokens_per_s": row.batch * row.seq / median,
         "step_ms": 1e3 * median,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "peak_gb": None if peak is None else peak / 1e9,
         "loss": last,
         "steps": args.warmup + args.steps,
     }
