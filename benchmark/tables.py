@@ -146,7 +146,7 @@ def e2e_table(content: dict[str, Any]) -> str:
     modes, body = present(content["e2e"], "mode", E2E_ORDER), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
         shape, seq, batch, checkpointing, *adapters, ignored = key
-        told = [row for row in line if row and row.get("loss") is not None]
+        told: list[Row | None] = [r for r in line if r and r.get("loss") is not None]
         speed, steps = best(line, "tokens_per_s", max) or 0, best(told, "steps", max) or 0
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
         name += adapted(*adapters)
