@@ -29,7 +29,7 @@ from benchmark import sources
 from benchmark.e2e import MODES, build, step
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
-from benchmark.shapes import MODELS
+from benchmark.shapes import MODELS, Setup
 
 
 def _ddp(model: Any, device: torch.device) -> nn.Module:
@@ -83,7 +83,9 @@ def train(rank: int, args: argparse.Namespace, how: str, mode: str, meeting: str
     dist.init_process_group(
         backend, init_method=f"file://{meeting}", rank=rank, world_size=args.ranks
     )
-    model = HOW[how](MODES[mode](build(args.shape, args.seq, False, str(device))), device)
+    model = HOW[how](
+        MODES[mode](build(Setup(args.shape, args.seq, args.batch), str(device))), device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(rank)
     classes = MODELS[args.shape]["vocab_size"]

@@ -329,7 +329,7 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     setups = [
         shapes.Setup("tiny", 16, 2),
         shapes.Setup("no-such-shape", 16, 2),
-        shapes.Setup("tiny", 8, 1, rank=4),
+        shapes.Setup("tiny", 8, 1, rank=4, head=True),
     ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
@@ -374,7 +374,7 @@ def test_the_shapes_are_the_models_they_are_named_after() -> None:
     pytest.importorskip("transformers")
     assert {shape for shape, *_ in shapes.STEPS} | set(shapes.DEMO) <= set(shapes.MODELS)
     for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
-        model = e2e.build(shape, 64, False, "meta")
+        model = e2e.build(shapes.Setup(shape, 64, 1), "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
