@@ -227,10 +227,8 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     sequence, whose logits have a row that nobody reads; shards need several processes; the others are no functions
     of its own. Nor are ops for which `OPS` has no name of it."""
     apart = {
-        "attn_res",
         "gated_mlp",
         "grpo_loss",
-        "mhc_mix",
         "mhc_project",
         "mhc_sinkhorn",
         "tiled_mlp",
