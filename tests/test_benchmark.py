@@ -244,7 +244,6 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     apart = {
         "gated_mlp",
         "grpo_loss",
-        "mhc_mix",
         "mhc_project",
         "mhc_sinkhorn",
         "tiled_mlp",
