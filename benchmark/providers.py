@@ -277,10 +277,6 @@ def _liger_mhc_mix(o: Options) -> Function:
 LIGER: Table = {
     "attn_res": _liger_attn_res,
     "mhc_mix": _liger_mhc_mix,
-    "rms_norm": _liger_norm("liger_rms_norm"),
-    "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
-    "modulated_rms_norm": _liger_norm("liger_modulated_rms_norm"),
-    "layer_norm": _liger_with_eps("liger_layer_norm"),
     "glu": _liger_glu,
     "rope": _liger_rope,
     "qk_norm_rope": _liger_qk_norm_rope,
