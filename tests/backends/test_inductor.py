@@ -92,3 +92,11 @@ def test_a_request_that_cannot_be_served_raises(
         backends.implementation_for(device_type, "inductor")
     inductor.unavailable.cache_clear()
     assert backends.implementation_for("cpu") is None, "by device: the reference, as it is"
+
+
+def test_apples_gpus_are_offered_it_and_have_no_kernels() -> None:
+    assert backends.implementation_for("mps") is None
+    assert backends.implementation_for("mps", "inductor") is inductor.INDUCTOR
+    assert backends.backend_of("mps").facts(torch.device("mps")).queues  # type: ignore[misc]
+    with pytest.raises(RuntimeError, match="'triton' cannot serve"):
+        backends.implementation_for("mps", "triton")

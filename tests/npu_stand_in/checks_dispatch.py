@@ -150,7 +150,6 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "many heads": ("1000", lambda: rope(randn(1, 1000, 1, 4), None, randn(1, 4), randn(1, 4))),
     "many sequences": ("1000", lambda: rope(randn(1000, 1, 1, 4), None, randn(1, 4), randn(1, 4))),
-    "many experts": ("1024 experts", lambda: experts(1024)),
     "wide experts": ("65536 features", lambda: experts(2, features=65536)),
     "no token": ("no empty", lambda: experts(2, tokens=0)),
     "angles of each sequence": (
@@ -176,6 +175,17 @@ def test_what_is_left_to_the_reference(what: str, monkeypatch: pytest.MonkeyPatc
     assert called(lambda: trained(run())) == {}
     assert reason in str(said[0])
     assert len(said) == 1
+
+
+def test_no_more_experts_than_groups() -> None:
+    """By the rule alone: the reference takes long over so many."""
+    from liger_kernel.ops.fused_moe import npu
+    from liger_kernel.ops.fused_moe.contract import MoEOptions
+
+    for n, reason in ((1023, None), (1024, "1024 experts are too many")):
+        tensors = (randn(3, 2), randn(n, 2, 2), randn(n, 2, 1), torch.zeros(3, 1).to("npu").long())
+        given = (*tensors, randn(3, 1), *(None,) * 6)
+        assert npu.unserved(*given, options=MoEOptions()) == reason
 
 
 F32, F16 = torch.float32, torch.float16
@@ -273,15 +283,25 @@ def test_a_request_is_honoured_or_refused() -> None:
     assert called(lambda: rms_norm(x.double(), weight.double())) == {}
 
 
-@pytest.mark.parametrize("name", ["npu", "NPU ", "reference", ""])
-def test_a_request_by_the_environment(name: str) -> None:
-    code = (
-        "from tests.npu_stand_in import plugin; import torch, torch_npu;"
-        "from liger_kernel.ops.rms_norm import rms_norm;"
-        "rms_norm(torch.ones(2, 8, device='npu'), None); print(dict(torch_npu.calls))"
-    )
-    expected = {} if name == "reference" else {"npu_rms_norm": 1}
-    assert python(code, {"LIGER_KERNEL_IMPL": name}) == str(expected)
+def test_a_request_by_the_environment() -> None:
+    """It is read at import: a process that has PyTorch parts for each."""
+    code = """
+import os, torch
+for name in ("npu", "NPU ", "reference", ""):
+    if not (child := os.fork()):
+        os.environ["LIGER_KERNEL_IMPL"] = name
+        from tests.npu_stand_in import plugin
+        import torch_npu
+        from liger_kernel.ops.rms_norm import rms_norm
+        rms_norm(torch.ones(2, 8, device="npu"), None)
+        print(repr(name), dict(torch_npu.calls), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    native = {"npu_rms_norm": 1}
+    expected = {"npu": native, "NPU ": native, "reference": {}, "": native}
+    told = [f"{name!r} {calls}" for name, calls in expected.items()]
+    assert python(code, {}).splitlines() == told
 
 
 def test_under_compile_the_reference_is_traced() -> None:

@@ -17,6 +17,11 @@ ARCHITECTURES = {
     "gfx1100": "rdna3",
     "gfx1101": "rdna3",
     "gfx1102": "rdna3",
+    "gfx1103": "rdna3",
+    "gfx1150": "rdna3.5",
+    "gfx1151": "rdna3.5",
+    "gfx1200": "rdna4",
+    "gfx1201": "rdna4",
 }
 
 
