@@ -133,7 +133,8 @@ class Config:
         if large and even:
             stages = facts.stages(3, 3 * 2**14)
             tile = Tile(rows=128, cols=256, inner=64, warps=8, stages=stages)
-            library = (0, Library(gradients_from=0)), (512, Library(2048, True, 1024))
+            # rows between 64 and 512 were not measured
+            library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
             return Config(tile, tile, library, made_rank=16, halves=True, fused_forward=True)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
