@@ -10,7 +10,9 @@ from benchmark import sources
 COMMANDS = {
     "run": "ops: time, memory and share of the ceiling, beside eager, torch.compile and other packages",
     "e2e": "training steps of whole models",
+    "sharded": "training steps over several GPUs, by DDP and FSDP2",
     "losses": "preference and RL losses, from hidden states to gradients",
+    "trl_head": "training steps by the fused head of TRL's trainers",
     "cpu": "ops on a processor, beside eager PyTorch",
     "host": "how long Python is busy with a call",
     "savings": "what the patch report predicts against what a step needs less",

@@ -3,16 +3,17 @@
     python -m benchmark cpu                       # every op, float32 and bfloat16, on one thread
     python -m benchmark cpu glu --threads 4
 
-`ours` is the op as users call it; `eager` its reference as PyTorch runs it; `torch` PyTorch's own fused form, where it
-has one. All of them take turns, so that whatever else the machine does slows all of them; the fastest turn counts. Of
-one thread the processor's time is read, which other programs disturb little.
+`ours` is the op as users call it, `inductor` the same where they ask for LIGER_KERNEL_IMPL=inductor; `eager` is its
+reference as PyTorch runs it; `torch` PyTorch's own fused form, where it has one. All of them take turns, so that
+whatever else the machine does slows all of them; the fastest turn counts. Of one thread the processor's time is read,
+which other programs disturb little.
 The rows are merged into benchmark/results/<processor>.json.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,19 +25,39 @@ from benchmark.providers import PROVIDERS
 from benchmark.results import Row, describe_run, keep, path_of, processor
 from benchmark.shapes import ON_CPU
 from benchmark.workload import Workload
-from liger_kernel.testing import specs
+from liger_kernel.backends import serving, use_implementation
+from liger_kernel.backends.inductor import INDUCTOR
+from liger_kernel.ops import COMPUTED_BY
+from liger_kernel.testing import OpCase, OpSpec, specs
 
-COLUMNS = ("ours", "eager", "torch")
+COLUMNS = ("ours", "inductor", "eager", "torch")
+
+
+def _inductor(spec: OpSpec, case: OpCase) -> Callable[..., Any] | None:
+    """The op as it is computed on request; None where that is as it is computed anyway."""
+    if serving(COMPUTED_BY.get(spec.name, spec.name), "cpu", INDUCTOR.name)[0] != INDUCTOR.name:
+        return None
+
+    def requested(*tensors: Any) -> Any:
+        with use_implementation(INDUCTOR.name):
+            return spec.function(*tensors, **case.options)
+
+    return requested
 
 
 def rows_of(op: str, dtype: torch.dtype, turns: int) -> Iterator[Row]:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     spec, (size, inputs) = specs()[op], ON_CPU[op]
-    usual = next((case for case in spec.cases if case.large), spec.cases[0])
+    large = [case for case in spec.cases if case.large]
+    usual = next((case for case in large if case.id == size), (large or spec.cases)[0])
     work = Workload(spec, replace(usual, id=size, inputs=inputs), dtype, "cpu")
     calls: dict[str, Any] = {}
     for name in COLUMNS:
-        function = PROVIDERS[name].bind(spec, work.case)
+        function = (
+            _inductor(spec, work.case)
+            if name == "inductor"
+            else PROVIDERS[name].bind(spec, work.case)
+        )
         if function is not None:
             (calls[name],) = work.calls(function, "full")
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -2,6 +2,7 @@
 
     python -m benchmark e2e                                            # the whole table, stock and patched
     python -m benchmark e2e --shape qwen3-0.6b --seq 512 --batch 4     # one row
+    python -m benchmark e2e --rank 16                                  # those with LoRA; "stock" is PEFT alone
     python -m benchmark e2e --modes patched,incumbent --peer-site DIR  # DIR: pip install --target DIR liger-kernel
     python -m benchmark e2e --device cpu --shape tiny --quick          # does it run at all?
 
@@ -12,9 +13,11 @@ merged into benchmark/results/<gpu>.json. To add a row, add it to `shapes.STEPS`
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +28,17 @@ from benchmark.measure import release, synchronize
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
 from benchmark.shapes import MODELS, STEPS, Setup
+from liger_kernel.cli.paper import LiveBytes
 
 
 def _stock(model: Any) -> Any:
     return model
 
 
-def _patched(model: Any) -> Any:
+def _patched(model: Any, **options: Any) -> Any:
     import liger_kernel
 
-    print(liger_kernel.patch(model))
+    print(liger_kernel.patch(model, **options))
     return model
 
 
@@ -42,6 +46,25 @@ def _incumbent(model: Any) -> Any:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=model)
+    return model
+
+
+def _reading(model: Any) -> Any:
+    """As a metric on the logits of every step would."""
+
+    def read(model: Any, args: Any, output: Any) -> None:
+        output.logits.argmax(-1)
+
+    _patched(model).register_forward_hook(read)
+    return model
+
+
+def _accurate(model: Any) -> Any:
+    """Accuracy without logits, in every step."""
+    accuracy = {"return_token_accuracy": True}
+    _patched(model).register_forward_pre_hook(
+        lambda model, args, kwargs: (args, {**kwargs, **accuracy}), with_kwargs=True
+    )
     return model
 
 
@@ -53,9 +76,14 @@ def _compiled(model: Any) -> Any:
 MODES: dict[str, Callable[[Any], Any]] = {
     "stock": _stock,
     "patched": _patched,
+    "patched+logits": _reading,
+    "patched+accuracy": _accurate,
     "incumbent": _incumbent,
     "base": _patched,
     "compile": _compiled,
+    "no-residual": partial(_patched, residual=False),
+    "tiled-mlp": partial(_patched, tiled_mlp=True),
+    "patched+graphs": partial(_patched, cuda_graphs=True),
     "patched+compile": lambda model: _compiled(_patched(model)),
 }
 
@@ -67,6 +95,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq", type=int)
     add("--batch", type=int)
     add("--checkpointing", action="store_true", help="gradient checkpointing")
+    add("--rank", type=int, help="of LoRA on all linears; 0: none")
     add("--ignored", type=float, default=0.0, metavar="PART", help="of the labels, as prompts are")
     add("--modes", default="stock,patched", help=f"of {','.join(MODES)}; default: %(default)s")
     add("--steps", type=int, default=10, help="measured, after --warmup; default: %(default)s")
@@ -80,18 +109,48 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(shape: str, seq: int, checkpointing: bool, device: str) -> Any:
+def build(row: Setup, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**MODELS[shape], max_position_embeddings=seq, use_cache=False)
+    given = {"attn_implementation": "sdpa", **MODELS[row.shape]}
+    attention = given.pop("attn_implementation")
+    config = AutoConfig.for_model(**given, max_position_embeddings=row.seq, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    if checkpointing:
+    if row.weights:
+        quantise(model.model, row.weights)
+    if row.rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets: Any = "all-linear"
+        if row.head:
+            linears = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+            targets = sorted({name.rpartition(".")[2] for name in linears})
+        adapters = LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=targets)
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    if row.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def quantise(body: Any, weights: str) -> None:
+    """Put layers of bitsandbytes in the place of all Linears."""
+    nn: Any = importlib.import_module("bitsandbytes.nn")
+    for path, linear in list(body.named_modules()):
+        if type(linear) is not torch.nn.Linear:
+            continue
+        sizes = linear.in_features, linear.out_features, False
+        layer = (
+            nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            if weights == "int8"
+            else nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type=weights)
+        )
+        layer.load_state_dict(linear.state_dict())
+        parent, _, name = path.rpartition(".")
+        setattr(body.get_submodule(parent), name, layer.to(linear.weight.device))
 
 
 def step(
@@ -115,8 +174,9 @@ def step(
 def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
     """One mode of one row, in this process."""
     device = args.device
-    model = MODES[mode](build(row.shape, row.seq, row.checkpointing, device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model = MODES[mode](build(row, device))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(0)
     shape, classes = (row.batch, row.seq), MODELS[row.shape]["vocab_size"]
     batches = [torch.randint(classes, shape, generator=generator, device=device) for _ in range(2)]
@@ -130,10 +190,18 @@ def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
         seconds.append(done)
         last = loss.item()
     median = statistics.median(seconds[args.warmup :])
+    if device == "cuda":  # what graphs work in is not allocated, but reserved
+        graphs = mode == "patched+graphs"
+        peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
+    else:
+        with LiveBytes(model) as live:  # counts what is made inside, and slows it
+            step(model, optimizer, tokens, tokens)
+        states = (t for state in optimizer.state.values() for t in state.values())
+        peak = live.peak + sum(t.nbytes for t in (*model.parameters(), *states))
     return {
         "tokens_per_s": row.batch * row.seq / median,
         "step_ms": 1e3 * median,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "peak_gb": peak / 1e9,
         "loss": last,
         "steps": args.warmup + args.steps,
     }
@@ -172,21 +240,22 @@ def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator
 def line(row: dict[str, Any]) -> str:
     name = (
         f"{row['shape']:20} S{row['seq']} B{row['batch']}{' ckpt' if row['checkpointing'] else ''}"
+        + (f" r{row['rank']}{'+head' * row['head']} {row['weights']}" if row["rank"] else "")
         + (f" {row['ignored']:.0%} ignored" if row["ignored"] else "")
     )
     if "error" in row:
         return f"{name:36} {row['mode']:16} {row['error']}"
-    memory = f"{row['peak_gb']:7.1f} GB" if row["peak_gb"] is not None else ""
+    memory = f"{row['peak_gb']:7.{1 if row['peak_gb'] > 1 else 3}f} GB"
     return f"{name:36} {row['mode']:16} {row['tokens_per_s']:10.0f} tokens/s {memory}  loss {row['loss']:.4f}"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    rows = [row for row in STEPS if args.shape in (None, row[0]) and args.seq in (None, row[1])]
-    if args.shape and args.seq and args.batch:
-        rows = [Setup(args.shape, args.seq, args.batch, args.checkpointing)]
-    elif args.shape and not rows:
-        rows = [Setup(args.shape, args.seq or 64, args.batch or 2, args.checkpointing)]
+    asked = {"shape": args.shape, "seq": args.seq, "rank": args.rank}
+    rows = [r for r in STEPS if all(v in (None, getattr(r, name)) for name, v in asked.items())]
+    sizes = args.seq or 64, args.batch or 2, args.checkpointing, args.rank or 0
+    if args.shape and ((args.seq and args.batch) or not rows):
+        rows = [Setup(args.shape, *sizes)]
     path = args.json or default_path(args.device)
     run = describe_run(
         args.device, warmup=args.warmup, incumbent=sources.site_version(args.peer_site)

@@ -3,11 +3,14 @@
     python -m benchmark longest                                   # 2 and 4 layers of Llama-3.1-8B, and from these 32
     python -m benchmark longest --attention hollow                # minutes less: see below
     python -m benchmark longest --seq 65536 --layers 4 --options none,plain,tiled_mlp,long_context
+    python -m benchmark longest --seq 131072,262144 --shape llama-3.1-8b --layers 32 --attention hollow
     python -m benchmark longest --device cpu --shape tiny --limit 0.1 --attention hollow   # does it run at all?
 
-For each depth a process of its own runs steps (forward, backward and optimizer; batch 1, gradient checkpointing): two
-short ones, whose peaks give the bytes of a token; then it bisects, from where these say that the memory ends, until the
-longest sequence that fits and the shortest that does not are 1 % apart. Peaks and ends are measured.
+A process builds the deepest model, and takes layers off it for the next depth. For each it runs steps (forward,
+backward and optimizer; batch 1, gradient checkpointing): two short ones, whose peaks give the bytes of a token; then it
+bisects, from where these say that the memory ends, until the longest sequence that fits and the shortest that does not
+are 1 % apart. Peaks and ends are measured. Each step is printed as it ends. After `--within` seconds no other begins:
+a depth may take its share of what is left, and a step is not begun that would take longer, as the last one tells.
 
 A deeper model is not: its peak is taken to be `a + b S`, where a and b, fitted for each depth, are linear in the depth.
 That is exact for weights, for adapters and for what checkpointing keeps of each layer.
@@ -40,7 +43,7 @@ from liger_kernel.cli.paper import LiveBytes
 #: what `--options` may name: none (stock HuggingFace), plain (patch), and options of patch
 STOCK, PLAIN = "none", "plain"
 #: the first two lengths on a GPU, of which the peaks tell the next one, and the part of a length to which it goes on
-FIRST, CLOSE = (32768, 65536), 0.01
+FIRST, CLOSE = (16384, 65536), 0.01
 MULTIPLE = 256
 
 
@@ -51,25 +54,27 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", default="2,4", help="depths that are measured; default: %(default)s")
     add("--to", type=int, default=32, metavar="LAYERS", help="the depth of the forecast")
     add("--rank", type=int, default=16, help="of LoRA on all linears; default: %(default)s")
-    add("--options", default="long_context", help="of patch, or plain, or none; with --seq several")
+    add("--options", default="long_context", help="of patch, or plain, or none")
     add("--attention", choices=("real", "hollow"), default="real")
     add("--seq", help="measure these lengths, as 65536,131072, in place of the search")
     add("--limit", type=float, metavar="GB", help="of memory; default: all there is")
+    add("--within", type=int, default=600, metavar="SECONDS", help="for all; default: %(default)s")
     add("--timeout", type=int, default=900, help="seconds for one step")
     args = parser.read(argv)
     args.layers = [int(n) for n in args.layers.split(",")]
+    args.options = args.options.split(",")
     args.seq = [int(n) for n in args.seq.split(",")] if args.seq else []
     if args.device == "cpu" and not args.limit:
         parser.error("--device cpu needs --limit: the memory of the host is no bound")
     return args
 
 
-def build(args: argparse.Namespace, layers: int, options: str) -> Any:
-    """The model with adapters, patched as `options` says."""
+def build(args: argparse.Namespace) -> Any:
+    """The model, as deep as the deepest, with adapters."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {**MODELS[args.shape], "num_hidden_layers": layers}
+    shape = {**MODELS[args.shape], "num_hidden_layers": max(args.layers)}
     config = AutoConfig.for_model(**shape, max_position_embeddings=2**20, use_cache=False)
     torch.manual_seed(0)
     with torch.device(args.device):
@@ -79,11 +84,22 @@ def build(args: argparse.Namespace, layers: int, options: str) -> Any:
     adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
     model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    if options != STOCK:
-        import liger_kernel
-
-        liger_kernel.patch(model, **({} if options == PLAIN else {options: True}))
     return model.train()
+
+
+def cut(model: Any, layers: int) -> None:
+    """Take the last layers off."""
+    body = model.get_base_model().model
+    body.layers = body.layers[:layers]
+    body.config.num_hidden_layers = layers
+
+
+def patch(model: Any, options: str) -> None:
+    import liger_kernel
+
+    liger_kernel.unpatch(model)
+    if options != STOCK:
+        liger_kernel.patch(model, **({} if options == PLAIN else {options: True}))
 
 
 def step(model: Any, optimizer: Any, seq: int, device: str) -> Row:
@@ -104,7 +120,7 @@ def step(model: Any, optimizer: Any, seq: int, device: str) -> Row:
     synchronize(device)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else counted.peak
-    return {"seq": seq, "peak_gb": peak / 1e9, "tokens_per_s": seq / seconds}
+    return {"seq": seq, "peak_gb": peak / 1e9, "tokens_per_s": seq / seconds, "seconds": seconds}
 
 
 def memory(args: argparse.Namespace) -> float:
@@ -113,42 +129,86 @@ def memory(args: argparse.Namespace) -> float:
     return min(total, args.limit * 1e9 if args.limit else total)
 
 
-def work(report: children.Report, args: argparse.Namespace, layers: int, options: str) -> None:
-    """Reports each step."""
+def work(report: children.Report, args: argparse.Namespace) -> None:
+    """Reports each step, and in between what is done."""
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        report({"note": f"{what} [{time.monotonic() - start:.0f} s]"})
+
     room = memory(args)
+    say(f"{room / 1e9:.1f} GB of memory; building {max(args.layers)} layers of {args.shape}")
     if args.device == "cuda" and args.limit:
         torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    runs = [(n, options) for n in sorted(args.layers, reverse=True) for options in args.options]
     with contextlib.ExitStack() as stack:
         if args.attention == "hollow":
-            stack.enter_context(hollow(args))
-        model = build(args, layers, options)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device == "cuda")
-        step(model, optimizer, MULTIPLE, args.device)  # compiles, and fetches workspaces
+            stack.enter_context(hollow(args, say))
+        model = build(args)
+        for i, (layers, options) in enumerate(runs):
+            cut(model, layers)
+            patch(model, options)
+            left = args.within - (time.monotonic() - start)
+            best = measure(report, args, model, (layers, options), room, left / (len(runs) - i))
+            if not args.seq:
+                say(f"{layers:3} layers {options}: longest {best:,} tokens")
 
-        def trial(seq: int) -> Row | None:
-            found: Row | None = None
-            try:
-                found = step(model, optimizer, seq, args.device)
-            except torch.OutOfMemoryError as error:
-                found = {"seq": seq, "error": said(error)}
-            optimizer.zero_grad(set_to_none=True)
-            release()
-            if found.get("peak_gb", 0) * 1e9 > room:
-                found = {"seq": seq, "error": f"over {room / 1e9:.3g} GB"}
-            report({"layers": layers, "options": options, "room_gb": room / 1e9, **found})
-            return None if "error" in found else found
 
-        for seq in args.seq:
+def measure(
+    report: children.Report,
+    args: argparse.Namespace,
+    model: Any,
+    names: tuple[int, str],
+    room: float,
+    seconds: float,
+) -> int:
+    """The longest sequence of one model, within these seconds; or the lengths of `--seq`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device == "cuda")
+    end = time.monotonic() + seconds
+    step(model, optimizer, MULTIPLE, args.device)  # compiles, and fetches workspaces
+    last: Row = {}
+
+    def trial(seq: int) -> Row | None:
+        nonlocal last
+        found: Row | None = None
+        if last and time.monotonic() + last["seconds"] * (seq / last["seq"]) > end:
+            raise OutOfTime
+        try:
+            last = found = step(model, optimizer, seq, args.device)
+        except torch.OutOfMemoryError as error:
+            found = {"seq": seq, "error": said(error)}
+        optimizer.zero_grad(set_to_none=True)
+        release()
+        if found.get("peak_gb", 0) * 1e9 > room:
+            found = {"seq": seq, "error": f"over {room / 1e9:.3g} GB"}
+        report({"layers": names[0], "options": names[1], "room_gb": room / 1e9, **found})
+        return None if "error" in found else found
+
+    if not args.seq:
+        return search(trial, room, [n if args.device == "cuda" else n // 128 for n in FIRST])
+    for seq in args.seq:
+        with contextlib.suppress(OutOfTime):
             if trial(seq) is not None and args.attention == "real":
                 trial(seq)  # once more with the host memory there, for the time
-        if not args.seq:
-            search(trial, room, [n if args.device == "cuda" else n // 128 for n in FIRST])
+    return 0
+
+
+class OutOfTime(Exception):
+    """The next step would end too late."""
 
 
 def search(trial: Callable[[int], Row | None], room: float, first: list[int]) -> int:
-    """The longest sequence that fits, or 0."""
+    """The longest sequence that fits, or 0; when time is up, the longest that did."""
     fits: dict[int, float] = {}
+    with contextlib.suppress(OutOfTime):
+        return _search(trial, room, first, fits)
+    return max(fits, default=0)
+
+
+def _search(
+    trial: Callable[[int], Row | None], room: float, first: list[int], fits: dict[int, float]
+) -> int:
     fails = 0
     for seq in first:
         found = trial(seq)
@@ -269,14 +329,14 @@ def scratch(args: argparse.Namespace, tokens: int = 8192) -> tuple[float, float]
 
 
 @contextlib.contextmanager
-def hollow(args: argparse.Namespace) -> Iterator[None]:
+def hollow(args: argparse.Namespace, say: Callable[[str], None]) -> Iterator[None]:
     extra = scratch(args)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *others: Any, **options: Any) -> Tensor:
         out: Tensor = _Hollow.apply(extra, q, k, v)
         return out
 
-    print("attention takes", *(f"{part:.0f}" for part in extra), "bytes a token beside its results")
+    say("attention takes {:.0f} and {:.0f} bytes a token beside its results".format(*extra))
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", attention):
         yield
 
@@ -291,20 +351,17 @@ def told(row: Row) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # no gaps
-    for options in args.options.split(","):
-        rows: list[Row] = []
-        for layers in args.layers:
-            try:
-                for row in children.rows(work, args, layers, options, seconds=args.timeout):
-                    rows.append(row)
-                    print(told(row), flush=True)
-            except children.ChildError as error:
-                print(f"{layers} layers {options}: {error}")
-                return 1
-            fitting = [r["seq"] for r in rows if r["layers"] == layers and "error" not in r]
-            if not args.seq:
-                best = max(fitting, default=0)
-                print(f"{layers:3} layers {options}: longest {best:,} tokens", flush=True)
+    rows: list[Row] = []
+    print("starting a process ...", flush=True)
+    try:
+        for row in children.rows(work, args, seconds=args.timeout):
+            rows += [] if "note" in row else [row]
+            print(row.get("note") or told(row), flush=True)
+    except children.ChildError as error:
+        print(error)
+        return 1
+    for options in args.options:
         if not args.seq and len(args.layers) > 1:
-            print(forecast(rows, args.to, MODELS[args.shape]["hidden_size"]))
+            of = [row for row in rows if row["options"] == options]
+            print(options, forecast(of, args.to, MODELS[args.shape]["hidden_size"]))
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmark import sources
+from benchmark import shapes, sources
 from benchmark.options import Parser
 from benchmark.results import Row, load
 from benchmark.tables import LOSS_HEAD, STEP_NAMES, model_name
@@ -208,7 +208,7 @@ def place(content: dict[str, Any], rows: list[Row]) -> str:
 def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool = False) -> Bars:
     """Tokens per second, or the peak memory, of a training step."""
     found = {r["mode"]: r for r in content["e2e"]
-             if (r["shape"], r["seq"], r["batch"]) == (shape, seq, batch)}  # fmt: skip
+             if (r["shape"], r["seq"], r["batch"], r["rank"]) == (shape, seq, batch, 0)}  # fmt: skip
     rows = [found[mode] for mode in STEP_NAMES]
     key = "peak_gb" if memory else "tokens_per_s"
     values = {NAMES[row["mode"]]: row[key] for row in rows}
@@ -216,7 +216,7 @@ def step(content: dict[str, Any], shape: str, seq: int, batch: int, memory: bool
     gain = (
         f"{ours:.0f} GB instead of {stock:.0f}"
         if memory
-        else f"{ours / stock:.1f} times the speed of HuggingFace"
+        else f"{ours / stock:.1f} times HuggingFace's speed"
     )
     title = f"{model_name(shape)}{'' if seq < 16384 else f', {thousands(seq)} tokens'}: {gain}"
     caption = (
@@ -284,7 +284,9 @@ def against_classes(content: dict[str, Any], value: str) -> Lines:
 
 
 def loss(content: dict[str, Any], name: str) -> Bars:
-    found = {row["mode"]: row for row in content["chunked"] if row["loss"] == name}
+    case = next(iter(shapes.LOSSES))
+    of_case = (row for row in content["chunked"] if (row["loss"], row["case"]) == (name, case))
+    found = {row["mode"]: row for row in of_case}
     rows = [found[mode] for mode in ("eager", "incumbent", "ours")]
     values = {NAMES[row["mode"]]: row["ms"] for row in rows}
     best = min(value for other, value in values.items() if other != OURS)

@@ -36,11 +36,14 @@ class Provider:
     distribution: str | None = None
 
 
-def _from(table: Table) -> Callable[[OpSpec, OpCase], Function | None]:
+def _from(
+    table: Table, other: Callable[[str, Options], Function | None] = lambda name, options: None
+) -> Callable[[OpSpec, OpCase], Function | None]:
+    """`other` binds the ops that are not in the table."""
+
     def bind(spec: OpSpec, case: OpCase) -> Function | None:
-        adapter = table.get(spec.name)
-        options = {name: value for name, value in case.options.items() if name not in HOW}
-        return None if adapter is None else adapter(options)
+        adapter = table.get(spec.name, partial(other, spec.name))
+        return adapter({name: value for name, value in case.options.items() if name not in HOW})
 
     return bind
 
@@ -156,20 +159,13 @@ def _liger(name: str) -> Function:
     return function
 
 
-def _liger_norm(name: str) -> Callable[[Options], Function]:
-    def adapter(o: Options) -> Function:
-        function = _liger(name)
-        return lambda *tensors: function(*tensors, o["eps"], o["offset"], o["casting_mode"])
-
-    return adapter
-
-
-def _liger_with_eps(name: str) -> Callable[[Options], Function]:
-    def adapter(o: Options) -> Function:
-        function = _liger(name)
-        return lambda x, weight, bias: function(x, weight, bias, o["eps"])
-
-    return adapter
+def _liger_alike(name: str, o: Options) -> Function | None:
+    """Of an op that has our arguments there: the tensors, and the options by name. None where it has none."""
+    try:
+        function = _liger(f"liger_{name}")
+    except AttributeError:
+        return None
+    return lambda *tensors: function(*tensors, **o)
 
 
 def _liger_group_norm(o: Options) -> Function:
@@ -230,23 +226,10 @@ def _liger_moe(o: Options) -> Function | None:
     return lambda x, w1, w2, index, weights, *biases: apply(x, w1, w2, index.int(), weights)
 
 
-def _liger_sparsemax(o: Options) -> Function:
-    function = _liger("liger_sparsemax")
-    return lambda x: function(x, o["dim"])
-
-
 def _liger_loss(name: str) -> Callable[[Options], Function]:
     def adapter(o: Options) -> Function:
         function = _liger(name)
         return lambda *tensors: _loss_tuple(function(*tensors, **o))
-
-    return adapter
-
-
-def _liger_divergence(name: str) -> Callable[[Options], Function]:
-    def adapter(o: Options) -> Function:
-        function = _liger(name)
-        return lambda *tensors: function(*tensors, **o)
 
     return adapter
 
@@ -290,32 +273,17 @@ def _liger_mhc_mix(o: Options) -> Function:
     return function
 
 
+#: ops with other arguments there, or another result
 LIGER: Table = {
     "attn_res": _liger_attn_res,
     "mhc_mix": _liger_mhc_mix,
-    "rms_norm": _liger_norm("liger_rms_norm"),
-    "fused_add_rms_norm": _liger_norm("liger_fused_add_rms_norm"),
-    "modulated_rms_norm": _liger_norm("liger_modulated_rms_norm"),
-    "layer_norm": _liger_with_eps("liger_layer_norm"),
     "glu": _liger_glu,
-    "relu_squared": lambda o: _liger("liger_relu_squared"),
     "rope": _liger_rope,
     "qk_norm_rope": _liger_qk_norm_rope,
-    "softmax": lambda o: _liger("liger_softmax"),
-    "sparsemax": _liger_sparsemax,
-    "dyt": lambda o: _liger("liger_dyt"),
     "fused_moe": _liger_moe,
     "group_norm": _liger_group_norm,
-    "poly_norm": _liger_with_eps("liger_poly_norm"),
-    "fused_neighborhood_attention": _liger_divergence("liger_fused_neighborhood_attention"),
-    "multi_token_attention": _liger_divergence("liger_multi_token_attention"),
     "cross_entropy": _liger_loss("liger_cross_entropy"),
-    "jsd": _liger_divergence("liger_jsd"),
-    "kl_div": _liger_divergence("liger_kl_div"),
-    "tvd": _liger_divergence("liger_tvd"),
     "fused_ce_tvd": _liger_ce_tvd,
-    "fused_linear_jsd": _liger_divergence("liger_fused_linear_jsd"),
-    "fused_linear_kl_div": _liger_divergence("liger_fused_linear_kl_div"),
     "fused_linear_cross_entropy": _liger_loss("liger_fused_linear_cross_entropy"),
     "linear_logprobs": _liger_linear_logprobs,
 }
@@ -413,7 +381,9 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "torch": Provider("PyTorch's own fused form", _from(TORCH)),
     "compile": Provider("torch.compile(eager, dynamic=False)", _compiled),
-    "liger": Provider("liger-kernel from PyPI", _from(LIGER), "liger_kernel", "liger-kernel"),
+    "liger": Provider(
+        "liger-kernel from PyPI", _from(LIGER, _liger_alike), "liger_kernel", "liger-kernel"
+    ),
     "cce": Provider(
         "Apple's cut cross entropy", _from(CCE), "cut_cross_entropy", "cut-cross-entropy"
     ),

@@ -5,6 +5,7 @@ One more size is one more line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -37,18 +38,37 @@ MODELS = {
     "llama-3-8b-4-layers": _model(
         "llama", 128256, 4096, 14336, 4, 32, 8, tie_word_embeddings=False
     ),
+    "llama-3.1-8b": _model("llama", 128256, 4096, 14336, 32, 32, 8, tie_word_embeddings=False),
     "qwen3-0.6b": _model("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128),
+    "qwen3-30b-a3b-6-layers": _model(
+        "qwen3_moe", 151936, 2048, 6144, 6, 32, 4, head_dim=128, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    ),
+    "gpt-oss-20b-4-layers": _model(
+        "gpt_oss", 201088, 2880, 2880, 4, 64, 8, head_dim=64, num_local_experts=32,
+        num_experts_per_tok=4, attn_implementation="eager",  # its sinks; no other comes with torch
+    ),
+    "mixtral-8x7b-2-layers": _model(
+        "mixtral", 32000, 4096, 14336, 2, 32, 8, num_local_experts=8, num_experts_per_tok=2
+    ),
     "tiny": _model("llama", 32000, 256, 688, 4, 4, 2),
-}
+}  # fmt: skip
 
 
 class Setup(NamedTuple):
-    """A training step: a row of `python -m benchmark e2e`."""
+    """A training step: a row of `python -m benchmark e2e`.
+
+    rank: of LoRA on all linears; 0: everything is trained. head: LoRA is on the head as well. weights: "nf4" or "int8",
+    as bitsandbytes keeps the frozen ones; "": in bf16.
+    """
 
     shape: str
     seq: int
     batch: int
     checkpointing: bool = False
+    rank: int = 0
+    head: bool = False
+    weights: str = ""
 
 
 STEPS = (
@@ -58,13 +78,39 @@ STEPS = (
     Setup("llama-3-8b-4-layers", 4096, 4),
     Setup("qwen3-0.6b", 2048, 8),
     Setup("qwen3-0.6b", 512, 4),
+    Setup("qwen3-30b-a3b-6-layers", 4096, 2),
+    Setup("gpt-oss-20b-4-layers", 1024, 8),
+    Setup("mixtral-8x7b-2-layers", 4096, 2),
+    Setup("llama-3.1-8b", 4096, 2, rank=16),
+    Setup("llama-3.1-8b", 512, 4, rank=16),
+    Setup("qwen3-0.6b", 512, 4, rank=16),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, head=True),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, weights="nf4"),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, weights="int8"),
 )
 
-#: name -> sequences, tokens of each, hidden size, classes, of `python -m benchmark losses`
+
+class LossShape(NamedTuple):
+    """A batch of `python -m benchmark losses`."""
+
+    batch: int  # sequences
+    length: int  # tokens of each
+    hidden: int
+    classes: int
+    ignored: float = 0.0  # the share of each sequence that is its prompt
+
+    @property
+    def product(self) -> int:
+        """Multiplications of a matrix product that leaves nothing out."""
+        return math.prod(self[:4])
+
+
 LOSSES = {
-    "8x1024x4096x128256": (8, 1024, 4096, 128256),
-    "8x1024x4096x151936": (8, 1024, 4096, 151936),
-    "tiny": (4, 8, 16, 64),
+    "8x1024x4096x128256": LossShape(8, 1024, 4096, 128256),
+    "8x1024x4096x128256-half-ignored": LossShape(8, 1024, 4096, 128256, ignored=0.5),
+    "8x1024x4096x151936": LossShape(8, 1024, 4096, 151936),
+    "2x32768x4096x128256": LossShape(2, 32768, 4096, 128256),
+    "tiny": LossShape(4, 8, 16, 64),
 }
 
 
@@ -124,7 +170,8 @@ def _pair(logs: bool) -> Callable[[Make], tuple[Tensor, ...]]:
     return lambda make: tuple(form(make.randn(128, 32000), -1) for _ in range(2))
 
 
-#: op -> name of the size and its inputs, of `python -m benchmark cpu`: megabytes, so that a call takes milliseconds
+#: op -> name of the size and its inputs, of `python -m benchmark cpu`: megabytes, so that a call takes milliseconds.
+#: Not `scale_gradients`, which writes in place: a call that leaves its inputs alone would measure their copies.
 ON_CPU: dict[str, tuple[str, Inputs]] = {
     "rms_norm": ("1024x2048", lambda m: (m.randn(1024, 2048), m.randn(2048))),
     "fused_add_rms_norm": (
@@ -171,6 +218,107 @@ ON_CPU: dict[str, tuple[str, Inputs]] = {
         lambda m: (
             *(m.randn(512, 256), m.randn(16000, 256, scale=1 / 16), m.labels(512, 16000)),
             *(None, None),
+        ),
+    ),
+    "fused_linear_jsd": (
+        "256x256x16000",
+        lambda m: (
+            *(t for _ in "st" for t in (m.randn(256, 256), m.randn(16000, 256, scale=1 / 16))),
+            None,
+        ),
+    ),
+    "fused_linear_kl_div": (
+        "256x256x16000",
+        lambda m: (
+            *(m.randn(256, 256), m.randn(16000, 256, scale=1 / 16)),
+            *(torch.softmax(m.randn(256, 16000), -1), None),
+        ),
+    ),
+    "fused_ce_tvd": ("128x32000", lambda m: (*_pair(False)(m), m.labels(128, 32000))),
+    "grpo_loss": (
+        "256x32000",
+        lambda m: (
+            *(m.randn(256, 32000), m.labels(256, 32000)),
+            *(m.randn(256, shift=-10).float(), m.randn(256, shift=-10).float()),
+            *(m.randn(256).float(), None, None),
+        ),
+    ),
+    "vocab_parallel_cross_entropy": (
+        "256x32000",
+        lambda m: (m.randn(256, 32000), m.labels(256, 32000)),
+    ),
+    "vocab_parallel_logprobs": (
+        "256x32000",
+        lambda m: (m.randn(256, 32000), m.labels(256, 32000), None),
+    ),
+    "qk_norm_rope": (
+        "2x256, 16+4 heads of 64",
+        lambda m: (
+            *(m.randn(2, 256, n, 64).transpose(1, 2) for n in (16, 4)),
+            *(m.randn(64), m.randn(64), m.randn(1, 256, 64), m.randn(1, 256, 64)),
+        ),
+    ),
+    "tiled_mlp": (
+        "2048x256x704",
+        lambda m: (m.randn(2048, 256), *(m.randn(704, 256) for _ in "gu"), m.randn(256, 704)),
+    ),
+    "lora_linear": (
+        "512x512x1408, rank 16",
+        lambda m: (
+            *(m.randn(512, 512), m.randn(1408, 512), None),
+            *(m.randn(16, 512), m.randn(1408, 16)),
+        ),
+    ),
+    "fused_moe": (
+        "512x256, 2 of 16 experts of 256",
+        lambda m: (
+            *(m.randn(512, 256), m.randn(16, 512, 256), m.randn(16, 256, 256)),
+            *(m.integers(16, 512, 2), m.randn(512, 2), *(None,) * 6),
+        ),
+    ),
+    "moe_router": ("4096x128", lambda m: (m.randn(4096, 128), None)),
+    "short_conv": ("2x512x1024", lambda m: (m.randn(2, 512, 3072), m.randn(1024, 3), None)),
+    "attn_res": (
+        "8x512x1024",
+        lambda m: (m.randn(8, 512, 1024), m.randn(1024), m.randn(1024)),
+    ),
+    "mhc_mix": (
+        "1024x4x512",
+        lambda m: (
+            *(m.randn(1024, 4, 512), m.randn(1024, 4, 4)),
+            *(m.randn(1024, 512), m.randn(1024, 4)),
+        ),
+    ),
+    "mhc_project": ("1024x2048x24", lambda m: (m.randn(1024, 2048), m.randn(2048, 24))),
+    "mhc_sinkhorn": (
+        "2048x24",
+        lambda m: (m.randn(2048, 24), m.randn(24), m.randn(), m.randn(1), m.randn()),
+    ),
+    "multi_token_attention": (
+        "8x256x256",
+        lambda m: (m.randn(1, 8, 256, 256), m.randn(8, 8, 3, 3, scale=1 / 8), m.randn(8)),
+    ),
+    "fused_neighborhood_attention": (
+        "8 heads of 64, 512 tokens",
+        lambda m: tuple(m.randn(1, 8, 512, 64) for _ in "qkv"),
+    ),
+    "mm_int8int2": (
+        "256x512x512",
+        lambda m: (
+            (m.integers(256, 256, 512) - 128).to(torch.int8),
+            m.integers(256, 128, 512).to(torch.uint8),
+        ),
+    ),
+    "dequantize_4bit": (
+        "4096x4096",
+        lambda m: (
+            *(m.integers(256, 2**23).to(torch.uint8), m.randn(16)),
+            *(
+                m.integers(256, 2**18).to(torch.uint8),
+                m.randn(256),
+                m.randn(2**10).abs(),
+                m.randn(),
+            ),
         ),
     ),
 }

@@ -16,8 +16,6 @@ PARAMETERS = {
     "all modules alike.",
     r"liger_kernel\.transformers\.model\.\w+\.Liger\w+OutputWithPast": "The fields are those of the installed "
     "transformers, which calls `past_key_values` `cache` since 5.24.",
-    r".*\.LigerFusedLinearPPOBase": "The policy losses share one loss head instead of a base class; what others call "
-    "of the base is there.",
 }
 
 #: pattern for "module.name" -> why it is not there

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark import e2e, host, losses, measure, providers, results, shapes, tables, workload
+from benchmark import (
+    e2e,
+    host,
+    losses,
+    measure,
+    providers,
+    results,
+    shapes,
+    sharded,
+    tables,
+    trl_head,
+    workload,
+)
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
@@ -205,27 +217,30 @@ def test_no_graph_is_captured_that_could_run_out_of_memory(monkeypatch: pytest.M
         measure._check_room(20_001)
 
 
-@pytest.mark.parametrize("name", ["TORCH", "LIGER"])
-def test_adapters_compute_the_op(name: str) -> None:
-    """The incumbent's functions have the names and signatures of ours, so ours stand in for them."""
-    pytest.importorskip("liger_kernel.transformers.functional")
-    table = getattr(providers, name)
-    assert set(table) <= set(SPECS)
-    for op, adapter in table.items():
-        bound = 0
-        for case in SPECS[op].cases[:4]:
-            function = adapter(case.options)
+def bound_and_right(provider: str) -> set[str]:
+    """The ops of which it computes one of the first cases, all of them right."""
+    found = set()
+    for op, spec in SPECS.items():
+        for case in spec.cases[:4]:
+            function = providers.PROVIDERS[provider].bind(spec, case)
             if function is not None:
-                work = workload.Workload(SPECS[op], case, torch.float32, "cpu")
+                work = workload.Workload(spec, case, torch.float32, "cpu")
                 work.check(function, exact_dtype=False)
-                bound += 1
-        assert bound or (op == "fused_linear_cross_entropy" and name == "TORCH"), f"no case of {op}"
+                found.add(op)
+    return found
+
+
+def test_adapters_of_torch_compute_the_op() -> None:
+    assert {*providers.TORCH} - bound_and_right("torch") <= {"fused_linear_cross_entropy"}
 
 
 def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
-    """Not beside it: its gated MLP runs on a few GPUs only, its tiled one takes a module, its GRPO one advantage for a
+    """The incumbent's functions have the names and signatures of ours, so ours stand in for them.
+
+    Not beside it: its gated MLP runs on a few GPUs only, its tiled one takes a module, its GRPO one advantage for a
     sequence, whose logits have a row that nobody reads; shards need several processes; the others are no functions
     of its own. Nor are ops for which `OPS` has no name of it."""
+    pytest.importorskip("liger_kernel.transformers.functional")
     apart = {
         "gated_mlp",
         "grpo_loss",
@@ -236,7 +251,9 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
         "vocab_parallel_logprobs",
     }
     named = {op for op, names in SERVED.items() if names}
-    assert named & set(SPECS) - set(providers.LIGER) == apart
+    bound = bound_and_right("liger")
+    assert {*providers.LIGER} <= bound
+    assert named & set(SPECS) - bound == apart
 
 
 def test_results_of_a_cpu_are_not_committed() -> None:
@@ -311,7 +328,7 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     setups = [
         shapes.Setup("tiny", 16, 2),
         shapes.Setup("no-such-shape", 16, 2),
-        shapes.Setup("tiny", 8, 1),
+        shapes.Setup("tiny", 8, 1, rank=4, head=True),
     ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
@@ -321,6 +338,26 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     ]
     assert "no-such-shape" in rows[1]["error"]
     assert rows[0]["tokens_per_s"] > 0
+
+
+def test_a_rank_reports_its_step_or_its_error() -> None:
+    options = "--device cpu --shape tiny --ranks 1 --seq 8 --batch 1 --steps 1 --warmup 0"
+    args = sharded.arguments(options.split())
+    row = sharded.measured(args, "ddp", "stock")
+    assert row["tokens_per_s"] == pytest.approx(8e3 / row["step_ms"])
+    args.shape = "no-such-shape"
+    assert "no-such-shape" in sharded.measured(args, "ddp", "stock")["error"]
+
+
+def test_what_reads_the_logits_leaves_the_output() -> None:
+    found = {}
+    for mode in ("patched", "patched+accuracy", "patched+logits"):
+        model = e2e.MODES[mode](e2e.build("tiny", 8, False, "cpu"))
+        output = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+        found[mode] = output.loss.item()
+        if mode == "patched+accuracy":
+            assert output.token_accuracy is not None
+    assert len(set(found.values())) == 1
 
 
 def test_a_row_that_takes_too_long_ends_its_process() -> None:
@@ -336,7 +373,7 @@ def test_the_shapes_are_the_models_they_are_named_after() -> None:
     pytest.importorskip("transformers")
     assert {shape for shape, *_ in shapes.STEPS} | set(shapes.DEMO) <= set(shapes.MODELS)
     for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
-        model = e2e.build(shape, 64, False, "meta")
+        model = e2e.build(shapes.Setup(shape, 64, 1), "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -354,14 +391,17 @@ def test_host_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         host.main(["no_such_op", "--device", "cpu"])
 
 
+SOME_LOSSES = ("dpo", "policy-entropy")
+
+
 def test_losses_on_log_probabilities_are_measured_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path)]
+    command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--losses", *SOME_LOSSES]
     assert losses.main([*command, "--base", str(ROOT)]) == 0
     content = json.loads(path.read_text())
     found = {(row["loss"], row["mode"]): row for row in content["chunked"]}
     assert set(found) == {
-        (loss, mode) for loss in losses.LOSSES for mode in ("ours", "eager", "base")
+        (loss, mode) for loss in SOME_LOSSES for mode in ("ours", "eager", "base")
     }
     assert all(row["ms"] > 0 for row in found.values())
     assert not any("package" in row for row in found.values())
@@ -384,11 +424,33 @@ def test_the_incumbent_of_the_losses_is_the_one_under_its_site(tmp_path: Path) -
     )
     path = tmp_path / "results.json"
     command = ["--device", "cpu", "--shape", "tiny", "--json", str(path), "--modes", "incumbent"]
+    command += ["--losses", "dpo", "grpo"]
     assert losses.main([*command, "--peer-site", str(tmp_path / "site")]) == 1
     found = {row["loss"]: row for row in json.loads(path.read_text())["chunked"]}
     assert found["dpo"]["compared"].startswith("worse: loss: error is")
     assert found["dpo"]["ms"] > 0
     assert "LigerFusedLinearGRPOLoss" in found["grpo"]["error"]
+
+
+def test_steps_by_the_fused_head_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    command = ["--device", "cpu", "--shape", "tiny", "--steps", "grpo", "--json", str(path)]
+    try:
+        assert trl_head.main(command) == 0
+    except SystemExit:
+        assert "TRL 1.16" in capsys.readouterr().err
+        pytest.skip("no TRL with a fused head")
+    found = {row["mode"]: row for row in json.loads(path.read_text())["chunked"]}
+    assert set(found) == {"trl", "ours"}
+    assert 0 <= found["ours"]["difference"] < trl_head.AGREE
+    table = tables.chunked_table(json.loads(path.read_text()))
+    assert "| grpo-step tiny | " in table
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_is_compared_with_a_formula_of_its_own(name: str) -> None:
+    loss = losses.LOSSES[name]
+    assert losses.wrong(loss, loss.fused(), "cpu") is None
 
 
 def test_a_wrong_loss_is_found() -> None:

@@ -6,6 +6,9 @@ Every op takes tensors of any strides on any device, is differentiable, and neve
 `liger_kernel.transformers.functional` has the same ops under the names and argument orders of the incumbent.
 """
 
+from importlib import import_module
+from typing import Any
+
 from torch import Tensor
 
 from liger_kernel._core.lazy import compat_names
@@ -14,6 +17,7 @@ from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
 from liger_kernel.loss_head.fused_linear_kl_div import fused_linear_kl_div
 from liger_kernel.loss_head.label_count import LabelCount
 from liger_kernel.loss_head.linear_logprobs import linear_logprobs, linear_logprobs_loss
+from liger_kernel.ops import OPS as _OPS
 from liger_kernel.ops.attn_res import attn_res
 from liger_kernel.ops.cross_entropy import cross_entropy
 from liger_kernel.ops.dequantize_4bit import dequantize_4bit
@@ -118,6 +122,13 @@ def geglu(a: Tensor, b: Tensor) -> Tensor:
     return glu(a, b, "gelu_tanh")
 
 
-__getattr__ = compat_names(
+_of_the_incumbent = compat_names(
     __name__, ("declare_op_locations", "dispatch"), "liger_kernel.compat.dispatch"
 )
+
+
+def __getattr__(name: str) -> Any:
+    """An op that is not imported above."""
+    if name in _OPS:
+        return getattr(import_module(f"liger_kernel.ops.{name}"), name)
+    return _of_the_incumbent(name)

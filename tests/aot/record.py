@@ -50,6 +50,19 @@ def pretend(vendor: str) -> None:
     torch.version.cuda, torch.version.hip = ("12.8", None) if vendor == "nvidia" else (None, "6.4")
 
 
+def _without_numbers(product: Any) -> Any:
+    """`product` of meta tensors, for which torch before 2.13 has no `out_dtype`."""
+
+    @functools.wraps(product)
+    def shaped(*args: Any, out: Any = None, out_dtype: Any = None, **kwargs: Any) -> Any:
+        if out is None:
+            out = product(*args, **kwargs)
+            out = out if out_dtype is None else out.to(out_dtype)
+        return out
+
+    return shaped
+
+
 def install(target: Target) -> None:
     """Let `target` be the device of meta tensors."""
     from liger_kernel import backends
@@ -57,6 +70,8 @@ def install(target: Target) -> None:
     from liger_kernel.backends.records import Backend, Implementation
 
     kernels.starts_on_meta = True
+    for name in ("mm", "addmm"):
+        setattr(torch, name, _without_numbers(getattr(torch, name)))
     facts = target.facts()
     everywhere = Implementation("triton", lambda device_type: None)
     backends.register(Backend("pretended", (DEVICE,), lambda _: facts, implementation=everywhere))

@@ -52,7 +52,7 @@ class Target:
             )
         else:
             facts = amd.described(str(self.arch), self.processors, self.warp_size)
-        return replace(facts, streams=None, guard=no_guard)
+        return replace(facts, streams=None, graphs=None, guard=no_guard)
 
 
 TARGETS = {

@@ -150,7 +150,7 @@ def test_a_request_for_another_device_is_refused() -> None:
         kernels_of("rms_norm", torch.empty(1, device="meta"))
     with (
         pytest.raises(
-            RuntimeError, match=r"Unknown LIGER_KERNEL_IMPL='no'; known: dummy, npu, ref"
+            RuntimeError, match=r"Unknown LIGER_KERNEL_IMPL='no'; known: dummy, inductor, npu, ref"
         ),
         backends.use_implementation("no"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,12 @@ from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPr
 from liger_kernel.chunked_loss.fused_linear_unpaired_preference import (
     LigerFusedLinearUnpairedPreferenceBase,
 )
+from liger_kernel.chunked_loss.grpo_loss import (
+    LigerFusedLinearGRPOFunction,
+    LigerFusedLinearGRPOLoss,
+)
 from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction, LigerFusedLinearKTOLoss
+from liger_kernel.testing import assert_no_worse
 from tests.chunked_loss.full_logits import (
     DTYPES,
     IGNORED,
@@ -286,9 +292,131 @@ def test_a_policy_loss(bias: bool) -> None:
     compare(ours, reference, draw_sequences(torch.float32, reference=False, bias=bias))
 
 
-def test_a_policy_loss_without_a_forward() -> None:
-    with pytest.raises(NotImplementedError, match="LigerFusedLinearGRPOLoss"):
-        LigerFusedLinearPPOBase.apply(torch.ones(1))
+class Derived(LigerFusedLinearPPOBase):
+    """By its formula alone; each sequence reports how many tokens of it count, and the sum of both."""
+
+    @staticmethod
+    def ppo_loss_fn(
+        logps: Any,
+        mask: Any,
+        advantages: Any,
+        full_mask: Any,
+        *,
+        num_items_in_batch: Any,
+        **options: Any,
+    ) -> Any:
+        assert logps.shape[0] <= 2
+        loss, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(
+            *(logps, mask, advantages, full_mask), num_items_in_batch=num_items_in_batch, **options
+        )
+        return loss, [mask.sum(1), mask.sum()]
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> Any:
+        *args, options = args
+        return super().forward(cls, ctx, *args, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *LigerFusedLinearPPOBase.backward(ctx, *grads), *[None] * 6
+
+
+@pytest.mark.parametrize("options", [
+    {"loss_type": "grpo", "chunk_size": 2},
+    {"beta": 0.2, "delta": 1.5, "use_ref_model": True, "importance_sampling_level": "sequence"},
+    {"loss_type": "vespo", "beta": 0.0, "num_items_in_batch": 7},
+], ids=lambda o: o.get("loss_type", "gspo"))  # fmt: skip
+def test_a_policy_loss_without_a_loop(options: dict[str, Any]) -> None:
+    """The formula of GRPO by the base gives what our own module gives."""
+    i = draw_sequences(torch.float32)(0)
+    mask = (i["target"] != IGNORED).long()
+    n, length = mask.shape
+    ids = i["target"].clamp(min=0)
+    advantages, old = torch.arange(n) - 1.0, torch.full((n, length), -3.0)
+    ref = i["ref_hidden"], i["ref_weight"], i["ref_bias"]
+    given = [i[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+
+    def by_base(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        loss, metrics = Derived.apply(
+            *(hidden, weight, ids, mask, advantages, bias, None, old, *ref),
+            {"temperature": 1.3, **options},
+        )
+        assert torch.equal(metrics[0], mask.sum(1))
+        assert metrics[1] == mask.sum()
+        return loss
+
+    def own(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        items = options.get("num_items_in_batch")
+        kept = {
+            k: v for k, v in options.items() if k not in ("num_items_in_batch", "use_ref_model")
+        }
+        module = LigerFusedLinearGRPOLoss(
+            temperature=1.3, **{"beta": 0.04, "use_ref_model": "use_ref_model" in options, **kept}
+        )
+        tensors = hidden, weight, ids, mask, advantages, bias, None, old
+        return module(*tensors, *ref, None, items)[0]
+
+    for find in (by_base, own):
+        loss = find(*given)
+        found = loss, *torch.autograd.grad(loss, given)
+        if find is by_base:
+            mine = found
+    for name, a, b in zip(("loss", "dX", "dW", "db"), mine, found, strict=True):
+        assert_no_worse(name, a, b.double(), b)
+
+
+def test_what_a_policy_loss_must_be_given() -> None:
+    i = draw_sequences(torch.float32, reference=False)(0)
+    ids, mask = i["target"].clamp(min=0), torch.ones_like(i["target"])
+    given = (
+        i["hidden"],
+        i["weight"],
+        ids,
+        mask,
+        torch.ones(len(ids)),
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+    with pytest.raises(ValueError, match="max_completion_length must be provided"):
+        Derived.apply(*given, {"loss_type": "dr_grpo"})
+    with pytest.raises(ValueError, match="neither ref_per_token_logps nor ref_input"):
+        Derived.apply(*given, {"use_ref_model": True})
+    with pytest.raises(ValueError, match="chunk_size"):
+        Derived.apply(*given, {"chunk_size": 0})
+    with pytest.raises(ValueError, match="vllm_is_ratio has shape"):
+        Derived.apply(*given, {"vllm_is_ratio": torch.ones(len(ids) + 1)})
+    with pytest.raises(NotImplementedError, match="ppo_loss_fn"):
+        LigerFusedLinearPPOBase.ppo_loss_fn(*given[:4])
+
+
+def test_a_loss_of_ours_has_no_steps_to_replace() -> None:
+    """A subclass that redefines one would get the old numbers; AgileRL asks a forward for its parameters."""
+    for base, step in (
+        (LigerFusedLinearGRPOFunction, "ppo_loss_fn"),
+        (LigerFusedLinearDPOFunction, "preference_loss_fn"),
+        (LigerFusedLinearKTOFunction, "forward"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"defines {step}, which {base.__name__} would not call"
+        ):
+            type("Derived", (base,), {step: staticmethod(lambda *given: None)})
+    parameters = inspect.signature(LigerFusedLinearGRPOFunction.forward).parameters
+    assert list(parameters)[:3] == ["ctx", "_input", "weight"]
+    assert parameters["vllm_is_ratio"].default is None
+    i = draw_sequences(torch.float32)(0)
+    loss = LigerFusedLinearKTOFunction.forward(
+        None,
+        i["hidden"],
+        i["weight"],
+        i["target"],
+        torch.ones(len(i["target"])),
+        use_ref_model=False,
+    )[0]
+    assert loss.isfinite()
 
 
 def test_transforms_are_refused() -> None:

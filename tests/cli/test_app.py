@@ -75,6 +75,8 @@ def test_bad_arguments_are_one_line_and_status_2(run: Run, both: str, argv: list
     assert done.err.startswith("liger_kernel: ")
     assert done.err.count("\n") == 1
     assert "--help" in done.err
+    if argv[0] in app.COMMANDS:
+        assert f"liger_kernel {argv[0]} --help" in done.err
 
 
 @pytest.mark.parametrize("command", app.COMMANDS.values(), ids=list(app.COMMANDS))

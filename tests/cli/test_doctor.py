@@ -329,6 +329,30 @@ def test_a_wrapped_model_is_well(model: Any, wrap: str) -> None:
     torch._dynamo.reset()
 
 
+def test_a_kernel_whose_offsets_overflow(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    launched: list[Any] = []
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **kwargs: launched.append(args))
+
+    def narrow(x, width):  # type: ignore[no-untyped-def]
+        return x + 3 * width
+
+    def wide(x, width):  # type: ignore[no-untyped-def]
+        return x + 3 * width.to("int64")
+
+    small, large = (torch.empty(2, n, dtype=torch.int8, device="meta") for n in (4, 2**30 + 8))
+
+    def launching(kernel: Any, x: torch.Tensor) -> Callable[[], Any]:
+        launch = jit.JITFunction(kernel)
+        return lambda: (step(model)(), launch[(1,)](x, 4))
+
+    text = fault(doctor(model, launching(narrow, large)))
+    assert "narrow is given a tensor of 2,147,483,664 elements" in text
+    for kernel, x in ((narrow, small), (wide, large), (narrow, large[:, :4])):
+        assert doctor(model, launching(kernel, x)).findings == ()
+    assert len(launched) == 4
+
+
 def test_a_step_of_another_model(model: Any) -> None:
     other = build("llama").train()
     assert "never runs this model" in fault(doctor(model, step(other)))

@@ -36,6 +36,7 @@ from liger_kernel.loss_head.fused_linear_cross_entropy import fused_linear_cross
 from liger_kernel.loss_head.label_count import LabelCount, count_labels
 from liger_kernel.ops import OPS
 from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm
+from liger_kernel.ops.fused_moe import fused_moe
 from liger_kernel.ops.gated_mlp import gated_mlp
 from liger_kernel.ops.glu import glu, glu_packed
 from liger_kernel.ops.rms_norm import rms_norm
@@ -54,6 +55,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "gated_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
     "tiled_mlp": {"npu_swiglu": 10, "npu_swiglu_backward": 5},  # five tiles
     "rope": {"npu_rotary_mul": 4},
+    "fused_moe": {"npu_grouped_matmul": 6},
     "layer_norm": {"native_layer_norm": 1, "native_layer_norm_backward": 1},
     "fused_neighborhood_attention": {"_softmax_backward_data": 1},
     "multi_token_attention": {"_softmax_backward_data": 1},
@@ -63,7 +65,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "moe_router": {"_softmax_backward_data": 1},
 }
 
-WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope")
+WITH_FILE = ("rms_norm", "fused_add_rms_norm", "glu", "rope", "fused_moe")
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor:
@@ -109,6 +111,12 @@ def test_every_file_satisfies_its_contract(op: str) -> None:
     assert check_contract(module, contract, op) is module
 
 
+def experts(n: int, tokens: int = 3, features: int = 1) -> Tensor:
+    index = torch.zeros(tokens, 1, dtype=torch.long).to("npu")
+    weights = randn(n, 2 * features, 2), randn(n, 2, features)
+    return fused_moe(randn(tokens, 2), *weights, index, randn(tokens, 1))
+
+
 HALF = torch.bfloat16
 Q, ANGLES = (2, 4, 5, 16), (1, 5, 16)
 #: what a file leaves to the reference by its rule -> words of the reason, op, options and tensors
@@ -142,6 +150,8 @@ LEFT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "many heads": ("1000", lambda: rope(randn(1, 1000, 1, 4), None, randn(1, 4), randn(1, 4))),
     "many sequences": ("1000", lambda: rope(randn(1000, 1, 1, 4), None, randn(1, 4), randn(1, 4))),
+    "wide experts": ("65536 features", lambda: experts(2, features=65536)),
+    "no token": ("no empty", lambda: experts(2, tokens=0)),
     "angles of each sequence": (
         "interleaved",
         lambda: rope(randn(*Q), None, randn(2, 5, 16), randn(2, 5, 16), interleaved=True),
@@ -165,6 +175,17 @@ def test_what_is_left_to_the_reference(what: str, monkeypatch: pytest.MonkeyPatc
     assert called(lambda: trained(run())) == {}
     assert reason in str(said[0])
     assert len(said) == 1
+
+
+def test_no_more_experts_than_groups() -> None:
+    """By the rule alone: the reference takes long over so many."""
+    from liger_kernel.ops.fused_moe import npu
+    from liger_kernel.ops.fused_moe.contract import MoEOptions
+
+    for n, reason in ((1023, None), (1024, "1024 experts are too many")):
+        tensors = (randn(3, 2), randn(n, 2, 2), randn(n, 2, 1), torch.zeros(3, 1).to("npu").long())
+        given = (*tensors, randn(3, 1), *(None,) * 6)
+        assert npu.unserved(*given, options=MoEOptions()) == reason
 
 
 F32, F16 = torch.float32, torch.float16
@@ -262,15 +283,25 @@ def test_a_request_is_honoured_or_refused() -> None:
     assert called(lambda: rms_norm(x.double(), weight.double())) == {}
 
 
-@pytest.mark.parametrize("name", ["npu", "NPU ", "reference", ""])
-def test_a_request_by_the_environment(name: str) -> None:
-    code = (
-        "from tests.npu_stand_in import plugin; import torch, torch_npu;"
-        "from liger_kernel.ops.rms_norm import rms_norm;"
-        "rms_norm(torch.ones(2, 8, device='npu'), None); print(dict(torch_npu.calls))"
-    )
-    expected = {} if name == "reference" else {"npu_rms_norm": 1}
-    assert python(code, {"LIGER_KERNEL_IMPL": name}) == str(expected)
+def test_a_request_by_the_environment() -> None:
+    """It is read at import: a process that has PyTorch parts for each."""
+    code = """
+import os, torch
+for name in ("npu", "NPU ", "reference", ""):
+    if not (child := os.fork()):
+        os.environ["LIGER_KERNEL_IMPL"] = name
+        from tests.npu_stand_in import plugin
+        import torch_npu
+        from liger_kernel.ops.rms_norm import rms_norm
+        rms_norm(torch.ones(2, 8, device="npu"), None)
+        print(repr(name), dict(torch_npu.calls), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    native = {"npu_rms_norm": 1}
+    expected = {"npu": native, "NPU ": native, "reference": {}, "": native}
+    told = [f"{name!r} {calls}" for name, calls in expected.items()]
+    assert python(code, {}).splitlines() == told
 
 
 def test_under_compile_the_reference_is_traced() -> None:

@@ -43,6 +43,7 @@ def train(model: nn.Module, originals: list[Tensor], seed: int, context: Any) ->
         ("llama", "autocast"),
         ("qwen3", "float32"),
         ("qwen3", "autocast"),
+        ("qwen3_moe", "float32"),
     ],
 )
 def test_training(model_type: str, how: str) -> None:
@@ -50,6 +51,11 @@ def test_training(model_type: str, how: str) -> None:
     patched, stock, exact = (build(model_type, dtype, num_hidden_layers=1) for _ in range(3))
     originals = [p.detach().clone() for p in exact.parameters()]
     patched.to("npu"), stock.to("npu"), exact.double()
+    product = "npu_swiglu"
+    if model_type == "qwen3_moe":
+        product = "npu_grouped_matmul"
+        for model in (patched, stock, exact):
+            model.set_experts_implementation("eager")
     assert not liger_kernel.patch(patched).skipped
 
     def autocast() -> Any:
@@ -59,13 +65,34 @@ def test_training(model_type: str, how: str) -> None:
         torch_npu.calls.clear()
         ours = train(patched, originals, seed, autocast)
         called = set(torch_npu.calls)
-        assert called >= {"npu_rms_norm", "npu_rms_norm_backward", "npu_swiglu", "npu_rotary_mul"}
+        assert called >= {"npu_rms_norm", "npu_rms_norm_backward", product, "npu_rotary_mul"}
         torch_npu.calls.clear()
         low = train(stock, originals, seed, autocast)
         assert not torch_npu.calls, "stock calls none of them"
         return ours, train(exact, originals, seed, contextlib.nullcontext), low
 
     assert_draws_no_worse(draw, first=2)
+
+
+def test_checkpointed_and_unpatched() -> None:
+    model, stock = (build("llama", num_hidden_layers=1).to("npu").train() for _ in range(2))
+    stock.load_state_dict(model.state_dict())
+    inputs = {k: v.to("npu") for k, v in batch().items()}
+    liger_kernel.patch(model)
+    whole = named_step(model, inputs)
+    model.gradient_checkpointing_enable()
+    torch_npu.calls.clear()
+    checkpointed = named_step(model, inputs)
+    # of its two norms, the layer runs both again
+    assert torch_npu.calls["npu_rms_norm"] + torch_npu.calls["npu_add_rms_norm"] == 3 + 2
+    model.gradient_checkpointing_disable()
+    liger_kernel.unpatch(model)
+    torch_npu.calls.clear()
+    unpatched, theirs = named_step(model, inputs), named_step(stock, inputs)
+    assert not torch_npu.calls
+    for name, value in theirs.items():
+        assert torch.equal(checkpointed[name], whole[name])
+        assert torch.equal(unpatched[name], value)
 
 
 def test_the_loss_is_fused_and_its_logits_are_lazy() -> None:

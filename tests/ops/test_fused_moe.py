@@ -56,7 +56,8 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     make = Make(torch.bfloat16)
     index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
     inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
-    config = kernels.Config(rows=16, cols=32, inner=32, warps=4, stages=1, library_from=0)
+    tile = kernels.Tile(rows=16, cols=32, inner=32, warps=4, stages=1)
+    config = kernels.Config(tile, tile, library=((0, kernels.Library(0, True, 0)),))
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     used = []
     original = kernels._grouped_mm
@@ -205,10 +206,32 @@ def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("on_the_kernels_device")
+@pytest.mark.parametrize("id", ["gpt-oss", "no-gate", "lora"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_how_products_end(id: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored and activated by kernels of their own, or, of a tile that is wide enough for parts, before they are."""
+    kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
+    tile = kernels.Tile(rows=32, cols=128, inner=32, warps=4, stages=1)
+    config = kernels.Config(tile, tile, fused_forward=fused, fused_backward=fused)
+    monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
+    launched = []
+    original = kernels.launch
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *args, **kw: launched.append(kernel) or original(kernel, *args, **kw),
+    )
+    with backends.use_implementation("triton"):
+        assert_as_exact(SPEC, CASES[id], *drawn(SPEC, CASES[id], Make(torch.float32)))
+    assert (kernels.activate in launched) == (kernels.activate_bwd in launched) == (not fused)
+
+
+@pytest.mark.usefixtures("on_the_kernels_device")
 def test_products_onto_a_low_rank_by_parts_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of which have no row, or some rows, of their expert."""
     kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
-    config = kernels.Config(rows=32, cols=32, inner=32, warps=4, stages=1, low_rows=16)
+    tile = kernels.Tile(rows=32, cols=32, inner=32, warps=4, stages=1)
+    config = kernels.Config(tile, tile, low_rows=16)
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     with backends.use_implementation("triton"):
         assert_as_exact(SPEC, CASES["lora"], *drawn(SPEC, CASES["lora"], Make(torch.float32)))

@@ -9,19 +9,29 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-HAS_FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
 Check = Callable[[int], None]
 
 
 def device() -> str:
     """Where the ranks compute: on GPUs where there is one for each."""
     return "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
+
+
+#: torch 2.6 has `fully_shard` for GPUs alone
+LACKS_FSDP2 = device() == "cpu" and not hasattr(torch.cpu.Stream, "record_event")
+
+
+def moved(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch where the ranks compute."""
+    return {name: value.to(device()) for name, value in inputs.items()}
 
 
 def outcomes(
@@ -43,7 +53,7 @@ def _worker(
     on: str,
     world: int,
 ) -> None:
-    """All checks in one set of processes; after a failure these may be out of step, so the rest is not run."""
+    """All checks in one set of processes, also those after a failure, unless it left the ranks out of step."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -53,14 +63,22 @@ def _worker(
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    store: Any = dist.distributed_c10d._get_default_store()
     found = {}
     for name, check in checks().items():
+        if store.check(["out of step"]):
+            break
         try:
             check(rank)
             found[name] = ""
-        except Exception:
+            store.set(f"{name} ended, {rank}", "")
+        except (Exception, pytest.fail.Exception):
             found[name] = traceback.format_exc()
-            break
+            store.set(f"{name} ended, {rank}", "")
+            try:
+                store.wait([f"{name} ended, {r}" for r in range(world)], timedelta(seconds=10))
+            except dist.DistStoreError:
+                store.set("out of step", "")
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

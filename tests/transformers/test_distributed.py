@@ -1,5 +1,6 @@
 """A patched model under DDP, FSDP2, FSDP1 and ZeRO-3 on two processes: the averaged gradients of the unpatched model.
 
+On the CPU; on two GPUs where there are two.
 ZeRO-3 is skipped without deepspeed, which HF's Trainer would import at every run. On Linux, beside the environment:
 
     python -m pip install --no-deps --target DIR deepspeed==0.19.8 einops hjson msgpack py-cpuinfo
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import liger_kernel
 from liger_kernel.testing import assert_no_worse
+from liger_kernel.transformers.patching import adapters
 from tests.transformers import ranks, tiled
 from tests.transformers.steps import fused
 from tests.transformers.tiny import batch, build
@@ -31,9 +33,9 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 def averaged_gradients(dtype: torch.dtype, **overrides: Any) -> dict[str, torch.Tensor]:
     """Of the unpatched model on both ranks' batches, in one process."""
-    model = build("llama", dtype, **overrides).train()
+    model = build("llama", dtype, **overrides).to(ranks.device()).train()
     for rank in range(ranks.WORLD):
-        (model(**batch(seed=rank)).loss / ranks.WORLD).backward()
+        (model(**ranks.moved(batch(seed=rank))).loss / ranks.WORLD).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -65,8 +67,9 @@ def fsdp1(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     policy = ModuleWrapPolicy({type(model.model.layers[0]), type(model.lm_head)})
+    where = next(model.parameters()).device
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=where
     )
 
 
@@ -126,14 +129,14 @@ def lacking(wrap: Callable[[nn.Module], nn.Module]) -> str:
     """What this machine lacks for it, if anything."""
     if wrap is zero3 and not HAS_DEEPSPEED:
         return "deepspeed is not installed"
-    if wrap in (fsdp2, fsdp2_head_apart) and not ranks.HAS_FSDP2_ON_CPU:
+    if wrap in (fsdp2, fsdp2_head_apart) and ranks.LACKS_FSDP2:
         return f"torch {torch.__version__} has no fully_shard on the CPU"
     return ""
 
 
 def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, tied: bool) -> None:
     overrides = {"tie_word_embeddings": tied}
-    model = build("llama", **overrides)
+    model = build("llama", **overrides).to(ranks.device())
     if patch_first:
         liger_kernel.patch(model)
     wrapped = wrap(model)
@@ -141,7 +144,7 @@ def check(rank: int, wrap: Callable[[nn.Module], nn.Module], patch_first: bool, 
         liger_kernel.patch(model)
     wrapped.train()
     for again in (True, False):  # ZeRO-3 fetches ahead in the second step, as in the first
-        outputs = wrapped(**batch(seed=rank), use_cache=False)
+        outputs = wrapped(**ranks.moved(batch(seed=rank)), use_cache=False)
         assert fused(outputs)
         getattr(wrapped, "backward", Tensor.backward)(outputs.loss)
         if again:
@@ -162,16 +165,17 @@ def check_adapted(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
     from tests.transformers.test_lora import adapted, counted
 
     def averaged(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        model = adapted(dtype=dtype)
+        model = adapted(dtype=dtype).to(ranks.device())
         for other in range(ranks.WORLD):
-            (model(**batch(seed=other)).loss / ranks.WORLD).backward()
+            (model(**ranks.moved(batch(seed=other))).loss / ranks.WORLD).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    model = adapted()
+    model = adapted().to(ranks.device())
     liger_kernel.patch(model)
     wrapped = wrap(model)
-    with counted() as calls:
-        wrapped(**batch(seed=rank)).loss.backward()
+    with counted() as calls, pytest.MonkeyPatch.context() as small:
+        small.setattr(adapters, "SMALL", 0)  # what a GPU leaves to PEFT
+        wrapped(**ranks.moved(batch(seed=rank))).loss.backward()
     assert len(calls) == 14
     ours, high, low = whole_gradients(wrapped), averaged(torch.float64), averaged(torch.float32)
     assert ours.keys() == low.keys()
@@ -180,7 +184,7 @@ def check_adapted(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def checks() -> dict[str, ranks.Check]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = ranks.device()
     with_adapters = {
         name: partial(check_adapted, wrap=wrap)
         for name, wrap in ADAPTED.items()
@@ -199,7 +203,7 @@ def checks() -> dict[str, ranks.Check]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return ranks.outcomes(checks, tmp_path_factory.mktemp("ranks"), "cpu")
+    return ranks.outcomes(checks, tmp_path_factory.mktemp("ranks"), ranks.device())
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

@@ -40,7 +40,7 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Output and gradients of a weighted sum of it."""
     leaf = x.detach().requires_grad_()
     y = model(leaf)
-    (y * torch.linspace(1, 2, y.shape[-1]).to(y.dtype)).mean().backward()
+    (y * torch.linspace(1, 2, y.shape[-1]).to(y)).mean().backward()
     found = {"y": y.detach(), "x": leaf.grad}
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -56,7 +56,7 @@ def stack(dtype: torch.dtype = torch.float32, adapted: bool = False) -> nn.Seque
     if adapted:
         for mlp in model:
             mlp.gate_proj = Adapted(16, 40)
-    return model.to(dtype)
+    return model.to(ranks.device(), dtype)
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -82,7 +82,7 @@ def fsdp2_each_linear(model: nn.Module) -> nn.Module:
 
 def check(rank: int, wrap: Callable[[nn.Module], nn.Module], adapted: bool) -> None:
     """Averaged gradients, reduced once for each unit; DDP itself refuses to reduce one twice."""
-    make = Make(torch.float32)
+    make = Make(torch.float32, ranks.device())
     batches = [make.randn(2, 21, 16) for _ in range(ranks.WORLD)]
     wrapped = wrap(stack(adapted=adapted))
     names = [name for name in dir(dist) if name.startswith("reduce_scatter_")]
@@ -119,20 +119,20 @@ def check_patched(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
     """A patched model with biases in its MLPs, which are called in tiles, in checkpointed layers."""
     from liger_kernel.ops import tiled_mlp
 
-    inputs = [batch(seed=seed, ignored=0.0) for seed in range(ranks.WORLD)]
+    inputs = [ranks.moved(batch(seed=seed, ignored=0.0)) for seed in range(ranks.WORLD)]
 
     def gradients(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model.train()(**given, use_cache=False).loss.backward()
         grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
         return {n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in grads.items()}
 
-    model: Any = build("llama")
+    model: Any = build("llama").to(ranks.device())
     with patch.object(tiled_mlp, "_TILE_BYTES", 2**12), patch.object(tiled_mlp, "_MIN_ROWS", 6):
         liger_kernel.patch(model, long_context=True)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ours = gradients(wrap(model), inputs[rank])
     high, low = (
-        [gradients(build("llama", dtype), given) for given in inputs]
+        [gradients(build("llama", dtype).to(ranks.device()), given) for given in inputs]
         for dtype in (torch.float64, torch.float32)
     )
     for name, value in ours.items():
@@ -146,13 +146,13 @@ SCENARIOS = {
     f"tiled MLP, {wrap.__name__}{', adapted' if adapted else ''}": (wrap, adapted)
     for wrap in (ddp, fsdp2, fsdp2_each_linear)
     for adapted in (False, True)
-    if wrap is ddp or ranks.HAS_FSDP2_ON_CPU
+    if wrap is ddp or not ranks.LACKS_FSDP2
     if not (adapted and wrap is fsdp2_each_linear)
 }
 
 
 def checks() -> dict[str, ranks.Check]:
-    wraps = [ddp, *[of_layers] * ranks.HAS_FSDP2_ON_CPU]
+    wraps = [ddp, *[of_layers] * (not ranks.LACKS_FSDP2)]
     patched = {f"long_context, {w.__name__}": partial(check_patched, wrap=w) for w in wraps}
     found = {n: partial(check, wrap=w, adapted=a) for n, (w, a) in SCENARIOS.items()}
     return {**found, **patched}

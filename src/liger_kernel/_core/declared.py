@@ -108,10 +108,12 @@ class LossFunction:
 
     A subclass names the module in its class statement: `class F(LossFunction, loss=M)`. The arguments are those of the
     module's `forward`, then its options; `first` are required and stand in front, `last` at the end. Any other keyword
-    is the default of an option that differs from the module's.
+    is the default of an option that differs from the module's. `forward`, whose parameters some look at, is `apply`
+    behind a context that nobody needs.
     """
 
     apply: ClassVar[Callable[..., Any]]
+    forward: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(
         cls,
@@ -123,6 +125,15 @@ class LossFunction:
         super().__init_subclass__()
         if loss is not None:
             cls.apply = staticmethod(_apply(cls, loss, first.split(), last.split(), defaults))
+            cls.forward = staticmethod(_with_context(cls, loss))
+            return
+        unread = [n for n in vars(cls) if n in ("forward", "backward") or n.endswith("_loss_fn")]
+        if unread:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(unread)}, which {cls.__mro__[1].__name__} would not call: it has "
+                f"no steps to replace. Derive from LigerFusedLinearPreferenceBase, ...UnpairedPreferenceBase, "
+                f"...DistillationBase or ...PPOBase of liger_kernel.chunked_loss."
+            )
 
 
 def _apply(
@@ -158,3 +169,12 @@ def _apply(
 
     returned = inspect.signature(loss.compute).return_annotation
     return _described(apply, cls, loss, Signature(parameters, return_annotation=returned))
+
+
+def _with_context(cls: type[LossFunction], loss: type[LossModule]) -> Callable[..., Any]:
+    def forward(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    signature = inspect.signature(cls.apply)
+    parameters = [Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
+    return _described(forward, cls, loss, signature.replace(parameters=parameters))

@@ -36,7 +36,17 @@ from liger_kernel.backends.records import Backend, DeviceFacts, Implementation, 
 
 REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
-_SHARED = ("capability", "disabled", "dispatch", "kernels", "products", "records", "triton")
+_SHARED = (
+    "capability",
+    "disabled",
+    "dispatch",
+    "graphs",
+    "inductor",
+    "kernels",
+    "products",
+    "records",
+    "triton",
+)
 #: what other packages may put into LIGER_KERNEL_IMPL for the incumbent: accepted, without effect
 _FOREIGN = ("ascend", "cute", "cutedsl", "cutile")
 
@@ -125,7 +135,7 @@ def on_paper(facts: DeviceFacts, kernels: bool = False) -> Iterator[None]:
     """
     triton, files = IMPLEMENTATIONS["triton"], None
     if kernels:
-        facts = replace(facts, streams=None, guard=no_guard)
+        facts = replace(facts, streams=None, graphs=None, guard=no_guard)
         if importlib.util.find_spec("triton") is not None:
             files = replace(triton, unavailable=lambda device: None)
     register(Backend("paper", ("meta",), lambda device: facts, implementation=files))
@@ -181,8 +191,9 @@ def requested() -> str | None:
 
 
 def kernels_requested() -> bool:
-    """Whether an implementation other than the reference was requested by name."""
-    return _requested is not None and _requested != REFERENCE
+    """Whether an implementation other than the reference, compiled or not, was requested by name."""
+    found = IMPLEMENTATIONS.get(_requested or REFERENCE)
+    return found is not None and found.compiled is None
 
 
 def host_bound(x: Tensor, limit: int) -> bool:
@@ -190,12 +201,26 @@ def host_bound(x: Tensor, limit: int) -> bool:
 
     On a GPU the kernels take a few microseconds there, and Python most of the time: on the H200 machine a no-op
     `autograd.Function` costs 109 us forward and backward, eager `silu(a) * b` 132 us. Never so where an implementation
-    was requested by name.
+    was requested by name, nor in `host_is_free`.
     """
-    if _requested is not None or x.numel() > limit:
+    if _requested is not None or _host_is_free or x.numel() > limit:
         return False
     facts = facts_of(x.device)
     return facts.queues and facts.small_by_torch
+
+
+_host_is_free = False
+
+
+@contextlib.contextmanager
+def host_is_free() -> Iterator[None]:
+    """While what is queued is captured, to be started by one call later: only the device's time counts."""
+    global _host_is_free
+    before, _host_is_free = _host_is_free, True
+    try:
+        yield
+    finally:
+        _host_is_free = before
 
 
 # --- who computes ---------------------------------------------------------------------------------
@@ -268,7 +293,9 @@ def serving(op: str, device_type: str, requested: str | None = None) -> tuple[st
                 f"LIGER_KERNEL_IMPL={requested!r} cannot serve {op}: selftest found it wrong here ({why}), which "
                 f"{disabled.path()} says. Unset the variable, or: {disabled.RESET}"
             )
-    return (PORTABLE if is_there(f"liger_kernel.ops.{op}.{PORTABLE}") else REFERENCE), why
+    if is_there(f"liger_kernel.ops.{op}.{PORTABLE}"):
+        return PORTABLE, why
+    return (REFERENCE if found is None or found.compiled is None else found.name), why
 
 
 def served_alike(ops: tuple[str, ...], device_type: str) -> bool:
@@ -291,8 +318,10 @@ def _kernels(op: str, device_type: str, requested: str | None) -> Any:
             stacklevel=2,
         )
     package = f"liger_kernel.ops.{op}"
-    if name == REFERENCE:
-        return Recompute(getattr(importlib.import_module(f"{package}.{name}"), op))
+    compiled = IMPLEMENTATIONS[name].compiled if name in IMPLEMENTATIONS else None
+    if name == REFERENCE or compiled is not None:
+        function = getattr(importlib.import_module(f"{package}.{REFERENCE}"), op)
+        return Recompute(function if compiled is None else compiled(function))
     contract = importlib.import_module(f"{package}.contract").Kernels
     module = f"{package}.{name}" if name == PORTABLE else IMPLEMENTATIONS[name].module(op)
     return check_contract(importlib.import_module(module), contract, module)

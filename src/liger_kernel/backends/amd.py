@@ -17,6 +17,11 @@ ARCHITECTURES = {
     "gfx1100": "rdna3",
     "gfx1101": "rdna3",
     "gfx1102": "rdna3",
+    "gfx1103": "rdna3",
+    "gfx1150": "rdna3.5",
+    "gfx1151": "rdna3.5",
+    "gfx1200": "rdna4",
+    "gfx1201": "rdna4",
 }
 
 
@@ -43,6 +48,7 @@ def described(compiler_name: str, processors: int, wavefront: int, name: str = "
         queues=True,
         product_multiple=8,
         streams=torch.cuda,
+        graphs=torch.cuda,
         float64=True,
         guard=torch.cuda.device,
     )

@@ -8,9 +8,11 @@
 3. PyTorch's own C++ ops where the input is so small that the host is the bound.
 4. The implementation for the tensor's device, or the one asked for by name (`liger_kernel.backends.kernels_of`).
 5. Where there is none, or it leaves these options or tensors to the reference (`_core.contract.Partial`), PyTorch's own
-   fused op if it has one, or the reference: both directly, under PyTorch's autograd. Nothing is computed twice then; an
-   autograd node of ours would run the reference again in backward. (It does for tensors without numbers: they stand for
-   those of a GPU, whose memory is estimated, and keep for backward what a kernel keeps.)
+   fused op if it has one, or the reference, compiled if that was asked for: directly, under PyTorch's autograd. Nothing
+   is computed twice then; an autograd node of ours would run the reference again in backward. (It does for tensors
+   without numbers: they stand for those of a GPU, whose memory is estimated, and keep for backward what kernels keep.)
+
+An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_composed` for 1 and 2.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class Dispatch:
             found = self.native(options, *tensors)
             if found is not None:
                 return found
-        return self.reference(*tensors, **options.named())
+        return kernels.function(*tensors, **options.named())
 
 
 def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
@@ -100,6 +102,12 @@ def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
     if unserved is None or unserved(*tensors, options=options) is None:
         return found
     return reference_of(op, x)
+
+
+def is_composed(*tensors: Tensor | None) -> bool:
+    """Whether an op of several matrix products is left to PyTorch's products and our single ops: for who follows ops
+    one by one, and for DTensors, each of which has rules of its own."""
+    return is_transformed() or any(map(is_dtensor, tensors))
 
 
 @torch.compiler.disable

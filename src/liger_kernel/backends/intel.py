@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from liger_kernel.backends.inductor import INDUCTOR
 from liger_kernel.backends.records import Backend, DeviceFacts
 from liger_kernel.backends.triton import TRITON
 
@@ -34,4 +35,4 @@ def facts(device: torch.device) -> DeviceFacts:
     )
 
 
-BACKEND = Backend("intel", ("xpu",), facts, implementation=TRITON)
+BACKEND = Backend("intel", ("xpu",), facts, implementation=TRITON, on_request=(INDUCTOR,))

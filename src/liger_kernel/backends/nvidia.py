@@ -49,6 +49,7 @@ def described(
         mixed_products=SIXTEEN_BITS if hasattr(torch.ops.aten.addmm, "dtype_out") else (),
         exact_precision="tf32x3" if capability >= (8, 0) else "ieee",
         streams=torch.cuda,
+        graphs=torch.cuda,
         float64=True,
         guard=torch.cuda.device,
     )

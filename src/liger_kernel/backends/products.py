@@ -15,6 +15,14 @@ def has_mixed_product(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in facts_of(device).mixed_products
 
 
+def is_widened(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of matrices in `dtype` is computed in fp32, for want of a mixed one.
+
+    Always in float16: the gradients of unlikely classes are too small for it, and enlarged, their sums too large.
+    """
+    return dtype == torch.float16 or facts_of(device).wide_products_are_free
+
+
 class ProductSum:
     """The gradient of `weight`, a sum of products of matrices, kept in `dtype` while it grows."""
 
@@ -36,7 +44,7 @@ class ProductSum:
             self._gemm(total, rows, x)
         elif total.dtype == torch.float32 and has_mixed_product(x.device, x.dtype):
             self._gemm(total, rows, x, out_dtype=total.dtype)
-        elif facts_of(x.device).wide_products_are_free:
+        elif total.dtype == torch.float32 and is_widened(x.device, x.dtype):
             wide = x.to(total.dtype)
             for start in range(0, rows.shape[0], self.WIDENED):
                 at = slice(start, start + self.WIDENED)

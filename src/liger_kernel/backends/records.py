@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -67,6 +68,8 @@ class DeviceFacts:
     wide_products_are_free: bool = False
     #: the torch module with the streams and events on which numbers go to the host beside the work; None: none do
     streams: ModuleType | None = None
+    #: the torch module that captures work as graphs; None: there are none
+    graphs: ModuleType | None = None
     #: float64 arithmetic is there and no slower than on the CPU
     float64: bool = False
     #: makes the device current for the launches inside
@@ -87,6 +90,8 @@ class Implementation:
     unavailable: Callable[[str], str | None]
     #: module of an op
     files: str = "liger_kernel.ops.{op}.{name}"
+    #: what makes a faster function of an op's reference, for an implementation without files
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     def module(self, op: str) -> str:
         return self.files.format(op=op, name=self.name)

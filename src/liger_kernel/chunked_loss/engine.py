@@ -122,3 +122,14 @@ def check_sequences(hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor
             f"not (B, T, H) and (B, T)."
         )
     check_tensors(hidden.flatten(0, 1), weight, target.flatten(), bias)
+
+
+def of_sequences_or_tokens(name: str, values: Tensor, tokens: Tensor) -> Tensor:
+    """(B,), (B, 1) or (B, T) as (B, 1) or (B, T), constants; `tokens` are (B, T)."""
+    batch, length = tokens.shape
+    found = values.unsqueeze(1) if values.ndim == 1 else values
+    if tuple(found.shape) not in ((batch, 1), (batch, length)):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; pass ({batch},), ({batch}, 1) or ({batch}, {length})."
+        )
+    return found.detach()

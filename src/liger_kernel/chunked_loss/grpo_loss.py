@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
@@ -11,13 +10,12 @@ from liger_kernel._core.declared import LossFunction, LossModule, takes
 from liger_kernel.chunked_loss.engine import (
     check_sequences,
     loss_of_logps,
-    reference_token_logps,
+    of_sequences_or_tokens,
 )
-from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase, reference_logps
 from liger_kernel.chunked_loss.policy import (
     GRPOOptions,
     get_gamma_weights,
-    of_sequences_or_tokens,
     policy_loss,
 )
 from liger_kernel.chunked_loss.preference import LossAndMetrics
@@ -91,21 +89,9 @@ class LigerFusedLinearGRPOLoss(LossModule):
             token_ids = token_ids.masked_fill(mask == 0, OUTSIDE)
             count = count_labels(token_ids, OUTSIDE, group_size)
         if options.use_ref_model and options.beta != 0.0:
-            if ref_logps is not None and ref_input is not None:
-                warnings.warn(
-                    "Both ref_per_token_logps and ref_input are given; ref_per_token_logps is used.",
-                    stacklevel=3,
-                )
-            if ref_logps is None:
-                if ref_input is None or ref_weight is None:
-                    raise ValueError(
-                        "use_ref_model=True, but there is neither ref_per_token_logps nor ref_input with ref_weight; "
-                        "pass one of them, or use_ref_model=False."
-                    )
-                ref_logps = reference_token_logps(
-                    (ref_input, ref_weight, ref_bias),
-                    *(token_ids, OUTSIDE, options.temperature, count),
-                )
+            reference = ref_input, ref_weight, ref_bias
+            how = OUTSIDE, options.temperature, count
+            ref_logps = reference_logps(ref_logps, reference, token_ids, *how)
         if num_items_in_batch is None and options.per_token_of_all_ranks:  # once, not per chunk
             num_items_in_batch = LigerFusedLinearPPOBase._tokens_of_all_ranks(mask)
         ref, old = (None if t is None else t.detach() for t in (ref_logps, old_per_token_logps))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import is_transformed
 from liger_kernel.backends import facts_of
+from liger_kernel.chunked_loss.engine import of_sequences_or_tokens
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.options import LossOptions
 from liger_kernel.ops.grpo_loss.contract import CLIPPED, LOSS_TYPES, TOKEN_LEVEL_ONLY
@@ -244,14 +245,3 @@ def _reduce(
     return masked.sum() / LigerFusedLinearPPOBase._compute_dapo_normalizer(
         full_mask, num_items_in_batch
     )
-
-
-def of_sequences_or_tokens(name: str, values: Tensor, tokens: Tensor) -> Tensor:
-    """(B,), (B, 1) or (B, T) as (B, 1) or (B, T), constants; `tokens` are (B, T)."""
-    batch, length = tokens.shape
-    found = values.unsqueeze(1) if values.ndim == 1 else values
-    if tuple(found.shape) not in ((batch, 1), (batch, length)):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}; pass ({batch},), ({batch}, 1) or ({batch}, {length})."
-        )
-    return found.detach()

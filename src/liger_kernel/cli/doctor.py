@@ -111,6 +111,13 @@ def _watched(model: nn.Module, step: Callable[[], Any]) -> list[Finding]:
             "fused, and no memory is saved",
             "read them in evaluation only; return_token_accuracy=True in the call gives the accuracy without them",
         )
+    for kernel, elements in seen.overflows.items():
+        add(
+            "int32",
+            f"{kernel} is given a tensor of {elements:,} elements, and its source converts no offset to 64 bits: it "
+            "reads and writes elsewhere",
+            "fewer tokens in a step, or leave that kernel out; those of this library have 64-bit offsets",
+        )
     return found
 
 

@@ -41,6 +41,8 @@ OPTIMIZERS = {
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 #: tokens of the two steps from which the longest sequence follows
 LENGTHS = (32768, 65536)
+#: of a step on paper: more fit no GPU, and each chunk of the loss takes time here, too
+MOST_TOKENS = 2**24
 #: what a process has beside its tensors: the context of CUDA, workspaces of cuBLAS
 BESIDE = 2**30
 HOW = {
@@ -189,6 +191,8 @@ def answer(
     for name, value, least in sizes:
         if value < least:
             raise UserError(f"--{name} {value} is below {least}")
+    if batch * seq > MOST_TOKENS:
+        raise UserError(f"--batch {batch} x --seq {seq} is above {MOST_TOKENS:,} tokens in a step")
     for name, choice, known in (
         ("dtype", dtype, models.DTYPES),
         ("optimizer", optimizer, OPTIMIZERS),
@@ -235,6 +239,11 @@ def answer(
         [
             Table(f"{setup}, on {facts.name}", ["part", "stock", "patched"], rows),
             f"{size(saved)} less at the peak, {100 * saved / stock['peak']:.0f} %.",
+            *[
+                "Both peaks are in the optimizer's step: weights, gradients and its states. With more tokens, or "
+                "--lora, the peak is in the backward, which the library makes smaller."
+            ]
+            * (saved == 0),
             *["The configuration asks for quantised weights; they are counted unquantised."] * asks,
             Table("How", (), how),
         ],

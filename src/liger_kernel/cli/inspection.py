@@ -41,7 +41,7 @@ def answer(model: str, download: bool) -> Answer:
             f"No step could be tried without weights ({failed}). Some models turn out to need logits only in a step: "
             "after the first real one, print the report again and look at the row of the loss."
         )
-    parts.append(f"{n_parameters / 1e9:.2f} billion parameters, none of them in memory.")
+    parts.append(f"{n_parameters:,} parameters, none of them in memory.")
     data = {
         "model": report.model,
         "parameters": n_parameters,

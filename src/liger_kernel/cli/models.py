@@ -51,8 +51,14 @@ def config_of(model: str, download: bool) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(model, **where)
     except Exception as error:  # of many kinds: no such file, no JSON, no such type, no network
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model} has code of its own, which no command runs. In Python: liger_kernel.patch(model) of the "
+                "loaded model prints the same report, and liger_kernel.doctor(model) examines it."
+            ) from error
         if Path(model).exists():
-            raise UserError(f"{model}: no configuration can be read: {error}") from error
+            raised = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+            raise UserError(f"{model}: no configuration can be read: {raised}{error}") from error
         more = "" if download else " To look on the hub, add --download."
         raise UserError(
             f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and no "

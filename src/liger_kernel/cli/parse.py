@@ -60,7 +60,12 @@ def parse(commands: dict[str, Command], argv: Sequence[str]) -> Parsed | None:
 
     Raises: UserError for arguments that fit no command.
     """
-    parsed = (_by_typer if _has_typer() else _by_argparse)(commands, list(argv) or ["--help"])
+    parser = _by_typer if _has_typer() else _by_argparse
+    try:
+        parsed = parser(commands, list(argv) or ["--help"])
+    except UserError as error:
+        command = " ".join([PROG, *(name for name in argv[:1] if name in commands)])
+        raise UserError(f"{str(error).rstrip('.')}. Try: {command} --help") from error
     if parsed is None:
         return None
     name, given = parsed
@@ -90,9 +95,7 @@ def _by_typer(commands: dict[str, Command], argv: list[str]) -> tuple[str, dict[
     try:
         parsed = app(argv, prog_name=PROG, standalone_mode=False)
     except errors as error:
-        where = getattr(getattr(error, "ctx", None), "command_path", PROG)
-        message = error.format_message().rstrip(".")
-        raise UserError(f"{message}. Try: {where} --help") from error
+        raise UserError(error.format_message()) from error
     return parsed if isinstance(parsed, tuple) else None
 
 
@@ -120,7 +123,7 @@ def _for_typer(name: str, command: Command) -> Command:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}. Try: {self.prog} --help")
+        raise UserError(f"{message[:1].upper()}{message[1:]}")
 
 
 def _by_argparse(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernel.transformers.patching.deferred import DeferredLogits
 from liger_kernel.transformers.patching.forward import KEY, ForwardCall, FusedForward
@@ -24,6 +25,23 @@ class Seen:
     in_evaluation: int = 0
     bodies: int = 0  # runs of a body outside of the forward of its model
     logits_read: int = 0  # logits that were fused with the loss, and computed all the same
+    overflows: dict[str, int] = field(default_factory=dict)  # kernel -> elements beyond its offsets
+
+
+def _kernels() -> tuple[Any, str] | None:
+    """Through which Triton launches every kernel; None without Triton."""
+    try:
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        return None
+    return JITFunction, "run"
+
+
+def _span(tensor: Tensor) -> int:
+    """From its first element to behind its last one."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextlib.contextmanager
@@ -31,6 +49,8 @@ def watched(model: nn.Module) -> Iterator[Seen]:
     seen = Seen()
     sites = [m.__dict__[KEY] for m in model.modules() if KEY in m.__dict__]
     begin, materialize = FusedForward.begin, DeferredLogits.materialize
+    kernels = _kernels()
+    run: Any = getattr(*kernels) if kernels else None
 
     def counted_begin(self: FusedForward, args: Any, kwargs: Any) -> tuple[ForwardCall, Any]:
         call, given = begin(self, args, kwargs)
@@ -48,6 +68,14 @@ def watched(model: nn.Module) -> Iterator[Seen]:
     def body_runs(*_: Any) -> None:
         seen.bodies += not running.calls
 
+    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        most = max(
+            (_span(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), default=0
+        )
+        if most > 2**31 and "int64" not in inspect.getsource(self.fn):
+            seen.overflows[f"{self.fn.__module__}.{self.fn.__name__}"] = most
+        return run(self, *args, **kwargs)
+
     bodies = (getattr(site.model, "base_model", None) for site in sites)
     handles = [
         body.register_forward_pre_hook(body_runs)
@@ -58,6 +86,7 @@ def watched(model: nn.Module) -> Iterator[Seen]:
         with (
             mock.patch.object(FusedForward, "begin", counted_begin),
             mock.patch.object(DeferredLogits, "materialize", counted_materialize),
+            mock.patch.object(*kernels, counted_run) if kernels else contextlib.nullcontext(),
         ):
             yield seen
     finally:

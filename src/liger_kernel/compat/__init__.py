@@ -59,6 +59,7 @@ ALIASES = {
     "liger_kernel.transformers.model": "liger_kernel.compat.model",
     "liger_kernel.transformers.model.loss_utils": "liger_kernel.compat.loss_utils",
     "liger_kernel.transformers.model.output_classes": "liger_kernel.transformers.outputs",
+    "liger_kernel.transformers.trainer": "liger_kernel.compat.trainer",
     "liger_kernel.transformers.trainer_integration": "liger_kernel.compat.trainer_integration",
     **{
         f"liger_kernel.transformers.{module}": "liger_kernel.transformers.modules.divergences"

@@ -201,6 +201,54 @@ def _check_rotary(x: Tensor, r1: Tensor, r2: Tensor, mode: str) -> None:
     _require(x.numel() > 0, "an empty tensor")
 
 
+@_native
+def npu_grouped_matmul(
+    x: list[Tensor],
+    weight: list[Tensor],
+    *,
+    bias: list[Tensor] | None = None,
+    group_list: Tensor,
+    split_item: int = 0,
+    group_type: int = -1,
+    group_list_type: int = 0,
+) -> list[Tensor]:
+    """Of single tensors; what it writes for terms of an empty group is not documented, and NaN here."""
+    (a,), (w,) = x, weight
+    for t in (a, w, *(bias or ())):
+        _require(t.device.type == "npu" and t.dtype in FLOATS, f"{t.dtype} on {t.device}")
+        _require(t.numel() > 0, "an empty tensor")
+    _require(a.dtype == w.dtype, f"x is {a.dtype}, weight {w.dtype}")
+    _require(split_item in (2, 3) and group_list_type == 0, "one tensor, and ends of groups")
+    _require(group_list.dtype == torch.int64 and group_list.ndim == 1, "group_list")
+    _require(group_list.numel() <= 1024, f"{group_list.numel()} groups")
+    ends = to_host(group_list).tolist()
+    _require(ends == sorted(ends) and ends[0] >= 0, f"{ends} decrease")
+    groups = list(zip([0, *ends], ends, strict=False))
+    wide, factor = _wide(a, w)
+    turned = a.mT.is_contiguous()
+    _require(max(a.shape[0] if turned else a.shape[1], w.shape[-1], w.stride(-1)) < 65536, "size")
+    if group_type == 0:
+        _require(a.ndim == 2 and a.is_contiguous() and w.ndim == 3, "x or weight")
+        _require(w.is_contiguous() or w.mT.is_contiguous(), "weight has gaps")
+        _require(len(ends) == len(w) and ends[-1] == len(a), f"groups end at {ends}")
+        found = torch.cat([wide[i:j] @ e for (i, j), e in zip(groups, factor, strict=True)])
+        if bias is not None:
+            kind = torch.float32 if a.dtype == torch.bfloat16 else a.dtype
+            fits = bias[0].dtype == kind and bias[0].shape == (len(w), w.shape[2])
+            _require(fits, f"bias is {bias[0].dtype}, {tuple(bias[0].shape)}")
+            counts = torch.tensor([j - i for i, j in groups])
+            found += _wide(bias[0])[0].repeat_interleave(counts, 0)
+    else:
+        _require(group_type == 2 and turned and w.is_contiguous(), "x is turned, weight is not")
+        _require(bias is None and ends[-1] == a.shape[1] == len(w), f"groups end at {ends}")
+        of_group = [wide[:, i:j] @ factor[i:j] for i, j in groups]
+        nothing = torch.full_like(of_group[0], torch.nan)
+        found = torch.stack(
+            [g if j > i else nothing for g, (i, j) in zip(of_group, groups, strict=True)]
+        )
+    return [_out(found, a)]
+
+
 def npu_fusion_attention(*args: Any, **kwargs: Any) -> Any:
     """Attention, which transformers imports where there is a torch_npu; models are tested with another one."""
     raise NotImplementedError("torch_npu (stand-in): no attention; attn_implementation='sdpa' has")

@@ -16,6 +16,7 @@ from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
+from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.attn_res.contract import AttnResOptions
 
 _WARPS, _OF_WARP = 16, 512  # warps of a processor; elements of a warp
@@ -26,19 +27,23 @@ class Config:
     """A program holds whole rows, 16 elements in each thread; in backward four such rows, in forward three.
 
     Backward has one wave of `programs`, 16 warps on each processor, which leave a thread 128 registers.
+    `stages`: blocks of a token in flight. H100, 8 x 8192 x 4096, four: 0.206 and 0.457 ms; three: 0.214
+    and 0.483.
     """
 
     block: int
     warps: int
     programs: int
-    stages: int = 3
+    stages: int
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int, processors: int, most_warps: int) -> Config:
+    def of(n_cols: int, itemsize: int, facts: DeviceFacts) -> Config:
         block = next_power_of_2(n_cols)
-        warps = max(1, min(_WARPS, most_warps, block // _OF_WARP))
-        return Config(block, warps, processors * max(1, _WARPS // warps))
+        warps = max(1, min(_WARPS, facts.most_warps, block // _OF_WARP))
+        on_each = max(1, _WARPS // warps)
+        stages = facts.stages(4, block * itemsize)
+        return Config(block, warps, facts.processors * on_each, stages)
 
 
 @triton.jit
@@ -162,8 +167,7 @@ def _attn_res_bwd(
 
 
 def _config(x: Tensor) -> Config:
-    facts = facts_of(x.device)
-    return Config.of(x.shape[-1], facts.processors, facts.most_warps)
+    return Config.of(x.shape[-1], x.element_size(), facts_of(x.device))
 
 
 def forward(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from liger_kernel._core.checks import check_choice
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -41,7 +40,7 @@ class Kernels(Backward, Protocol):
         count: Tensor | None,
         *,
         options: DivergenceOptions,
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[Tensor, Saved]:
         """The loss of (N, V) x against y: 0-d, or (N, V) with reduction "none"; and what `backward` is given.
 

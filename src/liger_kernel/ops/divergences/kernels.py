@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.rows import gradient_scale
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch, log2
@@ -225,7 +224,7 @@ def forward(
     count: Tensor | None,
     *,
     options: DivergenceOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Saved]:
     x, y = as_rows(x), as_rows(y)
     target = None if target is None else target.contiguous()
@@ -251,9 +250,7 @@ def forward(
     return loss.sum(), (grad, scale)
 
 
-def backward(
-    grads: Sequence[Tensor], saved: Saved, *, options: DivergenceOptions, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+def backward(grads: Grads, saved: Saved, *, options: DivergenceOptions, needs: Needs) -> Grads:
     upstream = grads[0]
     if options.reduction != "none":
         grad, scale = saved

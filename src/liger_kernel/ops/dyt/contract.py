@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -26,6 +25,6 @@ class Kernels(Backward, Protocol):
         beta: Tensor | None,
         *,
         options: DyTOptions,
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[Tensor, Saved]:
         """y (..., N) of x (..., N), and what `backward` is given as `saved`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
@@ -150,7 +149,7 @@ def forward(
     beta: Tensor | None,
     *,
     options: DyTOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Saved]:
     rows = as_rows(x)  # (R, N)
     gamma = gamma.contiguous()
@@ -171,13 +170,7 @@ def forward(
     return y, (rows, alpha, gamma, beta if needs[3] else None)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: DyTOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def backward(grads: Grads, saved: Saved, *, options: DyTOptions, needs: Needs) -> Grads:
     rows, alpha, gamma, beta = saved
     needs_dx, needs_dalpha, needs_dgamma, needs_dbeta = needs
     n_rows, n_cols = rows.shape

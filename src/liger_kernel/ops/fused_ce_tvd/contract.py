@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 from liger_kernel._core.rows import RowOutputs
 
@@ -49,7 +48,7 @@ class Kernels(Backward, Protocol):
         target: Tensor,
         *,
         options: CETVDOptions,
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[tuple[Tensor, Tensor], Saved]:
         """Cross entropy and total variation distance of each row (N,), fp32, and what `backward` is given."""
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.rows import RowOutputs
 from liger_kernel._core.shapes import as_rows, next_power_of_2
 from liger_kernel.backends import facts_of
@@ -405,12 +405,7 @@ _TVD = ("tvd", 0.0)
 
 
 def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    *,
-    options: CETVDOptions,
-    needs: Sequence[bool],
+    student: Tensor, teacher: Tensor, target: Tensor, *, options: CETVDOptions, needs: Needs
 ) -> tuple[tuple[Tensor, Tensor], Saved]:
     student, teacher, target = as_rows(student), as_rows(teacher), target.contiguous()
     tvd, ce, *statistics = torch.empty(
@@ -422,13 +417,7 @@ def forward(
     return (ce, tvd), (student, teacher, target, *statistics)
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    saved: Saved,
-    *,
-    options: CETVDOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def backward(grads: Grads, saved: Saved, *, options: CETVDOptions, needs: Needs) -> Grads:
     student, teacher, target, *statistics = saved
     assert student is not None
     assert teacher is not None

@@ -1,4 +1,4 @@
-"""Kernels of a mixture of experts between its matrix products: over rows sorted by expert, and over tokens."""
+"""Kernels of a mixture of experts: grouped matrix products over rows sorted by expert, and what stands between them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,56 @@ import triton
 import triton.language as tl
 
 from liger_kernel.ops.glu.triton import activation
+
+
+@triton.jit
+def activation_of(
+    gate,
+    up,
+    limit,
+    alpha,
+    up_shift,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """f(alpha gate) / alpha and its derivative, up + up_shift, and whether gate and up are within the limit. Without a
+    gate the factor is 1."""
+    gate = gate.to(tl.float32)
+    gate_in = tl.full(gate.shape, 1, tl.int1)
+    up_in = gate_in
+    if LIMITED:  # a NaN stays one
+        gate_in = ~(gate > limit)
+        gate = tl.where(gate_in, gate, limit)
+    z = gate * alpha
+    if ACTIVATION == "relu_squared":
+        z = tl.where(z < 0.0, 0.0, z)
+        value = z * z
+        slope = 2.0 * z
+    else:
+        value, slope = activation(z, 1.0, ACTIVATION)
+    factor = tl.zeros_like(gate) + 1.0
+    if GATED:
+        up = up.to(tl.float32)
+        if LIMITED:
+            up_in = ~(tl.abs(up) > limit)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        factor = up + up_shift
+    return value / alpha, slope, factor, gate_in, up_in
+
+
+@triton.jit
+def places(rows, cols, n_cols, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where gate and up of an activation (rows, cols) of n_cols columns lie."""
+    gate_at = rows * n_cols + cols
+    up_at = gate_at
+    if GATED:
+        gate_at = rows * (2 * n_cols) + cols
+        up_at = gate_at + n_cols
+        if INTERLEAVED:
+            gate_at = rows * (2 * n_cols) + 2 * cols
+            up_at = gate_at + 1
+    return gate_at, up_at
 
 
 @triton.jit
@@ -23,39 +73,16 @@ def _gate_and_up(
     INTERLEAVED: tl.constexpr,
     LIMITED: tl.constexpr,
 ):
-    """f(alpha gate) / alpha and its derivative, up + up_shift, whether gate and up are within the limit; and where
-    gate and up are. Without a gate the factor is 1."""
-    width = n_cols
-    gate_at = rows * n_cols + cols
-    up_at = gate_at
+    """`activation_of` of what is loaded, and where gate and up are."""
+    gate_at, up_at = places(rows, cols, n_cols, GATED, INTERLEAVED)
+    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0)
+    up = gate
     if GATED:
-        width = 2 * n_cols
-        gate_at = rows * width + cols
-        up_at = gate_at + n_cols
-        if INTERLEAVED:
-            gate_at = rows * width + 2 * cols
-            up_at = gate_at + 1
-    gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    gate_in = mask
-    up_in = mask
-    if LIMITED:  # a NaN stays one
-        gate_in = ~(gate > limit)
-        gate = tl.where(gate_in, gate, limit)
-    z = gate * alpha
-    if ACTIVATION == "relu_squared":
-        z = tl.where(z < 0.0, 0.0, z)
-        value = z * z
-        slope = 2.0 * z
-    else:
-        value, slope = activation(z, 1.0, ACTIVATION)
-    factor = tl.zeros_like(gate) + 1.0
-    if GATED:
-        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-        if LIMITED:
-            up_in = ~(tl.abs(up) > limit)
-            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        factor = up + up_shift
-    return value / alpha, slope, factor, gate_in, up_in, gate_at, up_at
+        up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0)
+    value, slope, factor, gate_in, up_in = activation_of(
+        gate, up, limit, alpha, up_shift, ACTIVATION, GATED, LIMITED
+    )
+    return value, slope, factor, gate_in, up_in, gate_at, up_at
 
 
 @triton.jit

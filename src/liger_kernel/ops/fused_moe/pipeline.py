@@ -19,7 +19,7 @@ rows a that it takes to rows of W a + B u, and their gradient g:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,11 +36,17 @@ class Routing(NamedTuple):
     slots: Tensor  # (S,) int64, the slot of each row
     rows: Tensor  # (S,) int32, the row of each slot
     starts: Tensor  # (E + 1,) int32, the first row of each expert; the last is the number of rows with an expert
+    tokens: Tensor  # (S,) int32, the token of each row
     tiles: Tensor  # what the products of a device need besides; perhaps empty
 
 
-#: rows (S, R) and a weight (E, N, R), of any strides
-LowRank = tuple[Tensor, Tensor]
+class LowRank(NamedTuple):
+    """Beside a product: rows p go through `a` (E, R, M), are rounded, and go through `b` (E, N, R); any strides."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: Tensor | None  # (S, R), where scale a[e] @ p goes, if somebody wants it
 
 
 class Steps(Protocol):
@@ -55,21 +61,48 @@ class Steps(Protocol):
         weight: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        gathered: int,
+        gathered: bool,
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """out[p] = scale a[p] @ weight[e].T + low[0][p] @ low[1][e].T + bias[e], (S, N).
+        """out[p] = scale a[p] @ weight[e].T + what `low` adds + bias[e], (S, N).
 
-        `gathered` K: a has the rows of tokens, K slots each. `scale`: given for a weight of a low rank.
+        `gathered`: a has the rows of tokens. `scale`: given for a weight of a low rank.
         """
+
+    def activated(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        routing: Routing,
+        low: LowRank | None,
+        options: MoEOptions,
+        keep: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The `product` with the rows of tokens, which nobody reads unless `keep`, and its activation, (S, I)."""
+
+    def activated_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        low: LowRank | None,
+        hidden: Tensor,
+        weights: Tensor,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of da, the `product` with the rows of tokens: dh (S, N), which may take the memory of `into`, w act (S, I),
+        and dw (T, K) in fp32, zero for no expert."""
 
     def weight_gradient(
         self,
         a: Tensor,
         b: Tensor,
         routing: Routing,
-        gathered: tuple[int, int],
+        gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """out[e] = sum_p a[p]^T b[p], (E, M, N); zeros for an expert without rows.
@@ -78,12 +111,29 @@ class Steps(Protocol):
         """
 
     def bias_gradient(
-        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int
+        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: bool
     ) -> Tensor:
         """out[e] = sum_p weights[slot of p] a[p], (E, N)."""
 
+    def combine(
+        self,
+        y: Tensor,
+        weights: Tensor | None,
+        routing: Routing,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
+
+
+class Separately:
+    """The parts of `Steps` that can be fused, one after the other."""
+
+    product: Callable[..., Tensor]
+
     def activate(self, hidden: Tensor, routing: Routing, options: MoEOptions) -> Tensor:
         """(S, I)"""
+        raise NotImplementedError
 
     def activate_backward(
         self,
@@ -95,18 +145,36 @@ class Steps(Protocol):
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dh (S, N), w act (S, I), which may take the memory of `into` and da, and dw (T, K) in fp32, zero for no
-        expert."""
+        """`Steps.activated_backward`; w act may take the memory of da."""
+        raise NotImplementedError
 
-    def combine(
+    def activated(
         self,
-        y: Tensor,
-        weights: Tensor | None,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         routing: Routing,
-        shape: torch.Size,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
+        low: LowRank | None,
+        options: MoEOptions,
+        keep: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        hidden = self.product(a, weight, bias, routing, True, low)
+        return hidden, self.activate(hidden, routing, options)
+
+    def activated_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        low: LowRank | None,
+        hidden: Tensor,
+        weights: Tensor,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        da = self.product(dy, weight, None, routing, True, low)
+        return self.activate_backward(da, hidden, weights, routing, options, needs, into)
 
 
 #: of the number of rows, x and the weights
@@ -123,6 +191,12 @@ def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tenso
     rows = torch.empty_like(slots, dtype=torch.int32)
     rows[slots] = torch.arange(slots.numel(), dtype=torch.int32, device=index.device)
     return slots, rows, starts
+
+
+def _routing(steps: Steps, sorted_: Iterable[Tensor], top_k: int) -> Routing:
+    slots, rows, starts = sorted_
+    tokens = torch.div(slots, max(1, top_k), rounding_mode="floor", out=torch.empty_like(rows))
+    return Routing(slots, rows, starts, tokens, steps.tiles(starts, slots.numel()))
 
 
 def _told(index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -153,17 +227,18 @@ def forward(
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     if not can_look(top_k_index):  # or it was checked
         top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
-    sorted_ = sort_by_expert(top_k_index, w1.shape[0])
-    routing = Routing(*sorted_, steps.tiles(sorted_[2], top_k_index.numel()))
-    top_k = top_k_index.shape[1]
+    routing = _routing(steps, sort_by_expert(top_k_index, w1.shape[0]), top_k_index.shape[1])
     first = _Pair.of(gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
     second = _Pair.of(down_a, down_b, options.down_scaling, x.dtype)
-    low = first and first.through_a(steps, x, routing, top_k)
-    hidden = steps.product(x, w1, gate_up_bias, routing, top_k, low)  # (S, 2I) or (S, I)
-    low_rows = low[0] if low is not None and needs[8] else None
-    act = steps.activate(hidden, routing, options)  # (S, I)
-    low = second and second.through_a(steps, act, routing, 0)
-    y = steps.product(act, w2, down_bias, routing, 0, low)  # (S, H)
+    n_rows = weights.numel()
+    low = first and first.beside(n_rows, needs[8])
+    keep = keeps_hidden(needs)
+    hidden, act = steps.activated(x, w1, gate_up_bias, routing, low, options, keep)
+    low_rows = low and low.rows
+    if not keep:
+        hidden = None
+    low = second and second.beside(n_rows, False)
+    y = steps.product(act, w2, down_bias, routing, False, low)  # (S, H)
     del act, low
     out = steps.combine(y, weights, routing, weights.shape, x.dtype)
     return out, (
@@ -177,7 +252,7 @@ def forward(
         gate_up_b,
         down_a,
         down_b,
-        hidden if keeps_hidden(needs) else None,
+        hidden,
         low_rows,
         *routing[:3],
     )
@@ -201,33 +276,34 @@ def backward(
     given: Any = (*saved, grads[0])
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, a1, b1, *given = given
     a2, b2, hidden, low_rows, *routed, dy = given
-    slots, rows, starts = routed
-    steps = steps_for(slots.numel(), x, gate_up_weight, down_weight)
-    routing = Routing(slots, rows, starts, steps.tiles(starts, slots.numel()))
+    n_rows = weights.numel()
+    steps = steps_for(n_rows, x, gate_up_weight, down_weight)
+    routing = _routing(steps, routed, weights.shape[1])
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     first = _Pair.of(a1, b1, options.gate_up_scaling, x.dtype)
     second = _Pair.of(a2, b2, options.down_scaling, x.dtype)
     of_first, of_second = (needs_dw1, *needs_low[:2]), (needs_dw2, *needs_low[2:])
-    top_k = weights.shape[1]
     dy = dy.contiguous()  # (T, H)
     dx = dw = db1 = db2 = None
     firsts: _OfWeight = (None, None, None)
     seconds: _OfWeight = (None, None, None)
     if needs_db2 and down_bias is not None:
-        db2 = steps.bias_gradient(dy, weights, routing, top_k).to(down_bias.dtype)
+        db2 = steps.bias_gradient(dy, weights, routing, True).to(down_bias.dtype)
     if hidden is None:
         return (*(None,) * 6, db2, *(None,) * 4)
-    low = second and second.through_b(steps, dy, routing, top_k)
-    da = steps.product(dy, w2.mT, None, routing, top_k, low)  # (S, I)
+    low = second and second.behind(n_rows, of_second[1])
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
-    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
-    del da
+    dhidden, act, dw = steps.activated_backward(
+        dy, w2.mT, routing, low, hidden, weights, options, wanted, into
+    )
     if act is not None:
-        u = second.through_a(steps, act, routing, 0)[0] if second and of_second[2] else None
-        between = (u, low and low[0])
-        gathered = (0, top_k)
+        u = None
+        if second and of_second[2]:
+            u = steps.product(act, second.a, None, routing, False, scale=second.scale)
+        between = (u, low and low.rows)
+        gathered = (False, True)
         seconds = _of_weight(steps, act, dy, routing, gathered, options, second, between, of_second)
         del act
     if dw is not None:
@@ -236,16 +312,18 @@ def backward(
         dw = dw.to(weights.dtype)
     if dhidden is not None:
         if needs_db1 and gate_up_bias is not None:
-            db1 = steps.bias_gradient(dhidden, None, routing, 0).to(gate_up_bias.dtype)
-        low = None
-        if first and (needs_dx or of_first[1]):
-            low = first.through_b(steps, dhidden, routing, 0)
-        between = (low_rows, low and low[0])
-        gathered = (top_k, 0)
-        firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
+            db1 = steps.bias_gradient(dhidden, None, routing, False).to(gate_up_bias.dtype)
+        v = None
         if needs_dx:
-            dx = steps.product(dhidden, w1.mT, None, routing, 0, low)  # (S, H)
+            low = first and first.behind(n_rows, of_first[1])
+            dx = steps.product(dhidden, w1.mT, None, routing, False, low)  # (S, H)
             dx = steps.combine(dx, None, routing, weights.shape, x.dtype)
+            v = low and low.rows
+        elif first and of_first[1]:
+            v = steps.product(dhidden, first.b.mT, None, routing, False, scale=first.scale)
+        between = (low_rows, v)
+        gathered = (True, False)
+        firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
     return dx, firsts[0], seconds[0], None, dw, db1, db2, *firsts[1:], *seconds[1:]
 
 
@@ -263,13 +341,17 @@ class _Pair(NamedTuple):
             return None
         return _Pair(_dense(a, dtype), _dense(b, dtype), scale, (a.dtype, b.dtype))
 
-    def through_a(self, steps: Steps, rows: Tensor, routing: Routing, gathered: int) -> LowRank:
-        """u, and what takes it on."""
-        return steps.product(rows, self.a, None, routing, gathered, scale=self.scale), self.b
+    def beside(self, n_rows: int, keep: bool) -> LowRank:
+        """For the product with the weight. `keep`: u."""
+        return LowRank(self.a, self.b, self.scale, self._rows(n_rows) if keep else None)
 
-    def through_b(self, steps: Steps, grad: Tensor, routing: Routing, gathered: int) -> LowRank:
-        """v, and what takes it on."""
-        return steps.product(grad, self.b.mT, None, routing, gathered, scale=self.scale), self.a.mT
+    def behind(self, n_rows: int, keep: bool) -> LowRank:
+        """For the product with the transposed weight. `keep`: v."""
+        rows = self._rows(n_rows) if keep else None
+        return LowRank(self.b.mT, self.a.mT, self.scale, rows)
+
+    def _rows(self, n_rows: int) -> Tensor:
+        return self.a.new_empty(n_rows, self.a.shape[1])
 
 
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,7 +370,7 @@ def _of_weight(
     inputs: Tensor,
     outputs: Tensor,
     routing: Routing,
-    gathered: tuple[int, int],
+    gathered: tuple[bool, bool],
     options: MoEOptions,
     pair: _Pair | None,
     between: tuple[Tensor | None, Tensor | None],
@@ -300,9 +382,9 @@ def _of_weight(
     if needs[0]:
         dw = _weight_gradient(steps, inputs, outputs, routing, gathered, options.transposed)
     if pair and v is not None and needs[1]:
-        da = steps.weight_gradient(v, inputs, routing, (0, of_inputs), pair.dtypes[0])
+        da = steps.weight_gradient(v, inputs, routing, (False, of_inputs), pair.dtypes[0])
     if pair and u is not None and needs[2]:
-        db = steps.weight_gradient(outputs, u, routing, (of_outputs, 0), pair.dtypes[1])
+        db = steps.weight_gradient(outputs, u, routing, (of_outputs, False), pair.dtypes[1])
     return dw, da, db
 
 
@@ -316,7 +398,7 @@ def _weight_gradient(
     inputs: Tensor,
     outputs: Tensor,
     routing: Routing,
-    gathered: tuple[int, int],
+    gathered: tuple[bool, bool],
     transposed: bool,
 ) -> Tensor:
     """Of a weight (E, out, in), or transposed (E, in, out)."""

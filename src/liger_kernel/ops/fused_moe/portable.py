@@ -17,8 +17,8 @@ from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 
 
-def _rows(a: Tensor, routing: Routing, gathered: int) -> Tensor:
-    return a[routing.slots // gathered] if gathered else a
+def rows_of(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
+    return a.index_select(0, routing.tokens) if gathered else a
 
 
 def _parts(rows: Tensor, routing: Routing) -> Sequence[Tensor]:
@@ -41,7 +41,7 @@ def _owned(routing: Routing) -> Iterator[Tensor]:
     yield row >= starts[-1]
 
 
-class Portable:
+class Portable(pipeline.Separately):
     """`pipeline.Steps`"""
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
@@ -53,18 +53,21 @@ class Portable:
         weight: Tensor,
         bias: Tensor | None,
         routing: Routing,
-        gathered: int,
+        gathered: bool,
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
         if not has_numbers(a):  # whose are the rows? of a shape, the loop over experts says nothing
             return a.new_empty(routing.slots.shape[0], weight.shape[1])
-        *parts, others = _parts(_rows(a, routing, gathered), routing)
+        *parts, others = _parts(rows_of(a, routing, gathered), routing)
         found = list(map(torch.mm, parts, weight.mT.unbind()))
         if scale is not None:
             found = [part * scale for part in found]
         if low is not None:
-            found = list(map(torch.addmm, found, _parts(low[0], routing), low[1].mT.unbind()))
+            rows = self.product(a, low.a, None, routing, gathered, scale=low.scale)
+            found = list(map(torch.addmm, found, _parts(rows, routing), low.b.mT.unbind()))
+            if low.rows is not None:
+                low.rows.copy_(rows)
         if bias is not None:
             found = list(map(torch.add, found, bias.to(a.dtype).unbind()))
         found.append(others.new_zeros(others.shape[0], weight.shape[1]))
@@ -80,22 +83,22 @@ class Portable:
         a: Tensor,
         b: Tensor,
         routing: Routing,
-        gathered: tuple[int, int],
+        gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         if not has_numbers(a):
             return a.new_empty(routing.starts.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
         parts = (
-            _parts(_rows(t, routing, n), routing)[:-1]
+            _parts(rows_of(t, routing, n), routing)[:-1]
             for t, n in zip((a, b), gathered, strict=True)
         )
         found = torch.stack([torch.mm(x.t(), y) for x, y in zip(*parts, strict=True)])
         return found if dtype is None else found.to(dtype)
 
     def bias_gradient(
-        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: int
+        self, a: Tensor, weights: Tensor | None, routing: Routing, gathered: bool
     ) -> Tensor:
-        rows = _rows(a, routing, gathered)
+        rows = rows_of(a, routing, gathered)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if weights is not None:
             rows = rows * weights.view(-1, 1)[routing.slots]

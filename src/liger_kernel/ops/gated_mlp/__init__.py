@@ -16,16 +16,14 @@ from liger_kernel._core.autograd import (
     Op,
     autocast_dtype,
     graph_is_kept,
-    is_transformed,
     refuse_double_backward,
     saved_tensors_are_ours,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
-from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import host_bound
-from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gate_options, gated_product
@@ -61,9 +59,9 @@ def gated_mlp(
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
     check_tensors(x, *weights, autocast)
-    transformed = is_transformed()
+    composed = is_composed(x, *weights)
     usual = gate_multiplier == 1 and limit is None and alpha == 1 and activation in ACTIVATIONS
-    if usual and not transformed:
+    if usual and not composed:
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]
         if elements <= _SMALL and host_bound(x, x.numel()):
             return reference.gated_mlp(x, *weights, activation, 1.0)
@@ -75,11 +73,10 @@ def gated_mlp(
         "alpha": glu.alpha,
     }
     if (
-        transformed
+        composed
         or autocast
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
-        or any(map(is_dtensor, (x, *weights)))
     ):
         return reference.gated_mlp(x, *weights, **options, product=gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`

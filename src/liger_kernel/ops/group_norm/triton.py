@@ -7,7 +7,6 @@ the last one on, from the L2.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
@@ -251,7 +250,7 @@ def forward(
     bias: Tensor | None,
     *,
     options: GroupNormOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Saved]:
     x = x.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -277,13 +276,7 @@ def forward(
     return y, (x, weight, bias, mean, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: GroupNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: GroupNormOptions, needs: Needs) -> Grads:
     x, weight, bias, mean, rstd = saved
     needs_dx, needs_dw, needs_db = needs
     dy = grads[0].contiguous()

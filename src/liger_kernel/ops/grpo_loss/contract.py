@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from liger_kernel._core.checks import check_choice
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 from liger_kernel.ops.grpo_loss.reference import NOT_COUNTED
 
@@ -60,6 +59,6 @@ class Kernels(Backward, Protocol):
         sum_weight: Tensor | None,
         *,
         options: GRPOLossOptions,
-        needs: Sequence[bool],
+        needs: Needs,
     ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Saved]:
         """As `reference.grpo_loss`; logits (R, V), all others (R,). `backward` may overwrite the logits in place."""

@@ -6,7 +6,6 @@ Where the loss is summed in forward, the gradient is written there, right after 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import launch
@@ -263,7 +262,7 @@ def forward(
     sum_weight: Tensor | None,
     *,
     options: GRPOLossOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Saved]:
     o, rows = options, as_rows(logits)
     n_rows, n_cols = rows.shape
@@ -298,13 +297,7 @@ def forward(
     return (loss if sum_weight is None else loss.sum(), kl, clipped), saved
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Saved,
-    *,
-    options: GRPOLossOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def backward(grads: Grads, saved: Saved, *, options: GRPOLossOptions, needs: Needs) -> Grads:
     rows, token_ids, *of_rows = saved
     assert rows is not None
     assert token_ids is not None

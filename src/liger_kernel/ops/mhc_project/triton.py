@@ -26,42 +26,66 @@ _END_ROWS = (
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of (rows, k) elements of x. `programs`: one wave, two on each processor; the reduced dimension is parted
-    until there are as many. Loads in flight are a tile of x and one of the weight, at most 32 columns wide as a rule.
-
-    `precision`: of products in fp32.
+    """Tiles of (rows, k) elements of x. `programs`: how many share the work; the reduced dimension is parted until
+    there are as many. Loads in flight are a tile of x and one of the weight, at most 32 columns wide as a rule.
     """
 
     rows: int
     k: int
     programs: int
     stages: int
-    precision: str
     warps: int = 4
 
     @staticmethod
     @functools.cache
     def forward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
-        stages = facts.stages(4, 64 * (64 + 32) * itemsize)
-        precision, warps = facts.exact_precision, 4 if m <= 64 else 8
-        return Config(64, 64, 2 * facts.processors, stages, precision, warps)
+        if facts.architecture.startswith("rdna"):  # larger tiles spill: it has no units for fp32
+            return Config(32, 32, 2 * facts.processors, stages=1)
+        # H100, 8192 x 16384: 0.114 ms with three stages, 0.180 with four
+        stages = facts.stages(3, 64 * (64 + 32) * itemsize)
+        return Config(64, 64, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
 
     @staticmethod
     @functools.cache
-    def backward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
-        # its sums (k, m) and the weight's columns stay in registers: 2048 are 16 in each thread; `tl.dot` wants 16
-        k = max(16, min(64, 2048 // m))
-        stages = facts.stages(3, 32 * (k + 2 * m) * max(itemsize, 4))
-        precision = facts.exact_precision
-        return Config(32, k, 8 * facts.processors, stages, precision, warps=4 if m <= 64 else 8)
+    def dx(facts: DeviceFacts, itemsize: int, m: int) -> Config:
+        # H100, 8192 x 16384 and m = 32: 0.24 ms; of 64 rows 0.34
+        k = max(16, min(128, 4096 // m))
+        stages = facts.stages(2, 32 * k * itemsize + k * m * 4)
+        return Config(32, k, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
+
+    @staticmethod
+    @functools.cache
+    def dw(facts: DeviceFacts, itemsize: int, m: int, split: bool) -> Config:
+        # the sums (k, m) stay in registers, twice: 4096 are 32 in each thread, half where fp32 takes as many; `tl.dot`
+        # wants 16 columns. H100, likewise: 0.41 ms; of 64 columns 0.76
+        widest = 128 if split else 64
+        k = min(widest, 32 * widest // m) if m <= 64 else 16
+        stages = facts.stages(2, 64 * (k + 2 * m) * max(itemsize, 4))
+        return Config(64, k, 4 * facts.processors, stages, warps=4 if m <= 64 else 8)
 
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
-        return max(1, min(cdiv(self.programs, tiles), cdiv(length, 4 * step)))
+        return max(1, min(cdiv(self.programs, max(1, tiles)), cdiv(length, 4 * step)))
 
 
 #: tiles whose sum is left to tensor cores, which cut off what they add: of 5000 products it was worse than PyTorch's
 _SHORT: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def _rest(wide, part):
+    """What `part`, `wide` rounded, leaves over; of an infinity nothing."""
+    part = part.to(tl.float32)
+    return tl.where(tl.abs(part) == float("inf"), 0.0, wide - part)
+
+
+@triton.jit
+def _split(wide):
+    """fp32 as a sum of three bf16: 24 bits, and products of bf16 are exact in fp32."""
+    high = wide.to(tl.bfloat16)
+    rest = _rest(wide, high)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, _rest(rest, middle).to(tl.bfloat16)
 
 
 @triton.jit
@@ -78,6 +102,7 @@ def _mhc_project_fwd(
     n_out,
     n_parts,
     NARROW: tl.constexpr,
+    X_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -99,7 +124,10 @@ def _mhc_project_fwd(
         w = tl.load(at, mask=(k < n_k)[:, None] & (m < n_out)[None, :], other=0.0)
         wide = x.to(tl.float32)
         squares += wide * wide
-        if NARROW:
+        if X_SPLIT and w_ptr.dtype.element_ty == tl.float32:
+            high, middle, low = _split(w)
+            short = tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low, short)))
+        elif NARROW:
             short = tl.dot(x, w, short)  # products of 16 bits are exact in fp32
         else:
             short = tl.dot(wide, w.to(tl.float32), short, input_precision=PRECISION)
@@ -145,14 +173,13 @@ def _mhc_project_end(
 
 
 @triton.jit
-def _mhc_project_bwd(
+def _mhc_project_dx(
     dy_ptr,
     x_ptr,
     w_ptr,
     y_ptr,
     rstd_ptr,
     dx_ptr,
-    partial_ptr,
     dy_stride,
     x_stride,
     w_k,
@@ -161,27 +188,70 @@ def _mhc_project_bwd(
     n_k,
     n_out,
     n_parts,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """With dz = rstd dy: dx = dz w^T - (sum of dy y) rstd^2 / K x, and dw = x^T dz.
+    """With dz = rstd dy: dx = dz w^T - (sum of dy y) rstd^2 / K x. One program owns ROWS tokens, and of their columns
+    the tiles that are `part` modulo the parts."""
+    part = tl.program_id(0) % n_parts
+    rows = (tl.program_id(0) // n_parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, M)
+    narrow = (rows < n_rows)[:, None] & (m < n_out)[None, :]
+    dy = tl.load(dy_ptr + rows[:, None] * dy_stride + m[None, :], mask=narrow, other=0.0)
+    y = tl.load(y_ptr + rows[:, None] * n_out + m[None, :], mask=narrow, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+    dz = dy * rstd[:, None]
+    along = tl.sum(dz * y, 1) * rstd / n_k
+    if SPLIT:
+        high, middle, low = _split(dz)
+    for tile in tl.range(part, tl.cdiv(n_k, K), n_parts, num_stages=STAGES):
+        k = tile * K + tl.arange(0, K)
+        mask = (rows < n_rows)[:, None] & (k < n_k)[None, :]
+        of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
+        w = tl.load(of_w, mask=(k < n_k)[None, :] & (m < n_out)[:, None], other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+        if SPLIT and w_ptr.dtype.element_ty == tl.float32:
+            w_high, w_middle, w_low = _split(w)
+            dx = tl.dot(high, w_low, tl.dot(low, w_high, tl.dot(middle, w_middle)))
+            dx = tl.dot(high, w_high, tl.dot(high, w_middle, tl.dot(middle, w_high, dx)))
+        elif SPLIT:
+            dx = tl.dot(high, w, tl.dot(middle, w, tl.dot(low, w)))
+        else:
+            dx = tl.dot(dz, w.to(tl.float32), input_precision=PRECISION)
+        dx -= along[:, None] * x.to(tl.float32)
+        to = dx_ptr + rows[:, None] * n_k + k[None, :]
+        tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    One program owns K columns of the tiles of tokens that are `part` modulo the parts, and its sum of dw over them.
-    """
-    k_tiles = tl.cdiv(
-        n_k, K
-    )  # those of the same tokens run together: whole rows are read, not 128 bytes of each
+
+@triton.jit
+def _mhc_project_dw(
+    dy_ptr,
+    x_ptr,
+    rstd_ptr,
+    partial_ptr,
+    dy_stride,
+    x_stride,
+    n_rows,
+    n_k,
+    n_out,
+    n_parts,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dw = x^T (rstd dy). One program owns K columns of the tiles of tokens that are `part` modulo the parts; those of
+    the same tokens run together, so that whole rows are read."""
+    k_tiles = tl.cdiv(n_k, K)
     part = tl.program_id(0) // k_tiles
     k = (tl.program_id(0) % k_tiles) * K + tl.arange(0, K)
     m = tl.arange(0, M)
-    if NEEDS_DX:
-        of_w = w_ptr + k.to(tl.int64)[None, :] * w_k + m[:, None] * w_m
-        w = tl.load(of_w, mask=(k < n_k)[None, :] & (m < n_out)[:, None], other=0.0).to(tl.float32)
     dw = tl.zeros((K, M), tl.float32)
     short = tl.zeros((K, M), tl.float32)
     for tile in tl.range(part, tl.cdiv(n_rows, ROWS), n_parts, num_stages=STAGES):
@@ -189,25 +259,21 @@ def _mhc_project_bwd(
         narrow = (rows < n_rows)[:, None] & (m < n_out)[None, :]
         mask = (rows < n_rows)[:, None] & (k < n_k)[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
-        x = x.to(tl.float32)
         dy = tl.load(dy_ptr + rows[:, None] * dy_stride + m[None, :], mask=narrow, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        dz = dy * rstd[:, None]
-        if NEEDS_DX:
-            y = tl.load(y_ptr + rows[:, None] * n_out + m[None, :], mask=narrow, other=0.0)
-            along = tl.sum(dz * y, 1) * rstd / n_k
-            dx = tl.dot(dz, w, input_precision=PRECISION) - along[:, None] * x
-            to = dx_ptr + rows[:, None] * n_k + k[None, :]
-            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_DW:
-            short = tl.dot(tl.trans(x), dz, short, input_precision=PRECISION)
-            if (tile // n_parts) % _SHORT == _SHORT - 1:
-                dw += short
-                short = tl.zeros((K, M), tl.float32)
-    if NEEDS_DW:
-        dw += short
-        at = (part.to(tl.int64) * n_k + k[:, None]) * n_out + m[None, :]
-        tl.store(partial_ptr + at, dw, mask=(k < n_k)[:, None] & (m < n_out)[None, :])
+        dz = dy * tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
+        if SPLIT:
+            high, middle, low = _split(dz)
+            xt = tl.trans(x)
+            short = tl.dot(xt, high, tl.dot(xt, middle, tl.dot(xt, low, short)))
+        else:
+            xt = tl.trans(x.to(tl.float32))
+            short = tl.dot(xt, dz, short, input_precision=PRECISION)
+        if (tile // n_parts) % _SHORT == _SHORT - 1:
+            dw += short
+            short = tl.zeros((K, M), tl.float32)
+    dw += short
+    at = (part.to(tl.int64) * n_k + k[:, None]) * n_out + m[None, :]
+    tl.store(partial_ptr + at, dw, mask=(k < n_k)[:, None] & (m < n_out)[None, :])
 
 
 def forward(
@@ -230,7 +296,8 @@ def forward(
             *(rows, weight, raw, squares, rows.stride(0), *weight.stride()),
             *(n_rows, n_k, n_out, parts),
             NARROW=x.dtype == weight.dtype and x.dtype in SIXTEEN_BITS and not INTERPRET,
-            **_tile(config, n_out),
+            X_SPLIT=_splits(x),
+            **_tile(config, n_out, x),
         )
         launch(
             _mhc_project_end,
@@ -247,9 +314,14 @@ def _padded(n_out: int) -> int:
     return max(16, next_power_of_2(n_out))  # the least that `tl.dot` takes
 
 
-def _tile(config: Config, n_out: int) -> dict[str, Any]:
+def _splits(*exact: Tensor) -> bool:
+    """Whether products of these with fp32 are taken of its three parts, by tensor cores: exact, for these are bf16."""
+    return all(t.dtype == torch.bfloat16 for t in exact) and not INTERPRET
+
+
+def _tile(config: Config, n_out: int, x: Tensor) -> dict[str, Any]:
     return {
-        "PRECISION": config.precision,
+        "PRECISION": facts_of(x.device).exact_precision,
         "ROWS": config.rows,
         "K": config.k,
         "M": _padded(n_out),
@@ -263,25 +335,34 @@ def backward(grads: Any, saved: Any, *, options: MHCProjectOptions, needs: Needs
     dy = as_rows(grads[0])
     (n_rows, n_k), n_out = rows.shape, weight.shape[1]
     needs_dx, needs_dw = needs
-    dx = rows.new_empty(*grads[0].shape[:-1], n_k) if needs_dx else None
-    config = Config.backward(facts_of(rows.device), rows.element_size(), _padded(n_out))
-    tiles = cdiv(n_k, config.k)
-    parts = config.parts(tiles, n_rows, config.rows)
-    partial = dy.new_empty(1, parts, n_k * n_out) if needs_dw else None
+    facts, itemsize, split = facts_of(rows.device), rows.element_size(), _splits(rows)
+    dx = dw = None
     # one after the other: together they take so many registers that loads of x are not hidden, which costs more than
-    # reading it again; dx, which sums nothing over tokens, with programs of four tiles
-    of_four = cdiv(n_rows, 4 * config.rows)
-    for dx_here, partial_here, n_parts in ((dx, None, of_four), (None, partial, parts)):
-        if dx_here is None and partial_here is None:
-            continue
+    # reading it again
+    if needs_dx:
+        config = Config.dx(facts, itemsize, _padded(n_out))
+        tiles = cdiv(n_rows, config.rows)
+        parts = config.parts(tiles, n_k, config.k)
+        dx = rows.new_empty(*grads[0].shape[:-1], n_k)
         launch(
-            _mhc_project_bwd,
-            (tiles * n_parts,),
-            *(dy, rows, weight, y, rstd, dx_here, partial_here, dy.stride(0), rows.stride(0)),
-            *(*weight.stride(), n_rows, n_k, n_out, n_parts),
-            NEEDS_DX=dx_here is not None,
-            NEEDS_DW=partial_here is not None,
-            **_tile(config, n_out),
+            _mhc_project_dx,
+            (tiles * parts,),
+            *(dy, rows, weight, y, rstd, dx, dy.stride(0), rows.stride(0), *weight.stride()),
+            *(n_rows, n_k, n_out, parts),
+            SPLIT=split,
+            **_tile(config, n_out, rows),
         )
-    dw = None if partial is None else column_sums(partial, [weight.dtype])[0].view(n_k, n_out)
+    if needs_dw:
+        config = Config.dw(facts, itemsize, _padded(n_out), split)
+        tiles = cdiv(n_k, config.k)
+        parts = config.parts(tiles, n_rows, config.rows)
+        partial = dy.new_empty(1, parts, n_k * n_out)
+        launch(
+            _mhc_project_dw,
+            (tiles * parts,),
+            *(dy, rows, rstd, partial, dy.stride(0), rows.stride(0), n_rows, n_k, n_out, parts),
+            SPLIT=split,
+            **_tile(config, n_out, rows),
+        )
+        dw = column_sums(partial, [weight.dtype])[0].view(n_k, n_out)
     return dx, dw

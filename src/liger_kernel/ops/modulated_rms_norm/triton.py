@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import RowTile, column_sums, launch
@@ -230,7 +229,7 @@ def forward(
     shift: Tensor | None,
     *,
     options: ModulatedRMSNormOptions,
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> tuple[Tensor, Saved]:
     y = x.new_empty(x.shape)
     if not x.numel():
@@ -254,12 +253,8 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: ModulatedRMSNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    grads: Grads, saved: Saved, *, options: ModulatedRMSNormOptions, needs: Needs
+) -> Grads:
     rows, weight, scale, shift, rstd = saved
     if rstd is None:  # no rows
         like = (grads[0], weight, scale, shift)

@@ -6,14 +6,12 @@ overflows. A row that does not fit the registers is read again for each sum, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_kernel._core.contract import Saved
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import RowTile
@@ -183,12 +181,7 @@ def _poly_norm_bwd(
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    options: PolyNormOptions,
-    needs: Sequence[bool],
+    x: Tensor, weight: Tensor, bias: Tensor, *, options: PolyNormOptions, needs: Needs
 ) -> tuple[Tensor, Saved]:
     if not x.numel():
         return x.new_empty(x.shape), (x, weight, bias, None)
@@ -201,13 +194,7 @@ def forward(
     return y, (rows, weight, bias, rstd)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: PolyNormOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(grads: Grads, saved: Saved, *, options: PolyNormOptions, needs: Needs) -> Grads:
     rows, weight, bias, rstd = saved
     needs_dx, needs_dw, needs_db = needs
     dx = rows.new_empty(grads[0].shape) if needs_dx else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -18,7 +17,5 @@ class SoftmaxOptions(OpOptions):
 
 
 class Kernels(Backward, Protocol):
-    def forward(
-        self, x: Tensor, *, options: SoftmaxOptions, needs: Sequence[bool]
-    ) -> tuple[Tensor, Saved]:
+    def forward(self, x: Tensor, *, options: SoftmaxOptions, needs: Needs) -> tuple[Tensor, Saved]:
         """y (..., V) of x (..., V), and what `backward` is given as `saved`."""

@@ -6,13 +6,12 @@ be in the L2 still. Its first block stays in registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import RowTile
@@ -115,22 +114,14 @@ def _softmax_bwd(
     tl.store(dx_ptr + y_at, (first_y * (first_dy - total)).to(dtype), mask=mask)
 
 
-def forward(
-    x: Tensor, *, options: SoftmaxOptions, needs: Sequence[bool]
-) -> tuple[Tensor, tuple[Tensor]]:
+def forward(x: Tensor, *, options: SoftmaxOptions, needs: Needs) -> tuple[Tensor, tuple[Tensor]]:
     y = x.new_empty(x.shape)
     if x.numel():
         _launch(_softmax_fwd, FORWARD, x.element_size(), as_rows(x), y)
     return y, (y,)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: SoftmaxOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:
+def backward(grads: Grads, saved: Saved, *, options: SoftmaxOptions, needs: Needs) -> Grads:
     (y,) = saved
     dx = torch.empty_like(y)
     if y.numel():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from liger_kernel._core.contract import Backward, Saved
+from liger_kernel._core.contract import Backward, Needs, Saved
 from liger_kernel._core.options import OpOptions
 
 
@@ -19,6 +18,6 @@ class SparsemaxOptions(OpOptions):
 
 class Kernels(Backward, Protocol):
     def forward(
-        self, x: Tensor, *, options: SparsemaxOptions, needs: Sequence[bool]
+        self, x: Tensor, *, options: SparsemaxOptions, needs: Needs
     ) -> tuple[Tensor, Saved]:
         """y (..., V) of x (..., V), and what `backward` is given as `saved`."""

@@ -8,13 +8,12 @@ rows take three to eight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import RowTile
@@ -151,7 +150,7 @@ def _sparsemax_bwd(
 
 
 def forward(
-    x: Tensor, *, options: SparsemaxOptions, needs: Sequence[bool]
+    x: Tensor, *, options: SparsemaxOptions, needs: Needs
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     y = x.new_empty(x.shape)
     if not x.numel():
@@ -162,13 +161,7 @@ def forward(
     return y, (rows, top, tau)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    *,
-    options: SparsemaxOptions,
-    needs: Sequence[bool],
-) -> tuple[Tensor]:
+def backward(grads: Grads, saved: Saved, *, options: SparsemaxOptions, needs: Needs) -> Grads:
     rows, top, tau = saved
     dx = rows.new_empty(grads[0].shape)
     if dx.numel():

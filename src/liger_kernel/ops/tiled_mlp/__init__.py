@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from liger_kernel._core.autograd import autocast_dtype, in_torch_func, is_transformed
+from liger_kernel._core.autograd import autocast_dtype, in_torch_func
 from liger_kernel._core.checks import check_choice, check_floating
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import cdiv
-from liger_kernel.backends.dispatch import kernels_for
+from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import check_tensors
 from liger_kernel.ops.gated_mlp.reference import gated_mlp
@@ -49,7 +49,7 @@ def tiled_mlp(
     autocast = autocast_dtype(x) is not None
     check_tensors(x, *weights, autocast)
     num_tiles = _checked(x, num_tiles, weights)
-    if not is_transformed() and not autocast and not any(map(is_dtensor, (x, *weights))):
+    if not autocast and not is_composed(x, *weights):
         return gated_tiles(x, *weights, GLUOptions(activation), num_tiles)
 
     def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ from liger_kernel.transformers.patching.last_dimension import (
     without_classes,
 )
 from liger_kernel.transformers.patching.origin import Modes, Origin
+from liger_kernel.transformers.patching.waiting import Delayed, delegate, real
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class DeferredLogits:
+class DeferredLogits(Delayed):
     """See the module docstring. `chain` has the recorded operations: their names, arguments and keywords.
 
     The last of them was applied to `parent`. Once one is real, all that came from the same head are, each made of its
@@ -282,9 +283,9 @@ class DeferredLogits:
             or fused.classes
             or fused.bias is not None
         ):
-            return self._then(None, "add", _real(other))
+            return self._then(None, "add", real(other))
         if not is_bias(other, self.shape, self.device):
-            return self._then(None, "add", _real(other))
+            return self._then(None, "add", real(other))
         fused = fused.but(bias=other.flatten() / fused.scale)
         return self._then(fused, "add", other, dtype=torch.promote_types(dtype, other.dtype))
 
@@ -370,7 +371,7 @@ class DeferredLogits:
         known = _FUNCTIONS.get(func)
         if known is not None and args and isinstance(args[0], cls):
             return getattr(args[0], known)(*args[1:], **kwargs)
-        return func(*_real(args), **{name: _real(value) for name, value in kwargs.items()})
+        return func(*real(args), **{name: real(value) for name, value in kwargs.items()})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -391,27 +392,10 @@ _FUNCTIONS = {
 }
 
 
-def _real(value: Any) -> Any:
-    if isinstance(value, DeferredLogits):
-        return value.materialize()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_real(v) for v in value)
-    return value
-
-
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*_real(args))
-
-    return method
-
-
-_DELEGATED = (
-    "sub rsub rtruediv pow neg abs matmul rmatmul lt le "
-    "gt ge eq ne iter floordiv mod and or bool float int "
+delegate(
+    DeferredLogits,
+    "sub rsub rtruediv pow neg abs matmul rmatmul lt le gt ge eq ne iter floordiv mod and or bool float int",
 )
-for _name in _DELEGATED.split():
-    setattr(DeferredLogits, f"__{_name}__", _delegate(f"__{_name}__"))
 
 
 def _in_place(name: str) -> Callable[..., Any]:
@@ -428,7 +412,7 @@ def _in_place(name: str) -> Callable[..., Any]:
                 after._parent = copy.copy(self)
                 self.__dict__.update(vars(after))
                 return self
-        self._real = write(self.materialize(), _real(other))
+        self._real = write(self.materialize(), real(other))
         return self
 
     return method
@@ -437,4 +421,3 @@ def _in_place(name: str) -> Callable[..., Any]:
 _VIEWS = ("contiguous", "reshape", "getitem")
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(DeferredLogits, f"__i{_name}__", _in_place(_name))
-DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -147,7 +147,7 @@ class TokenCall:
         if self.kwargs.get("output_router_logits", routers) and aux_loss is None:
             return None
         loss = output[0] if isinstance(output, tuple) else output.loss
-        made: Any = sys.modules["trl.trainer.utils"]
-        return made.FusedCausalLMOutput(
-            loss=loss, label_mask=self.mask, aux_loss=aux_loss, **self.found
-        )
+        # a release of TRL that knows no such head has no such output
+        home: Any = sys.modules.get("trl.trainer.utils")
+        made = getattr(home, "FusedCausalLMOutput", dict)
+        return made(loss=loss, label_mask=self.mask, aux_loss=aux_loss, **self.found)

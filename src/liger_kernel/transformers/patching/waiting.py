@@ -12,11 +12,15 @@ from typing import Any
 from torch import Tensor
 
 
-class Waiting:
-    raw: Tensor  # of the shape, dtype and device of what is not computed yet
+class Delayed:
+    """Its value is what `materialize` returns."""
 
     def materialize(self) -> Tensor:
         raise NotImplementedError
+
+
+class Waiting(Delayed):
+    raw: Tensor  # of the shape, dtype and device of what is not computed yet
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -33,22 +37,27 @@ class Waiting:
 
 def real(value: Any) -> Any:
     """`value` with tensors in it that have their numbers."""
-    if isinstance(value, Waiting):
+    if isinstance(value, Delayed):
         return value.materialize()
     return type(value)(map(real, value)) if type(value) in (list, tuple) else value
 
 
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: Waiting, *args: Any) -> Any:
+def delegate(cls: type[Delayed], operators: str) -> None:
+    """Let these operators of `cls` compute with the value."""
+    for operator in operators.split():
+        setattr(cls, f"__{operator}__", _of_the_value(f"__{operator}__"))
+    cls.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _of_the_value(name: str) -> Callable[..., Any]:
+    def method(self: Delayed, *args: Any) -> Any:
         return getattr(self.materialize(), name)(*real(args))
 
     return method
 
 
-_DELEGATED = (
+delegate(
+    Waiting,
     "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv pow neg abs matmul rmatmul "
-    "getitem setitem len iter lt le gt ge eq ne bool float int"
+    "getitem setitem len iter lt le gt ge eq ne bool float int",
 )
-for _name in _DELEGATED.split():
-    setattr(Waiting, f"__{_name}__", _delegate(f"__{_name}__"))
-Waiting.__hash__ = object.__hash__  # type: ignore[method-assign]

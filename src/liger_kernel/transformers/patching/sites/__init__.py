@@ -25,6 +25,7 @@ _FILES = (
     "lora_experts",
     "qk_norms",
     "checkpoints",
+    "graphs",
 )
 
 SITES: tuple[Site, ...] = tuple(import_module(f"{__name__}.{file}").SITE for file in _FILES)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liger_kernel._core.autograd import autocast_dtype, is_transformed
+from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
+from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops import gated_mlp as gated_mlp_op
 from liger_kernel.ops import glu as glu_op
 from liger_kernel.ops import tiled_mlp as tiled_mlp_op
@@ -155,7 +156,7 @@ class MLPPlan(MethodPlan):
         children: Any = module.__dict__["_modules"]
         names = (self.gate, self.up, self.down)
         outputs = sum(children[name].out_features for name in names if name is not None)
-        return 1 if is_transformed() or is_dtensor(x) else tiled_mlp_op.tiles_of(x, outputs)
+        return 1 if is_composed(x) else tiled_mlp_op.tiles_of(x, outputs)
 
     def _in_tiles(
         self,

@@ -1,0 +1,68 @@
+"""On a CPU an op is never slower than eager PyTorch: most are the same operators, in the same order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from liger_kernel.testing import Make, specs
+from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
+
+SPECS = specs()
+#: computed in another way than the reference: `python -m benchmark cpu` has their times, which docs/hardware.md shows
+MEASURED = {
+    "cross_entropy",
+    "fused_ce_tvd",
+    "fused_linear_cross_entropy",
+    "fused_linear_jsd",
+    "fused_linear_kl_div",
+    "fused_moe",
+    "fused_neighborhood_attention",
+    "gated_mlp",
+    "group_norm",
+    "grpo_loss",
+    "layer_norm",
+    "linear_logprobs",
+    "logprobs",
+    "lora_linear",
+    "moe_router",
+    "scale_gradients",
+    "sparsemax",
+    "tiled_mlp",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_logprobs",
+}
+
+
+#: that compute nothing
+FREE = ("aten.detach.default", "aten.promote_types.default")
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(op) not in FREE:
+            self.ran.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", [op for op in SPECS if op not in MEASURED])
+def test_the_operators_are_those_of_the_reference(op: str) -> None:
+    spec = SPECS[op]
+    case = spec.cases[0]
+    inputs, grads = drawn(spec, case, Make(torch.bfloat16, "cpu"))
+    found = []
+    for function in (spec.function, spec.reference):
+        arguments = leaves(inputs, wanted_inputs(spec, case, inputs))
+        with Operators() as operators:
+            call(function, case.options, arguments, grads)
+        found.append(operators.ran)
+    assert found[0] == found[1]
