@@ -14,7 +14,7 @@ LIGER_KERNEL_IMPL_ENV = "LIGER_KERNEL_IMPL"
 
 @dataclass(frozen=True)
 class ImplInfo:
-    """`module_path` is among the loaded modules once kernels of the implementation have run; empty if it has no files."""
+    """`module_path` is among the loaded modules once kernels of the implementation have run; "" if it has no files."""
 
     name: str
     devices: tuple[str, ...]
