@@ -4,9 +4,11 @@
 ifeq ($(origin PYTHON),command line)
   RUN := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
   READY :=
+  APART :=
 else
   RUN := .venv/bin/python
   READY := .venv/.ready
+  APART := .venv/frameworks/.ready
 endif
 BASE_PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
@@ -22,7 +24,7 @@ demo: $(READY) ## train a small Llama without and with the library, and compare
 	@$(RUN) -m examples.demo $(ARGS)
 
 # one torch thread per worker: more workers than that fight over the cores
-test: $(READY) ## the whole test suite
+test: $(READY) $(APART) ## the whole test suite
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS) tests
 
 coverage: ## the same, and the lines of src/liger_kernel that no test runs
@@ -93,3 +95,8 @@ clean: ## remove .venv and everything that was made
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(PIP) install --no-deps --upgrade --target .venv/kernels $$(sed -n 's/^# apart: //p' requirements-dev.txt)
 	@touch $@
+
+# where the index lacks one of them, the tests that need them are skipped, and say so
+.venv/frameworks/.ready: tests/framework_wheels.txt | .venv/.ready
+	@$(PIP) install --no-deps --no-build-isolation --upgrade --ignore-requires-python --target .venv/frameworks -r $< \
+	  && touch $@ || echo "make: without .venv/frameworks the adapters of frameworks, Lightning and DeepSpeed are not tested"

@@ -16,7 +16,7 @@ import torch
 import liger_kernel
 from benchmark.e2e import build, step
 from benchmark.options import MeasuringParser
-from benchmark.shapes import MODELS
+from benchmark.shapes import MODELS, Setup
 
 KINDS = ("fused_linear_cross_entropy", "rms_norm", "mlp", "rope")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.read(argv)
-    model = build(args.shape, args.seq, False, args.device)
+    model = build(Setup(args.shape, args.seq, args.batch), args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     shape = (args.batch, args.seq)
     tokens = torch.randint(MODELS[args.shape]["vocab_size"], shape, device=args.device)

@@ -13,6 +13,7 @@ merged into benchmark/results/<gpu>.json. To add a row, add it to `shapes.STEPS`
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from benchmark.measure import release, synchronize
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
 from benchmark.shapes import MODELS, STEPS, Setup
+from liger_kernel.cli.paper import LiveBytes
 
 
 def _stock(model: Any) -> Any:
@@ -49,7 +51,11 @@ def _incumbent(model: Any) -> Any:
 
 def _reading(model: Any) -> Any:
     """As a metric on the logits of every step would."""
-    _patched(model).register_forward_hook(lambda model, args, output: output.logits[..., :1].sum())
+
+    def read(model: Any, args: Any, output: Any) -> None:
+        output.logits.argmax(-1)
+
+    _patched(model).register_forward_hook(read)
     return model
 
 
@@ -75,6 +81,8 @@ MODES: dict[str, Callable[[Any], Any]] = {
     "incumbent": _incumbent,
     "base": _patched,
     "compile": _compiled,
+    "no-residual": partial(_patched, residual=False),
+    "tiled-mlp": partial(_patched, tiled_mlp=True),
     "patched+graphs": partial(_patched, cuda_graphs=True),
     "patched+compile": lambda model: _compiled(_patched(model)),
 }
@@ -101,25 +109,48 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(shape: str, seq: int, checkpointing: bool, device: str, rank: int = 0) -> Any:
+def build(row: Setup, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = {"attn_implementation": "sdpa", **MODELS[shape]}
+    given = {"attn_implementation": "sdpa", **MODELS[row.shape]}
     attention = given.pop("attn_implementation")
-    config = AutoConfig.for_model(**given, max_position_embeddings=seq, use_cache=False)
+    config = AutoConfig.for_model(**given, max_position_embeddings=row.seq, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
+        model: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    if rank:
+    if row.weights:
+        quantise(model.model, row.weights)
+    if row.rank:
         from peft import LoraConfig, get_peft_model
 
-        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        targets: Any = "all-linear"
+        if row.head:
+            linears = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+            targets = sorted({name.rpartition(".")[2] for name in linears})
+        adapters = LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=targets)
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
-    if checkpointing:
+    if row.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def quantise(body: Any, weights: str) -> None:
+    """Put layers of bitsandbytes in the place of all Linears."""
+    nn: Any = importlib.import_module("bitsandbytes.nn")
+    for path, linear in list(body.named_modules()):
+        if type(linear) is not torch.nn.Linear:
+            continue
+        sizes = linear.in_features, linear.out_features, False
+        layer = (
+            nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            if weights == "int8"
+            else nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type=weights)
+        )
+        layer.load_state_dict(linear.state_dict())
+        parent, _, name = path.rpartition(".")
+        setattr(body.get_submodule(parent), name, layer.to(linear.weight.device))
 
 
 def step(
@@ -143,7 +174,7 @@ def step(
 def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
     """One mode of one row, in this process."""
     device = args.device
-    model = MODES[mode](build(row.shape, row.seq, row.checkpointing, device, row.rank))
+    model = MODES[mode](build(row, device))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(0)
@@ -159,10 +190,18 @@ def train(args: argparse.Namespace, row: Setup, mode: str) -> Row:
         seconds.append(done)
         last = loss.item()
     median = statistics.median(seconds[args.warmup :])
+    if device == "cuda":  # what graphs work in is not allocated, but reserved
+        graphs = mode == "patched+graphs"
+        peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
+    else:
+        with LiveBytes(model) as live:  # counts what is made inside, and slows it
+            step(model, optimizer, tokens, tokens)
+        states = (t for state in optimizer.state.values() for t in state.values())
+        peak = live.peak + sum(t.nbytes for t in (*model.parameters(), *states))
     return {
         "tokens_per_s": row.batch * row.seq / median,
         "step_ms": 1e3 * median,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
+        "peak_gb": peak / 1e9,
         "loss": last,
         "steps": args.warmup + args.steps,
     }
@@ -201,12 +240,12 @@ def in_child(args: argparse.Namespace, rows: list[Setup], mode: str) -> Iterator
 def line(row: dict[str, Any]) -> str:
     name = (
         f"{row['shape']:20} S{row['seq']} B{row['batch']}{' ckpt' if row['checkpointing'] else ''}"
-        + (f" r{row['rank']}" if row["rank"] else "")
+        + (f" r{row['rank']}{'+head' * row['head']} {row['weights']}" if row["rank"] else "")
         + (f" {row['ignored']:.0%} ignored" if row["ignored"] else "")
     )
     if "error" in row:
         return f"{name:36} {row['mode']:16} {row['error']}"
-    memory = f"{row['peak_gb']:7.1f} GB" if row["peak_gb"] is not None else ""
+    memory = f"{row['peak_gb']:7.{1 if row['peak_gb'] > 1 else 3}f} GB"
     return f"{name:36} {row['mode']:16} {row['tokens_per_s']:10.0f} tokens/s {memory}  loss {row['loss']:.4f}"
 
 

@@ -14,6 +14,7 @@ one to `shapes.LOSSES`.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmark import children, shapes, sources
-from benchmark.measure import host_inclusive, peak_mb
+from benchmark.measure import host_inclusive, peak_mb, release
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
 from liger_kernel.testing import assert_no_worse
@@ -266,7 +267,9 @@ def measured(loss: Loss, mode: str, shape: str, device: str) -> Row:
     given = inputs(shapes.LOSSES[shape], device, torch.bfloat16)
     call = partial(stepped, function, given)
     row["ms"] = host_inclusive(call, device, 300).ms
-    row["tflop_s"] = 2 * loss.products * shapes.LOSSES[shape].product / row["ms"] / 1e9
+    size = shapes.LOSSES[shape]
+    flops = 2 * loss.products * size.product * (1 - size.ignored)
+    row["tflop_s"] = flops / row["ms"] / 1e9
     if device == "cuda":
         row["peak_mb"] = peak_mb(call)
     return row
@@ -277,25 +280,26 @@ def measure_mode(
     mode: str,
     site: str | None,
     names: list[str],
-    shape: str,
+    cases: list[str],
     device: str,
 ) -> None:
     if mode in ("incumbent", "base"):
         sources.become(site)
-    for name in names:
-        loss = LOSSES[name]
-        row: Row = {"loss": name, "case": shape, "mode": mode}
+    for name, case in itertools.product(names, cases):
+        row: Row = {"loss": name, "case": case, "mode": mode}
         try:
-            row.update(measured(loss, mode, shape, device))
+            row.update(measured(LOSSES[name], mode, case, device))
         except Exception as error:
             row["error"] = said(error)
+        release()
         report(row)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = MeasuringParser("losses", __doc__, "json", "base", "peer-site")
     parser.add_argument("--modes", default="ours,eager", help=f"of {','.join(MODES)}")
-    parser.add_argument("--shape", default=next(iter(shapes.LOSSES)), choices=shapes.LOSSES)
+    first = next(iter(shapes.LOSSES))
+    parser.add_argument("--shape", nargs="+", default=[first], choices=shapes.LOSSES)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, metavar="LOSS",
                         help=f"of {', '.join(LOSSES)}; default: all")  # fmt: skip
     args = parser.read(argv)
@@ -316,4 +320,4 @@ def main(argv: list[str] | None = None) -> int:
                     keep(path, "chunked", run, [row])
         except children.ChildError as error:
             print(f"{mode}: {error}", file=sys.stderr)
-    return int(complete < len(modes) * len(args.losses))
+    return int(complete < len(modes) * len(args.losses) * len(args.shape))

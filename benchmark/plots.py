@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmark import sources
+from benchmark import shapes, sources
 from benchmark.options import Parser
 from benchmark.results import Row, load
 from benchmark.tables import LOSS_HEAD, STEP_NAMES, model_name
@@ -284,7 +284,9 @@ def against_classes(content: dict[str, Any], value: str) -> Lines:
 
 
 def loss(content: dict[str, Any], name: str) -> Bars:
-    found = {row["mode"]: row for row in content["chunked"] if row["loss"] == name}
+    case = next(iter(shapes.LOSSES))
+    of_case = (row for row in content["chunked"] if (row["loss"], row["case"]) == (name, case))
+    found = {row["mode"]: row for row in of_case}
     rows = [found[mode] for mode in ("eager", "incumbent", "ours")]
     values = {NAMES[row["mode"]]: row["ms"] for row in rows}
     best = min(value for other, value in values.items() if other != OURS)

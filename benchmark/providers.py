@@ -254,8 +254,29 @@ def _liger_ce_tvd(o: Options) -> Function:
     return lambda *tensors: function.apply(*tensors, o["ignore_index"])
 
 
+def _liger_attn_res(o: Options) -> Function | None:
+    if o["normed"]:
+        return None
+    function = _liger("liger_attn_res")
+    return lambda *tensors: function(*tensors, o["eps"])
+
+
+def _liger_mhc_mix(o: Options) -> Function:
+    """It has two such ops: to one stream, and to as many as there are, with that of the layer."""
+    pre, post_res = _liger("liger_mhc_pre"), _liger("liger_mhc_post_res")
+
+    def function(x: Any, weights: Any, f: Any, f_weights: Any) -> Any:
+        if f is None:
+            return pre(x, weights.squeeze(-2).float()).unsqueeze(-2)
+        return post_res(x, f, f_weights.float(), weights.float())
+
+    return function
+
+
 #: ops with other arguments there, or another result
 LIGER: Table = {
+    "attn_res": _liger_attn_res,
+    "mhc_mix": _liger_mhc_mix,
     "glu": _liger_glu,
     "rope": _liger_rope,
     "qk_norm_rope": _liger_qk_norm_rope,
@@ -306,7 +327,16 @@ def _quack_cross_entropy(o: Options) -> Function | None:
     return lambda x, target, weight=None: _loss_tuple(cross_entropy(x, target, **options))
 
 
-QUACK: Table = {"rms_norm": _quack_rms_norm, "cross_entropy": _quack_cross_entropy}
+def _quack_softmax(o: Options) -> Function:
+    function: Function = importlib.import_module("quack.softmax").softmax
+    return function
+
+
+QUACK: Table = {
+    "rms_norm": _quack_rms_norm,
+    "cross_entropy": _quack_cross_entropy,
+    "softmax": _quack_softmax,
+}
 
 
 def _hf_experts(o: Options) -> Function | None:

@@ -27,7 +27,9 @@ from benchmark.options import Parser
 FOLDER = sources.ROOT / "benchmark" / "results"
 KEYS = {
     "ops": ("op", "case", "dtype", "provider", "mode"),
-    "e2e": ("shape", "seq", "batch", "checkpointing", "rank", "ignored", "mode"),
+    "e2e": (
+        *("shape", "seq", "batch", "checkpointing", "rank", "head", "weights", "ignored", "mode"),
+    ),
     "sharded": ("shape", "seq", "batch", "ranks", "how", "mode"),
     "host": ("op", "case", "provider"),
     "chunked": ("loss", "case", "mode"),

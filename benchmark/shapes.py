@@ -56,13 +56,19 @@ MODELS = {
 
 
 class Setup(NamedTuple):
-    """A training step: a row of `python -m benchmark e2e`. rank: of LoRA on all linears; 0: everything is trained."""
+    """A training step: a row of `python -m benchmark e2e`.
+
+    rank: of LoRA on all linears; 0: everything is trained. head: LoRA is on the head as well. weights: "nf4" or "int8",
+    as bitsandbytes keeps the frozen ones; "": in bf16.
+    """
 
     shape: str
     seq: int
     batch: int
     checkpointing: bool = False
     rank: int = 0
+    head: bool = False
+    weights: str = ""
 
 
 STEPS = (
@@ -78,6 +84,9 @@ STEPS = (
     Setup("llama-3.1-8b", 4096, 2, rank=16),
     Setup("llama-3.1-8b", 512, 4, rank=16),
     Setup("qwen3-0.6b", 512, 4, rank=16),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, head=True),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, weights="nf4"),
+    Setup("llama-3-8b-4-layers", 4096, 2, rank=16, weights="int8"),
 )
 
 

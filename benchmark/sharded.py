@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmark import sources
 from benchmark.e2e import MODES, build, step
 from benchmark.options import MeasuringParser
 from benchmark.results import Row, default_path, describe_run, keep, said
-from benchmark.shapes import MODELS
+from benchmark.shapes import MODELS, Setup
 
 
 def _ddp(model: Any, device: torch.device) -> nn.Module:
@@ -75,14 +76,16 @@ def train(rank: int, args: argparse.Namespace, how: str, mode: str, meeting: str
     """One rank; the first one hands on the row."""
     if mode in ("incumbent", "base"):
         sources.become(args.site)
-    device = torch.device(args.device, rank if args.device == "cuda" else None)
+    device = torch.device(f"cuda:{rank}" if args.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, init_method=f"file://{meeting}", rank=rank, world_size=args.ranks
     )
-    model = HOW[how](MODES[mode](build(args.shape, args.seq, False, str(device))), device)
+    model = HOW[how](
+        MODES[mode](build(Setup(args.shape, args.seq, args.batch), str(device))), device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     generator = torch.Generator(device).manual_seed(rank)
     classes = MODELS[args.shape]["vocab_size"]
@@ -120,7 +123,7 @@ def measured(args: argparse.Namespace, how: str, mode: str) -> Row:
         args.site = stack.enter_context(sources.folder_of(mode, args.peer_site, args.base))
         try:
             mp.spawn(train, (args, how, mode, f"{folder}/meeting", out), nprocs=args.ranks)
-        except mp.ProcessException as error:
+        except ProcessException as error:
             lines = str(error).strip().splitlines()
             return {"error": said(RuntimeError(lines[-1] if lines else ""))}
         row: Row = out.get()

@@ -31,7 +31,10 @@ PROVIDER_ORDER = (
 )
 LOSS_HEAD = "fused_linear_cross_entropy"
 MODE_ORDER = ("fwd", "bwd", "full")
-E2E_ORDER = ("stock", "patched", "patched+graphs", "incumbent", "compile", "patched+compile")
+E2E_ORDER = (
+    *("stock", "patched", "patched+graphs", "no-residual", "tiled-mlp"),
+    *("incumbent", "compile", "patched+compile"),
+)
 STEP_NAMES = {
     "stock": "HuggingFace",
     "compile": "torch.compile",
@@ -142,14 +145,26 @@ def head_table(content: dict[str, Any]) -> str:
 def e2e_table(content: dict[str, Any]) -> str:
     modes, body = present(content["e2e"], "mode", E2E_ORDER), []
     for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", modes):
-        shape, seq, batch, checkpointing, rank, ignored = key
-        speed, steps = (best(line, name, max) or 0 for name in ("tokens_per_s", "steps"))
+        shape, seq, batch, checkpointing, *adapters, ignored = key
+        told: list[Row | None] = [r for r in line if r and r.get("loss") is not None]
+        speed, steps = best(line, "tokens_per_s", max) or 0, best(told, "steps", max) or 0
         name = f"{shape}, S{seq} B{batch}" + (", checkpointing" if checkpointing else "")
-        name += f", LoRA r {rank}" if rank else ""
+        name += adapted(*adapters)
         name += f", {ignored:.0%} of the labels ignored" if ignored else ""
         body.append([name, *(e2e_cell(row, speed, int(steps)) for row in line)])
     note = "Tokens per second, peak memory, loss of the last step (same data, same seed)."
     return whole(content, "e2e", ["model", *modes], body, note)
+
+
+def adapted(rank: int, head: bool, weights: str) -> str:
+    """What LoRA is on, for the name of a row."""
+    if not rank:
+        return ""
+    return (
+        f", LoRA r {rank}"
+        + (" and on the head" if head else "")
+        + (f" on {weights}" * bool(weights))
+    )
 
 
 def e2e_cell(row: Row | None, best: float, steps: int) -> str:
@@ -159,6 +174,8 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
+    if row["loss"] is None:  # measured on a model that had been trained before
+        return speed + memory
     after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
 
@@ -166,13 +183,14 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
 def steps_table(content: dict[str, Any]) -> str:
     """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
     body = []
-    for key, line in lines(content["e2e"], KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
-        shape, seq, batch, checkpointing, rank, ignored = key
+    rows = [r for r in content["e2e"] if not r["rank"] and r["mode"] in STEP_NAMES]
+    content = {**content, "e2e": rows}
+    for key, line in lines(rows, KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
+        shape, seq, batch, checkpointing, *_, ignored = key
         if ignored:
             continue
         name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
         name += ", checkpointing" if checkpointing else ""
-        name += f", LoRA r {rank}" if rank else ""
         speed = best(line, "tokens_per_s", max) or 0
         cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
         body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])

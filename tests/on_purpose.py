@@ -14,6 +14,8 @@ PARAMETERS = {
     "implementation. `liger_kernel.transformers.functional` takes what the incumbent's takes.",
     r"liger_kernel\.transformers\.layer_norm\.LigerLayerNorm": "`LIGER_KERNEL_IMPL` chooses the implementation, for "
     "all modules alike.",
+    r"liger_kernel\.transformers\.model\.\w+\.Liger\w+OutputWithPast": "The fields are those of the installed "
+    "transformers, which calls `past_key_values` `cache` since 5.24.",
 }
 
 #: pattern for "module.name" -> why it is not there

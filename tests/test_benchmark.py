@@ -19,10 +19,11 @@ from benchmark import (
     providers,
     results,
     shapes,
+    sharded,
     tables,
     trl_head,
     workload,
-)  # fmt: skip
+)
 from benchmark import run as runner
 from liger_kernel.backends import use_implementation
 from liger_kernel.ops import SERVED
@@ -243,7 +244,6 @@ def test_every_op_that_the_incumbent_has_is_measured_beside_it() -> None:
     apart = {
         "gated_mlp",
         "grpo_loss",
-        "mhc_mix",
         "mhc_project",
         "mhc_sinkhorn",
         "tiled_mlp",
@@ -328,7 +328,7 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     setups = [
         shapes.Setup("tiny", 16, 2),
         shapes.Setup("no-such-shape", 16, 2),
-        shapes.Setup("tiny", 8, 1, rank=4),
+        shapes.Setup("tiny", 8, 1, rank=4, head=True),
     ]
     rows = list(e2e.in_child(args, setups, "stock"))
     assert [(r["shape"], r["seq"], "error" in r) for r in rows] == [
@@ -338,6 +338,26 @@ def test_every_mode_trains_every_row_in_one_process(tmp_path: Path) -> None:
     ]
     assert "no-such-shape" in rows[1]["error"]
     assert rows[0]["tokens_per_s"] > 0
+
+
+def test_a_rank_reports_its_step_or_its_error() -> None:
+    options = "--device cpu --shape tiny --ranks 1 --seq 8 --batch 1 --steps 1 --warmup 0"
+    args = sharded.arguments(options.split())
+    row = sharded.measured(args, "ddp", "stock")
+    assert row["tokens_per_s"] == pytest.approx(8e3 / row["step_ms"])
+    args.shape = "no-such-shape"
+    assert "no-such-shape" in sharded.measured(args, "ddp", "stock")["error"]
+
+
+def test_what_reads_the_logits_leaves_the_output() -> None:
+    found = {}
+    for mode in ("patched", "patched+accuracy", "patched+logits"):
+        model = e2e.MODES[mode](e2e.build("tiny", 8, False, "cpu"))
+        output = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
+        found[mode] = output.loss.item()
+        if mode == "patched+accuracy":
+            assert output.token_accuracy is not None
+    assert len(set(found.values())) == 1
 
 
 def test_a_row_that_takes_too_long_ends_its_process() -> None:
@@ -353,7 +373,7 @@ def test_the_shapes_are_the_models_they_are_named_after() -> None:
     pytest.importorskip("transformers")
     assert {shape for shape, *_ in shapes.STEPS} | set(shapes.DEMO) <= set(shapes.MODELS)
     for shape, parameters in (("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)):
-        model = e2e.build(shape, 64, False, "meta")
+        model = e2e.build(shapes.Setup(shape, 64, 1), "meta")
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 

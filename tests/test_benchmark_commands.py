@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from benchmark import __main__ as command_line
 from benchmark import children, longest, run, sources
+from tests import in_children
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,7 @@ from benchmark import children, longest, run, sources
         ("losses --shape huge --device cpu", "invalid choice: 'huge'"),
         ("host no_such_op --device cpu", "unknown op no_such_op"),
         ("longest --device cpu", "--device cpu needs --limit"),
+        ("sharded --device cpu --how zero", "unknown --how zero; known: ddp, fsdp2"),
         ("tables none-such.json", "no file none-such.json"),
         ("results into.json", "no file to merge into into.json"),
     ],
@@ -106,18 +107,10 @@ def test_the_base_may_be_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert folder == "peers"
 
 
-def in_steps(report: children.Report, file: Path, name: str, count: int) -> None:
-    for step in range(count):
-        with file.open("a") as log:
-            log.write(f"{name}{step} ")
-        report(step)
-    print("done")
-
-
 def test_children_take_turns(tmp_path: Path) -> None:
     file, log = tmp_path / "order", tmp_path / "log"
-    a = children.rows(in_steps, file, "a", 3, log=log)
-    b = children.rows(in_steps, file, "b", 2)
+    a = children.rows(in_children.in_steps, file, "a", 3, log=log)
+    b = children.rows(in_children.in_steps, file, "b", 2)
     assert [next(a), next(b), next(a)] == [0, 0, 1]
     assert file.read_text() == "a0 b0 a1 "
     assert list(a) == [2]
@@ -126,16 +119,9 @@ def test_children_take_turns(tmp_path: Path) -> None:
     assert file.read_text() == "a0 b0 a1 a2 "
 
 
-def fails(report: children.Report, how: str) -> None:
-    report("one")
-    if how == "raises":
-        raise ValueError("two")
-    os._exit(3)
-
-
 @pytest.mark.parametrize(("how", "code"), [("raises", 1), ("exits", 3)])
 def test_a_child_that_ends_early_is_an_error(how: str, code: int) -> None:
-    rows = children.rows(fails, how)
+    rows = children.rows(in_children.fails, how)
     assert next(rows) == "one"
     with pytest.raises(children.ChildError, match=f"ended with code {code}"):
         next(rows)

@@ -180,6 +180,7 @@ def test_a_loss_after_fewer_steps_says_so() -> None:
     step = {"tokens_per_s": 5.0, "peak_gb": None, "loss": 2.0, "steps": 8}
     assert tables.e2e_cell(step, 6.0, 9) == "5 / 2.0000 (step 8)"
     assert tables.e2e_cell(step, 6.0, 8) == "5 / 2.0000"
+    assert tables.e2e_cell({**step, "loss": None}, 6.0, 9) == "5"
 
 
 def test_the_fastest_head_is_bold_whoever_it_is() -> None:

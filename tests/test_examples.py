@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--steps", "4", "--batch", "2", "--seq", "32")
+#: packages that would change what other tests see, were they where all can import them
+APART = Path(os.environ.get("FRAMEWORK_WHEELS") or Path(sys.prefix) / "frameworks")
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
@@ -37,7 +39,6 @@ EXAMPLES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "moe": ("torch", ("fused linear cross entropy", "experts")),
     "vision_language": ("torch", ("fused linear cross entropy", "LigerLayerNorm")),
-    "lightning_module": ("lightning", ("fused linear cross entropy",)),
     "torch_compile --backend aot_eager": ("torch", ("fused linear cross entropy",)),
     "custom_loss": ("torch", ("LigerRMSNorm", "from hidden states")),
 }
@@ -146,17 +147,14 @@ def test_the_reward(line: str, closed: bool) -> None:
     assert is_closed(line) == closed
 
 
-def in_two_processes(example: str) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", f"examples.{example}", *TINY]
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def started(example: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, or several, which also see the packages that stand apart."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(APART)]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, *launcher, "-m", *f"examples.{example}".split(), *TINY]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -167,11 +165,28 @@ def test_fsdp2() -> None:
 
     if LACKS_FSDP2:
         pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
-    done = in_two_processes("fsdp2")
+    done = started("fsdp2", *TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     [(first, last)] = LINE.findall(done.stdout)  # of one rank
     assert float(last) < float(first)
     assert "fused linear cross entropy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "package", "launcher"),
+    [
+        ("lightning_module", "lightning", ()),
+        ("hf_trainer --sharding zero3", "deepspeed", TWO_PROCESSES),
+    ],
+)
+def test_packages_apart(example: str, package: str, launcher: tuple[str, ...]) -> None:
+    if not (APART / package).is_dir():
+        pytest.skip(f"no {APART / package}, where make test puts it")
+    done = started(example, *launcher)
+    assert done.returncode == 0, done.stderr
+    [(first, last)] = LINE.findall(done.stdout)
+    assert float(last) < float(first)
+    assert "LigerRMSNorm" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -233,4 +248,5 @@ def test_the_readme_lists_every_example() -> None:
     }
     assert listed - {"demo"} == files
     tested = {example.split()[0] for example in EXAMPLES}
-    assert {name for name in files if not name.startswith("alignment.")} == tested | {"fsdp2"}
+    apart = {"fsdp2", "lightning_module"}
+    assert {name for name in files if not name.startswith("alignment.")} == tested | apart

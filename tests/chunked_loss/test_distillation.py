@@ -11,6 +11,7 @@ import torch
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCosineSimilarityLoss,
     LigerFusedLinearJSDLoss,
+    LigerFusedLinearTVDLoss,
 )
 from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
 from tests.chunked_loss.full_logits import DTYPES, IGNORED, compare, logits_of, pick, wide
@@ -66,6 +67,10 @@ def cosine(s: Any, t: Any, beta: float) -> Any:
     return beta * (1 - (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1)))
 
 
+def tvd(s: Any, t: Any, beta: float) -> Any:
+    return 0.5 * (s.softmax(-1) - t.softmax(-1)).abs().sum(-1)
+
+
 def full(i: Any, rows: Any, hard: float, soft: float, beta: float, temperature: float) -> Any:
     s = logits_of(i["hidden"], i["weight"], i.get("bias"))
     t = wide(logits_of(i["t_hidden"], i["t_weight"], i.get("t_bias"))) / temperature
@@ -105,6 +110,18 @@ def test_distillation(
     module = kind(**options, return_soft_hard_loss=True)
     weights = module.weight_hard_loss, module.weight_soft_loss, module.beta, module.temperature
     compare(lambda i: call(module, i), lambda i: full(i, rows, *weights), draw_pair(dtype, extra))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [({"chunk_size": 4}, 0), ({"temperature": 2.0, "weight_hard_loss": 0.8}, 3)],
+    ids=str,
+)
+def test_total_variation(options: dict[str, Any], extra: int, dtype: torch.dtype) -> None:
+    module = LigerFusedLinearTVDLoss(**options, return_soft_hard_loss=True)
+    weights = module.weight_hard_loss, module.weight_soft_loss, 0.0, module.temperature
+    compare(lambda i: call(module, i), lambda i: full(i, tvd, *weights), draw_pair(dtype, extra))
 
 
 @dtypes

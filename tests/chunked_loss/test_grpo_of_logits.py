@@ -177,6 +177,10 @@ def test_log_probabilities() -> None:
     assert_no_worse("logps", found, high, low)
     everything = fused_selective_log_softmax(logits, ids)
     assert everything.all()
+    ids[:, -L:].masked_fill_(~i["mask"], -1)
+    assert torch.equal(fused_selective_log_softmax(logits, ids, 0.7, mask), found)
+    with pytest.raises(IndexError, match=f"token -1 is out of bounds for {V} classes"):
+        fused_selective_log_softmax(logits, ids)  # of these no token is left out
 
 
 def test_options_of_a_call() -> None:

@@ -47,6 +47,18 @@ class TestInspect:
         assert "LigerSwiGLU" in done.out
         assert all(len(line) <= 80 for line in done.out.splitlines())
 
+    def test_a_model_in_the_cache_of_the_hub(
+        self, run: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        constants = pytest.importorskip("huggingface_hub.constants")
+        repository = tmp_path / "cache" / "models--some--thing"
+        for folder in ("refs", "snapshots/abc"):
+            (repository / folder).mkdir(parents=True)
+        (repository / "refs" / "main").write_text("abc")
+        (config / "config.json").rename(repository / "snapshots" / "abc" / "config.json")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert run("inspect", "some/thing", "--json").data["model"] == "LlamaForCausalLM"
+
     def test_what_is_skipped_and_what_is_slow(self, run: Run, both: str) -> None:
         assert "eager" in run("inspect", "gpt_oss").out  # its attention; 36 layers
         done = run("inspect", "jetmoe")
@@ -175,6 +187,11 @@ class TestEstimate:
             assert max(found["activations"], found["gradients"]) < found["peak"] - fixed
             at_most = found["activations"] + found["logits_and_loss"] + found["gradients"]
             assert found["peak"] - fixed <= at_most
+
+    def test_a_peak_that_tokens_do_not_make(self, run: Run, config: Path) -> None:
+        done = run("estimate", str(config), "--seq", "16")
+        assert "0 bytes less" in done.out
+        assert "in the optimizer's step" in done.out
 
     def test_options(self, run: Run, config: Path) -> None:
         def peak(*options: str) -> dict[str, int]:

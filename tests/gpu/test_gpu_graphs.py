@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 import liger_kernel
+from liger_kernel.backends import graphs
 from tests.transformers.tiny import build
+
+KEPT: list[Tensor] = []
 
 
 def pair(kind: str = "qwen3", **settings: Any) -> tuple[Any, Any]:
@@ -31,6 +34,9 @@ def step(model: Any, *lengths: int, autocast: bool = False) -> list[float]:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
+        KEPT.append(
+            loss
+        )  # and with it where the gradients of all weights arrive, on the usual stream
     return losses
 
 
@@ -95,12 +101,43 @@ def test_memory_is_given_back() -> None:
     _, other = pair()
     step(other, 64)
     other.zero_grad()
+    KEPT.clear()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     step(other, 64, 64)
     assert replays(other)
     liger_kernel.unpatch(other)
     other.zero_grad()
+    KEPT.clear()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**26  # a workspace of cuBLAS for each thread
+
+
+class Waits(torch.nn.Module):
+    """Whose code asks for a number, which nobody can have in a capture."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x) * (1.0 if x.sum().item() < 1e30 else 2.0)
+
+
+def test_a_capture_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers run as before, and so does everything else on the device."""
+    monkeypatch.setattr(graphs, "failed", None)
+    model: Any = build("qwen3", torch.bfloat16).cuda().train()
+    model.model.layers[1].mlp.act_fn = Waits()
+    other = copy.deepcopy(model)
+    liger_kernel.patch(model)
+    liger_kernel.patch(other, cuda_graphs=True)
+    for _ in range(3):
+        assert step(model, 64) == step(other, 64)
+    same(model, other)
+    rows = liger_kernel.patch(other, cuda_graphs=True).rows
+    reasons = [row.reason for row in rows if row.kind == "graphs"]
+    assert any("cannot be captured" in reason for reason in reasons)
+    torch.cuda.manual_seed(1)
+    a = torch.rand(8, device="cuda")
+    torch.cuda.manual_seed(1)
+    assert torch.equal(a, torch.rand(8, device="cuda"))
+    monkeypatch.setattr(graphs, "failed", None)
+    test_dropout_draws_what_it_would()

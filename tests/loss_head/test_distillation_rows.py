@@ -156,9 +156,16 @@ def test_kept_log_probabilities_of_some_classes(beta: float, implementation: str
 def test_wrong_classes_of_a_teacher() -> None:
     i = inputs(torch.float32)
     given, rows = (i["hidden"], i["weight"]), torch.zeros(len(i["target"]), 2)
-    ids = torch.zeros_like(rows, dtype=torch.int64)
+    ids = torch.arange(2).repeat(len(rows), 1)
     with pytest.raises(RuntimeError, match=f"index {V} is out of bounds .* {V}"):
         fused_linear_jsd(*given, rows, None, teacher_ids=ids + V)
+    twice = ids.clone()
+    twice[0, 1] = twice[0, 0]
+    with pytest.raises(ValueError, match="names a class twice"):
+        fused_linear_jsd(*given, rows, None, teacher_ids=twice)
+    labels = torch.zeros(len(rows), dtype=torch.long)
+    labels[0] = -100  # nobody reads what stands there
+    fused_linear_jsd(*given, rows, None, labels, teacher_ids=twice)
     with pytest.raises(ValueError, match=r"integers of this shape, got \(23, 1\)"):
         fused_linear_jsd(*given, rows, None, teacher_ids=ids[:, 1:])
     with pytest.raises(ValueError, match="there is a teacher_weight"):

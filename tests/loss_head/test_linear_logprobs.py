@@ -316,6 +316,33 @@ def test_autocast() -> None:
     assert torch.equal(found.log_prob, plain.log_prob)
 
 
+def nothing(found: Any) -> tuple[Tensor, tuple[()]]:
+    return found.log_prob.sum() * 0, ()
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_that_is_none(wrong: float) -> None:
+    """An error where the host can look, NaN in a graph and on a GPU; that of an ignored token does not matter."""
+    states, weight, ids = drawn()
+    ids = torch.arange(len(ids), device=DEVICE)
+    temperature = torch.ones(ids.shape, device=DEVICE)
+    temperature[2:4] = wrong
+    ids[2] = -100
+
+    def found() -> Tensor:
+        return linear_logprobs(states, weight, ids, temperature=temperature).log_prob
+
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=f"temperature is {wrong} for a token"):
+            found()
+    else:
+        assert found().isnan().tolist() == [i == 3 for i in range(len(ids))]
+    compiled = torch.compile(found, fullgraph=True, backend="eager")()
+    assert compiled.isnan().tolist() == [i == 3 for i in range(len(ids))]
+    ids[3] = -100
+    assert found().isfinite().all()
+
+
 def test_bad_input_is_refused() -> None:
     states, weight, ids = drawn()
     for options, said in (
@@ -342,6 +369,15 @@ def test_bad_input_is_refused() -> None:
     beta = torch.ones((), device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match="requires a gradient, which it would not get"):
         linear_logprobs_loss(lambda found: ((beta * found.log_prob).sum(), ()), states, weight, ids)
+    for of_loss, options, error, said in (
+        (lambda f: f.log_prob.sum(), {}, TypeError, r"loss_of returned tensor\("),
+        (lambda f: (f.log_prob, ()), {}, TypeError, "not a loss of shape"),
+        (nothing, {"group_size": 4}, ValueError, "group_size=4 does not part 7 tokens"),
+        (nothing, {"group_size": 0}, ValueError, "group_size=0 does not part 7 tokens"),
+        (nothing, {"order": ids[:3]}, ValueError, r"order has shape \(3,\); pass each of the 7"),
+    ):
+        with pytest.raises(error, match=said):
+            linear_logprobs_loss(of_loss, states, weight, ids, **options)
     with pytest.raises(IndexError, match="50 is out of bounds for 50 classes"):
         linear_logprobs(states, weight, torch.full_like(ids, 50))
     with pytest.raises(TypeError, match="temperature must have a floating dtype"):

@@ -283,15 +283,25 @@ def test_a_request_is_honoured_or_refused() -> None:
     assert called(lambda: rms_norm(x.double(), weight.double())) == {}
 
 
-@pytest.mark.parametrize("name", ["npu", "NPU ", "reference", ""])
-def test_a_request_by_the_environment(name: str) -> None:
-    code = (
-        "from tests.npu_stand_in import plugin; import torch, torch_npu;"
-        "from liger_kernel.ops.rms_norm import rms_norm;"
-        "rms_norm(torch.ones(2, 8, device='npu'), None); print(dict(torch_npu.calls))"
-    )
-    expected = {} if name == "reference" else {"npu_rms_norm": 1}
-    assert python(code, {"LIGER_KERNEL_IMPL": name}) == str(expected)
+def test_a_request_by_the_environment() -> None:
+    """It is read at import: a process that has PyTorch parts for each."""
+    code = """
+import os, torch
+for name in ("npu", "NPU ", "reference", ""):
+    if not (child := os.fork()):
+        os.environ["LIGER_KERNEL_IMPL"] = name
+        from tests.npu_stand_in import plugin
+        import torch_npu
+        from liger_kernel.ops.rms_norm import rms_norm
+        rms_norm(torch.ones(2, 8, device="npu"), None)
+        print(repr(name), dict(torch_npu.calls), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    native = {"npu_rms_norm": 1}
+    expected = {"npu": native, "NPU ": native, "reference": {}, "": native}
+    told = [f"{name!r} {calls}" for name, calls in expected.items()]
+    assert python(code, {}).splitlines() == told
 
 
 def test_under_compile_the_reference_is_traced() -> None:

@@ -6,8 +6,6 @@ import copy
 import gc
 import importlib
 import pickle
-import subprocess
-import sys
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from liger_kernel import ops
 from liger_kernel.compat import ops as compat_ops
 from liger_kernel.testing import Make
+from tests.fresh import in_a_new_process
 
 Arguments = tuple[Any, ...]
 FUNCTIONS = [name for names in ops.SERVED.values() for name in names if name.endswith("Function")]
@@ -247,7 +246,7 @@ def test_names_are_imported_when_they_are_used() -> None:
         "assert 'liger_kernel.compat.ops' not in sys.modules\n"
         "assert op.LigerRMSNormFunction.__module__ == 'liger_kernel.compat.ops.core'"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    in_a_new_process(program)
 
 
 NAME = "LigerRMSNormFunction"

@@ -57,7 +57,7 @@ def test_products_of_pytorch(sentinels: bool, monkeypatch: pytest.MonkeyPatch) -
     index = torch.tensor([[0, 2], [2, 3 if sentinels else 0], [0, 2]] * 3)
     inputs = make.randn(9, 16), make.randn(3, 32, 16), make.randn(3, 16, 16), index
     tile = kernels.Tile(rows=16, cols=32, inner=32, warps=4, stages=1)
-    config = kernels.Config(tile, tile, library=((0, kernels.Library(True, True, True)),))
+    config = kernels.Config(tile, tile, library=((0, kernels.Library(0, True, 0)),))
     monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
     used = []
     original = kernels._grouped_mm
@@ -203,6 +203,27 @@ def test_matrices_of_a_low_rank_in_a_dtype_of_their_own() -> None:
     for i in range(7, 11):
         assert found[i].dtype == torch.float32
         assert_no_worse(f"gradient {i}", found[i].bfloat16(), high[i], low[i])
+
+
+@pytest.mark.usefixtures("on_the_kernels_device")
+@pytest.mark.parametrize("id", ["gpt-oss", "no-gate", "lora"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_how_products_end(id: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored and activated by kernels of their own, or, of a tile that is wide enough for parts, before they are."""
+    kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
+    tile = kernels.Tile(rows=32, cols=128, inner=32, warps=4, stages=1)
+    config = kernels.Config(tile, tile, fused_forward=fused, fused_backward=fused)
+    monkeypatch.setattr(kernels.Config, "of", lambda *args: config)
+    launched = []
+    original = kernels.launch
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *args, **kw: launched.append(kernel) or original(kernel, *args, **kw),
+    )
+    with backends.use_implementation("triton"):
+        assert_as_exact(SPEC, CASES[id], *drawn(SPEC, CASES[id], Make(torch.float32)))
+    assert (kernels.activate in launched) == (kernels.activate_bwd in launched) == (not fused)
 
 
 @pytest.mark.usefixtures("on_the_kernels_device")

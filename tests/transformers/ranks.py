@@ -85,4 +85,5 @@ def _worker(
 
 def assert_passed(name: str, found: list[dict[str, str]]) -> None:
     for rank, results in enumerate(found):
-        assert results.get(name, "not run: an earlier check failed") == "", f"rank {rank}"
+        said = results.get(name, "not run: an earlier check failed")
+        assert said == "", f"rank {rank}: {said}"

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import operator
 import pickle
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +17,12 @@ import liger_kernel.transformers as package
 from liger_kernel import compat, ops, utils
 from liger_kernel.ops import utils as ops_utils
 from liger_kernel.testing import assert_no_worse
+from tests.fresh import in_a_new_process
 
 
 @pytest.fixture
 def aliases() -> None:
     compat.install()
-
-
-def in_a_new_process(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.usefixtures("aliases")

@@ -7,8 +7,6 @@ import gc
 import importlib
 import inspect
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from liger_kernel.testing import assert_no_worse
 from liger_kernel.transformers import monkey_patch
 from liger_kernel.transformers.patching.families import FAMILIES
 from liger_kernel.transformers.patching.state import state_of
+from tests.fresh import in_a_new_process
 from tests.transformers.steps import assert_same_step
 from tests.transformers.tiny import CONFIGS, batch, build
 
@@ -394,10 +393,7 @@ assert "Liger" not in repr(new) and file.apply_rotary_pos_emb is not doors.liger
 
 def test_reloading_the_modeling_file_undoes_a_class_level_call() -> None:
     """As HF's own tests do; in a process of its own, where the classes of other tests stay as they are."""
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    in_a_new_process(RELOAD)
 
 
 # -- calls as frameworks make them -------------------------------------------------------------------------------------

@@ -89,6 +89,17 @@ class TestExperts:
         assert model.config._experts_implementation == implementation
         assert_identical(before, snapshot(model))
 
+    def test_as_many_experts_as_gpt_oss_has(self) -> None:
+        """Of two rows or fewer each: a second look at roundings took their luck for another function."""
+        pytest.importorskip("transformers.integrations.moe")
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 32}
+        with torch.device("meta"):
+            experts = build("gpt_oss", **{**MIXTURES["gpt_oss"][0], **sizes}).model.layers[0].mlp
+        experts = experts.experts
+        assert experts_rows(nn.Sequential(experts)) == {
+            (f"LigerExperts({MIXTURES['gpt_oss'][1]})", "")
+        }
+
     def test_chosen_from_the_registry_without_a_patch(self, calls: Calls) -> None:
         register_experts()
         model = mixture("gpt_oss")

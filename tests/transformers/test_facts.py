@@ -80,6 +80,24 @@ def helper(x: Tensor) -> Tensor:
     return gelu_of_file(x)
 
 
+BETA = 1.0
+
+
+class Settings:
+    b = 1.0
+
+
+SETTINGS = Settings()
+
+
+def of_a_number(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(BETA * x)
+
+
+def of_an_object(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(SETTINGS.b * x)
+
+
 class MLP(nn.Module):
     """An activation from anywhere."""
 
@@ -217,6 +235,10 @@ def _hooked_everywhere(module: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(hooks, -1, hook)
 
 
+def _of_this_file(name: str, value: Any) -> Callable[..., None]:
+    return lambda module, monkeypatch: monkeypatch.setitem(globals(), name, value)
+
+
 class Inheriting(MLP):
     """Its code is that of its base."""
 
@@ -235,6 +257,16 @@ MLP_CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
         lambda: MLP(functools.partial(F.gelu, approximate="tanh")),
         _set("act", functools.partial(F.gelu, approximate="none")),
     ),
+    "keyword of a partial": (
+        lambda: MLP(functools.partial(F.gelu, approximate="tanh")),
+        lambda module, _: module.act.keywords.update(approximate="none"),
+    ),
+    "number behind a function": (lambda: MLP(of_a_number), _of_this_file("BETA", 4.0)),
+    "number behind a partial": (
+        lambda: MLP(functools.partial(of_a_number)),
+        _of_this_file("BETA", 4.0),
+    ),
+    "number of an object of the file": (lambda: MLP(of_an_object), _set_class(Settings, "b", 4.0)),
     "beta": (lambda: MLP(Swish()), _set("act.beta", 4.0)),
     "class forward of the activation": (MLP, _set_class(nn.SiLU, "forward", times_two)),
     "own forward of the activation": (MLP, _own_forward),

@@ -1,7 +1,8 @@
 """Entry points, called as each framework calls them: the patch takes effect, and loss and gradients are those of stock.
 
-The forms are those of the newest releases on 2026-11-27. TRL's trainers and HF's run as a whole in `test_trl.py` and
-`test_trainer.py`, losses that are derived from our bases in `tests/chunked_loss`.
+The forms are those of the newest releases on 2026-11-27; `test_real_adapters.py` runs three frameworks' own code. TRL's
+trainers and HF's run as a whole in `test_trl.py` and `test_trainer.py`, losses derived from our bases in
+`tests/chunked_loss`.
 """
 
 from __future__ import annotations

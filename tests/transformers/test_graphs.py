@@ -14,9 +14,12 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 import liger_kernel
 from liger_kernel.backends import graphs as device_graphs
+from liger_kernel.backends import host_bound, host_is_free, on_paper
+from liger_kernel.backends.nvidia import ON_PAPER
 from tests.transformers.tiny import build
 
 COUNTS = {"captured": 0, "forward": 0, "backward": 0}
+WEIGHTS: set[int] = set()
 
 
 class StandIn:
@@ -31,6 +34,8 @@ class StandIn:
     ):
         COUNTS["captured"] += 1
         self.function, self.inputs, self.wanted = function, inputs, wanted
+        # where gradients of a weight arrive belongs to the stream of its first use
+        assert not WEIGHTS & {id(t) for t in wanted}
         with torch.random.fork_rng():
             outputs = self._run()
             self.differentiable = [y.requires_grad for y in outputs]
@@ -78,6 +83,8 @@ def pair(kind: str = "qwen3", **settings: Any) -> tuple[Any, Any]:
     other = copy.deepcopy(model)
     liger_kernel.patch(model)
     liger_kernel.patch(other, cuda_graphs=True)
+    WEIGHTS.clear()
+    WEIGHTS.update(map(id, other.parameters()))
     return model, other
 
 
@@ -342,6 +349,15 @@ def test_copies_pickles_and_unpatch() -> None:
     replayed = COUNTS["forward"]
     step(other, 7)
     assert COUNTS["forward"] == replayed
+
+
+def test_kernels_are_captured_where_the_host_would_count() -> None:
+    with on_paper(ON_PAPER):
+        x = torch.empty(8, device="meta")
+        assert host_bound(x, 8)
+        with host_is_free():
+            assert not host_bound(x, 8)
+        assert host_bound(x, 8)
 
 
 def test_without_a_device_that_has_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,17 @@ def test_other_weights_than_those_of_the_forward(change: str) -> None:
     assert torch.equal(outputs.logits, before)
 
 
+@pytest.mark.parametrize("rows", [slice(None), 5])
+def test_a_frozen_head_is_written_to(rows: Any) -> None:
+    """Past the version counter, as whoever merges adapters or sets averaged weights does it."""
+    model = patched()
+    model.lm_head.requires_grad_(False)
+    outputs = outputs_of(model)
+    model.lm_head.weight.data[rows].mul_(2)
+    with pytest.raises(RuntimeError, match='logits="real"'):
+        outputs["logits"]
+
+
 def test_what_does_not_change_the_weights() -> None:
     model, expected = patched(), build("llama").train()(**batch()).logits
     outputs = outputs_of(model)

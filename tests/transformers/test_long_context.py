@@ -374,7 +374,8 @@ def test_a_layer_that_writes_over_its_input(host: collections.Counter[str]) -> N
         with torch.no_grad():
             args[0].mul_(2)
 
-    model.model.layers[2].register_forward_pre_hook(write)
+    # within the checkpoint, which transformers 5.24 begins behind the hooks of the layer itself
+    model.model.layers[2].input_layernorm.register_forward_pre_hook(write)
     with pytest.raises(RuntimeError, match="changed in place while it was copied to the host"):
         model(**batch())
 

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 import liger_kernel
 from liger_kernel._core.tolerance import excess
 from liger_kernel.transformers import patching
-from liger_kernel.transformers.patching import plans, proof
+from liger_kernel.transformers.patching import plans, proof, streams, sums
 from liger_kernel.transformers.patching.options import Option
 from liger_kernel.transformers.patching.site import Site, modules
-from liger_kernel.transformers.patching.sites import experts, mlps, norms, relu_squared, rope
+from liger_kernel.transformers.patching.sites import (
+    experts,
+    mlps,
+    norms,
+    relu_squared,
+    residual,
+    rope,
+)
+from liger_kernel.transformers.patching.sites import streams as of_streams
 from tests.transformers.steps import assert_identical, snapshot
+from tests.transformers.test_hyper_connections import Layer
 from tests.transformers.tiny import Experts, build
 
 SIZE = 48
@@ -26,7 +35,7 @@ SIZE = 48
 @pytest.fixture
 def nothing_proven() -> None:
     """Verdicts are kept for the process."""
-    for site in (experts, mlps, norms, relu_squared):
+    for site in (experts, mlps, norms, relu_squared, residual, of_streams):
         site.find_plan.cache_clear()
     for function in (rope.prove, rope._rebound):
         function.cache_clear()
@@ -60,6 +69,9 @@ class Squared(nn.Module):
             lambda: nn.Sequential(nn.ModuleDict({"act": Squared()})),
         ),
         (rope.rope_op, "rope", lambda: build("llama")),
+        (rope.qk_norm_rope_op, "qk_norm_rope", lambda: build("qwen3")),
+        (sums.fused_op, "fused_add_rms_norm", lambda: build("llama")),
+        (streams, "mhc_mix", lambda: nn.Sequential(Layer())),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

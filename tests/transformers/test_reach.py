@@ -64,6 +64,16 @@ def test_fake_tensors(model_type: str) -> None:
         check_step(model, {name: mode.from_tensor(t) for name, t in inputs.items()})
 
 
+def test_fake_tensors_of_real_ones() -> None:
+    """A model that is there, estimated as it is: labels have numbers, and what is made of them has none."""
+    model: Any = build("llama")
+    liger_kernel.patch(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = model.train()(**batch())
+        found.loss.backward()
+        assert found.logits.shape == (3, 11, 131)
+
+
 class Called(nn.Module):
     """What torch.jit.trace takes: tensors in and out."""
 

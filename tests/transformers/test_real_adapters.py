@@ -1,7 +1,7 @@
 """The adapters of LLaMA-Factory, ms-swift and axolotl themselves, from their wheels, on a tiny model.
 
-`make` installs the wheels without what they depend on into `.venv/frameworks` (`tests/framework_wheels.txt`). What their
-packages import beside the adapter, and is not installed here, is a stand-in. Each runs in a process of its own.
+`make test` puts the wheels, without what they depend on, into `.venv/frameworks` (`tests/framework_wheels.txt`).
+What their packages import beside the adapter, and is not installed, is a stand-in; all run in a process of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def only(package: str) -> None:
     sys.modules[package] = module
 
 
-# -- each patches Qwen3, before or after `built()`, and returns the model and what has to be replaced --------------------
+# -- each patches Qwen3, before or after it calls `built()` -----------------------------------------------------------
 
 Built = Callable[[], Any]
 
@@ -79,12 +79,13 @@ def llamafactory_v1(built: Built) -> Any:
 
 def ms_swift(built: Built) -> Any:
     sys.meta_path.append(StandIns("modelscope", "json_repair", "aiohttp", "einops"))  # type: ignore[arg-type]
-    from swift.pipelines.train.tuner import apply_liger
     from swift.trainers.arguments import TrainArgumentsMixin
+    from transformers.integrations.liger import apply_liger_kernel
 
     TrainArgumentsMixin._patch_liger_kernel()
-    apply_liger("qwen3")
-    return built()
+    model = built()
+    apply_liger_kernel(model, None)  # its trainers leave the rest to HF's
+    return model
 
 
 def axolotl(built: Built) -> Any:
@@ -92,7 +93,8 @@ def axolotl(built: Built) -> Any:
     from axolotl.utils.dict import DictDefault
 
     flags = ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")
-    given = LigerArgs(**{f"liger_{flag}": True for flag in flags}).model_dump()
+    given = {f"liger_{flag}": True for flag in flags}
+    assert given.keys() <= LigerArgs.model_fields.keys()
     cfg = DictDefault(given, model_config_type="qwen3", torch_compile=True)
     plugin = LigerPlugin()
     plugin.register(cfg)
@@ -100,52 +102,52 @@ def axolotl(built: Built) -> Any:
     return built()
 
 
-#: name -> its patch, its package, and by what the loss is replaced
+#: name -> its patch, and by what the loss is replaced; what patches classes is taken back before the next one
 ADAPTERS = {
-    "llamafactory": (llamafactory, "llamafactory", "fused linear cross entropy"),
+    "llamafactory v1": (llamafactory_v1, "fused linear cross entropy"),
+    "ms_swift": (ms_swift, "fused linear cross entropy"),
+    "llamafactory": (llamafactory, "fused linear cross entropy"),
     "llamafactory, logits": (
         lambda built: llamafactory(built, require_logits=True),
-        "llamafactory",
         "cross entropy",
     ),
-    "llamafactory v1": (llamafactory_v1, "llamafactory", "fused linear cross entropy"),
-    "ms_swift": (ms_swift, "swift", "fused linear cross entropy"),
-    "axolotl": (axolotl, "axolotl", "fused linear cross entropy"),
+    "axolotl": (axolotl, "fused linear cross entropy"),
 }
 
 
-def main(name: str) -> None:
+def main() -> None:
     """In a process of its own."""
     import torch
 
     from liger_kernel.testing import assert_no_worse
+    from liger_kernel.transformers.monkey_patch import revert_liger_kernel_to_qwen3
     from tests.transformers.steps import step
     from tests.transformers.test_framework_calls import kinds
     from tests.transformers.tiny import batch, build
 
     sys.path.append(str(WHEELS))
     high, low = (step(build("qwen3", d), **batch()) for d in (torch.float64, torch.float32))
-    adapter, _, loss = ADAPTERS[name]
-    model = adapter(lambda: build("qwen3"))
-    assert kinds(model) >= {"norm", "mlp", loss}, kinds(model)
-    ours = step(model, **batch())
-    assert_no_worse("loss", ours[0].loss, high[0].loss, low[0].loss)
-    for parameter, grad in ours[1].items():
-        assert_no_worse(parameter, grad, high[1][parameter], low[1][parameter])
-    print("right")
+    for name, (adapter, loss) in ADAPTERS.items():
+        model = adapter(lambda: build("qwen3"))
+        assert kinds(model) >= {"norm", "mlp", loss}, (name, kinds(model))
+        ours = step(model, **batch())
+        assert_no_worse(f"{name}: loss", ours[0].loss, high[0].loss, low[0].loss)
+        for parameter, grad in ours[1].items():
+            assert_no_worse(f"{name}: {parameter}", grad, high[1][parameter], low[1][parameter])
+        revert_liger_kernel_to_qwen3()
+        print(name)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_adapter(name: str) -> None:
-    package = ADAPTERS[name][1]
-    if not (WHEELS / package).is_dir():
-        pytest.skip(f"no {WHEELS / package}: make installs it")
+def test_adapters() -> None:
+    if not WHEELS.is_dir():
+        pytest.skip(f"no {WHEELS}, into which make test installs the wheels")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.transformers.test_real_adapters", name],
+        [sys.executable, "-m", "tests.transformers.test_real_adapters"],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.stdout.endswith("right\n"), done.stderr
+    said = [line for line in done.stdout.splitlines() if line in ADAPTERS]  # they log, too
+    assert said == [*ADAPTERS], done.stdout + done.stderr
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -141,7 +141,8 @@ def trained(model: nn.Module, seed: int) -> dict[str, Tensor]:
                 found["loss of evaluation"].append(outputs.loss)
                 found["logits of evaluation"].append(local(outputs.logits))
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
+        # of a small eps it would make whole steps of gradients that are nothing but rounding errors
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.005, eps=0.1, foreach=False)
         for given in inputs[:STEPS]:
             optimizer.zero_grad()
             model(**given, use_cache=False).loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,7 +94,15 @@ def test_what_is_left_to_hf(calls: Calls) -> None:
     ours, _ = patched(module)
     calls.clear()
     packed = torch.zeros(2, 9, dtype=torch.int32)
-    assert torch.equal(ours(X, seq_idx=packed), module(X, seq_idx=packed))
+    try:
+        expected, refused = module(X, seq_idx=packed), None
+    except ValueError as error:  # of transformers 5.24, where causal_conv1d is missing
+        expected, refused = None, str(error)
+    if refused is None:
+        assert torch.equal(ours(X, seq_idx=packed), expected)
+    else:
+        with pytest.raises(ValueError, match=re.escape(refused)):
+            ours(X, seq_idx=packed)
     hook = ours.conv.register_forward_hook(lambda *_: None)
     assert torch.equal(ours(X), module(X))
     hook.remove()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
 import liger_kernel
-from liger_kernel.transformers.patching.sites import mlps, norms, relu_squared
-from tests.transformers.test_facts import MLP, SIZE, Swish, rows
+from liger_kernel.transformers.patching.sites import mlps, norms, relu_squared, residual
+from tests.transformers.test_facts import MLP, SIZE, Swish, X, drawn, rows
 from tests.transformers.tiny import build
 
 
@@ -44,7 +47,7 @@ def test_partials() -> None:
 
 
 def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for site in (mlps, norms, relu_squared):
+    for site in (mlps, norms, relu_squared, residual):
         site.find_plan.cache_clear()
     proven = []
     original = mlps.proof.proven
@@ -56,4 +59,40 @@ def test_equal_layers_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlps.proof, "proven", spied)
     made = [MLP(functools.partial(F.gelu, approximate="tanh")) for _ in range(20)]
     liger_kernel.patch(nn.Sequential(build("llama", num_hidden_layers=20), *made))
-    assert sorted(proven) == ["LlamaMLP", "LlamaRMSNorm", "MLP", "SiLUActivation"]
+    once = ["LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "MLP", "SiLUActivation"]
+    assert sorted(proven) == once
+
+
+class Called:
+    """An activation that is no module: what it reads may change where nobody looks."""
+
+    def __init__(self, beta: float = 1.0):
+        self.beta = beta
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+def closed_over(held: list[float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * torch.sigmoid(held[0] * x)
+
+
+class OfAnArray(MLP):
+    def activated(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(float(self.held[0]) * x)
+
+
+@pytest.mark.parametrize("how", ["object", "method", "closure", "array"])
+def test_what_may_change_unseen_is_left_alone(how: str) -> None:
+    called, held, array = Called(), [1.0], np.ones(1)
+    module: Any = {
+        "object": lambda: MLP(called),
+        "method": lambda: MLP(called.__call__),
+        "closure": lambda: MLP(closed_over(held)),
+        "array": lambda: OfAnArray(held=array),
+    }[how]()
+    assert rows(module) == [None]
+    called.beta = held[0] = array[0] = 4.0
+    theirs = drawn(MLP(Swish(4.0)))
+    module.load_state_dict(theirs.state_dict())
+    assert torch.equal(module(X), theirs(X))

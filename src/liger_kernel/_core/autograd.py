@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
 
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _IS_GRADS_BATCHED = torch._C._dispatch_key_parse("VmapMode")
 
 
@@ -50,8 +51,15 @@ def is_transformed() -> bool:
 
 
 def has_numbers(x: Tensor) -> bool:
-    """False for a meta or a fake tensor, which has a shape, a dtype and a device only."""
-    return type(x) is not FakeTensor and not x.is_meta
+    """False for a meta or a fake tensor, which has a shape, a dtype and a device only, and while all ops make those."""
+    return type(x) is not FakeTensor and not x.is_meta and not _makes_fakes()
+
+
+def _makes_fakes() -> bool:
+    """`FakeTensorMode(allow_non_fake_inputs=True)` takes real tensors; torch.compile has fakes in the place of all."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

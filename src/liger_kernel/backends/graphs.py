@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import facts_of, host_is_free
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -32,6 +32,38 @@ def _stream(device: torch.device) -> Any:
 def new_pool(device: torch.device) -> Any:
     """Memory for graphs of which at most one is under way at a time, from its forward to the end of its backward."""
     return facts_of(device).graphs.graph_pool_handle()  # type: ignore[union-attr]
+
+
+#: why nothing more is captured in this process
+failed: str | None = None
+
+
+@contextlib.contextmanager
+def _mended(device: torch.device, pool: Any) -> Iterator[None]:
+    """Where a capture breaks off, torch leaves its stream current, its pool open and its generator waiting.
+
+    A generator of the same numbers takes the place of that one. Graphs of before would draw from the other: there are
+    none that go on, see `failed`.
+    """
+    global failed
+    runtime: Any = facts_of(device).graphs
+    now = runtime.current_stream(device)
+    try:
+        yield
+    except BaseException as error:
+        runtime.set_stream(now)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        runtime.synchronize(device)
+        state = runtime.get_rng_state(device)
+        try:
+            torch.empty(1, device=device).uniform_()
+        except RuntimeError:
+            failed = f"a capture broke off: {type(error).__name__}"
+            generator = runtime.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        runtime.set_rng_state(state, device)
+        raise
 
 
 class Captured:
@@ -68,8 +100,10 @@ class Captured:
             return [torch.ones_like(y) for y in outputs if y.requires_grad]
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_mended(device, pool))
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
             stack.enter_context(graphs.device(device))
+            stack.enter_context(host_is_free())
             stack.enter_context(torch.set_grad_enabled(bool(wanted)))
             stream.wait_stream(now)
             with graphs.stream(stream):  # kernels are compiled, and workspaces fetched, before

@@ -168,7 +168,7 @@ class DistillationLoss(LossModule):
     @classmethod
     def compute(
         cls,
-        options: DistillationOptions,
+        options: Any,
         student_input: Tensor,
         student_weight: Tensor,
         teacher_input: Tensor,
@@ -191,7 +191,7 @@ class DistillationLoss(LossModule):
             soft_weight=options.weight_soft_loss,
             temperature=options.temperature,
             hard=options.weight_hard_loss != 0.0 or options.return_soft_hard_loss,
-            beta=options.beta,
+            **({"beta": options.beta} if hasattr(options, "beta") else {}),
         )
         found = linear_loss(
             loss,

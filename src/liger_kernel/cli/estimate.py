@@ -239,6 +239,11 @@ def answer(
         [
             Table(f"{setup}, on {facts.name}", ["part", "stock", "patched"], rows),
             f"{size(saved)} less at the peak, {100 * saved / stock['peak']:.0f} %.",
+            *[
+                "Both peaks are in the optimizer's step: weights, gradients and its states. With more tokens, or "
+                "--lora, the peak is in the backward, which the library makes smaller."
+            ]
+            * (saved == 0),
             *["The configuration asks for quantised weights; they are counted unquantised."] * asks,
             Table("How", (), how),
         ],

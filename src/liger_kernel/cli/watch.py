@@ -50,7 +50,7 @@ def watched(model: nn.Module) -> Iterator[Seen]:
     sites = [m.__dict__[KEY] for m in model.modules() if KEY in m.__dict__]
     begin, materialize = FusedForward.begin, DeferredLogits.materialize
     kernels = _kernels()
-    run = getattr(*kernels) if kernels else None
+    run: Any = getattr(*kernels) if kernels else None
 
     def counted_begin(self: FusedForward, args: Any, kwargs: Any) -> tuple[ForwardCall, Any]:
         call, given = begin(self, args, kwargs)

@@ -14,7 +14,7 @@ LIGER_KERNEL_IMPL_ENV = "LIGER_KERNEL_IMPL"
 
 @dataclass(frozen=True)
 class ImplInfo:
-    """`module_path` is among the loaded modules once kernels of the implementation have run."""
+    """`module_path` is among the loaded modules once kernels of the implementation have run; "" if it has no files."""
 
     name: str
     devices: tuple[str, ...]
@@ -38,7 +38,7 @@ def _registry() -> Mapping[str, ImplInfo]:
             name,
             devices(name, by_default=False),
             devices(name, by_default=True),
-            implementation.module("rms_norm"),
+            "" if implementation.compiled else implementation.module("rms_norm"),
         )
         for name, implementation in IMPLEMENTATIONS.items()
     }

@@ -132,7 +132,9 @@ def _op(
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = HeadInputs(teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     elif teacher_hidden is not None:
-        teacher = GivenRows.of(teacher_hidden, teacher_bias, target, weight.shape[0])
+        teacher = GivenRows.of(
+            teacher_hidden, teacher_bias, target, weight.shape[0], loss.ignore_index
+        )
     low = None
     if low_rows is not None and low_columns is not None:
         low = LowRank(low_rows, low_columns)

@@ -74,7 +74,7 @@ def linear_loss(
     if teacher is not None:
         t_hidden, t_weight, t_bias = teacher
         if t_weight is None:
-            other = GivenRows.of(t_hidden, t_bias, target, weight.shape[0])
+            other = GivenRows.of(t_hidden, t_bias, target, weight.shape[0], loss.ignore_index)
         else:
             check_tensors(t_hidden, t_weight, target, t_bias, name="teacher_")
             t_bias = None if t_bias is None else t_bias.detach()

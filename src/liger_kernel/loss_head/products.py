@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.checks import check_floating
 from liger_kernel._core.shapes import cdiv
-from liger_kernel.backends import facts_of
+from liger_kernel.backends import can_look, facts_of
 from liger_kernel.backends.products import ProductSum, has_mixed_product, is_widened
 
 ROW_MULTIPLE = 64  # elements: rows of 16-bit numbers start at multiples of 128 bytes
@@ -55,7 +56,9 @@ class GivenRows(NamedTuple):
     n_classes: int = 0  # where there are ids
 
     @staticmethod
-    def of(rows: Tensor, ids: Tensor | None, target: Tensor, n_classes: int) -> GivenRows:
+    def of(
+        rows: Tensor, ids: Tensor | None, target: Tensor, n_classes: int, ignore_index: int
+    ) -> GivenRows:
         check_floating(teacher=rows)
         if rows.ndim != 2 or rows.shape[0] != target.shape[0]:
             raise ValueError(
@@ -67,6 +70,12 @@ class GivenRows(NamedTuple):
                 f"A teacher without a weight has shape {tuple(rows.shape)}, and no bias: what stands there must be the "
                 f"classes of its columns, integers of this shape, got {tuple(ids.shape)} of {ids.dtype}."
             )
+        if ids is not None and not is_transformed() and can_look(ids):
+            ordered = ids[target != ignore_index].sort(1).values
+            if (ordered[:, 1:] == ordered[:, :-1]).any():
+                raise ValueError(
+                    "A row of the teacher names a class twice; pass each of its classes once."
+                )
         return GivenRows(rows.detach(), None, ids, None, n_classes)
 
     def products(self) -> GivenRows:
@@ -248,12 +257,12 @@ class HeadGradients:
             n_classes = head.inputs.weight.shape[0]
             self.db.add_(rows[:, :n_classes].sum(0, dtype=self.db.dtype))
         if self.low_rows is not None and head.columns is not None:
-            used = rows[:, : head.columns.shape[0]]
-            product = torch.mm(used, head.columns).to(self.low_rows.dtype)
+            product = ProductSum(self.low_rows[where], self.low_rows.dtype)
+            product.add(rows[:, : head.columns.shape[0]], head.columns)
             if isinstance(where, Tensor):
-                self.low_rows.index_copy_(0, where, product)
+                self.low_rows.index_copy_(0, where, product.total)
             else:
-                self.low_rows[where] = product
+                self.low_rows[where] = product.total
         if self.low_columns is not None:
             n_classes = head.inputs.weight.shape[0]
             self.low_columns.add(rows[:, :n_classes].t(), head.low_rows(where))

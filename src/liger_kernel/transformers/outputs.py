@@ -50,12 +50,17 @@ def __getattr__(name: str) -> type:
 
 
 def _of_model(name: str) -> type | None:
-    """The output class of one model: `Qwen2_5_VLCausalLMOutputWithPast` is in the modeling file of `qwen2_5_vl`."""
-    from transformers import models
+    """The output class of one model: `Qwen2_5_VLCausalLMOutputWithPast` is in the modeling file of `qwen2_5_vl`.
+
+    From transformers 5.24 on such a file may have none: these models return one class of all.
+    """
+    from transformers import modeling_outputs, models
 
     wanted = re.sub("(CausalLM|Model)?OutputWithPast$", "", name).replace("_", "").lower()
     for folder in (module.name for module in pkgutil.iter_modules(models.__path__)):
         if folder.replace("_", "") == wanted:
             file = importlib.import_module(f"{models.__name__}.{folder}.modeling_{folder}")
-            return getattr(file, name, None)
+            return getattr(file, name, None) or getattr(
+                modeling_outputs, "MultimodalCausalLMOutputWithPast", None
+            )
     return None

@@ -282,6 +282,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _ALIKE_DOTS, "vision_config": _ALIKE},
     "dots3_note_text": _ALIKE_DOTS,
     "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}},
+    # of 72 layers, each of which names another source of its keys
+    "mistral_large4": {"text_config": {"num_hidden_layers": 2}},
     "musicgen": _musicgen("musicgen"),
     "musicgen_melody": _musicgen("musicgen_melody"),
     "phi4_multimodal": {"audio_config": {}, "vision_config": {}},

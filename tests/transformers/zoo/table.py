@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from tests.transformers.zoo.__main__ import DEFAULT_JSON
-from tests.transformers.zoo.build import UNBUILT
+from tests.transformers.zoo.releases import unbuilt
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
@@ -27,11 +27,12 @@ is decided by structure and by a numerical proof, so a model that is not on this
 same way.
 
 {types} types, {built} of them can be built here; of these the loss is fused in {loss}, norms in
-{norm}, MLPs in {mlp}, experts in {experts}, rotary embeddings in {rope}. A type marked *image*
-was also checked with pixels as input.
+{norm}, residual sums in {residual}, MLPs in {mlp}, experts in {experts}, rotary embeddings in
+{rope}, hyper-connections in {hyper_connection}, attention residuals in {attention_residual},
+short convolutions in {short_conv}. A type marked *image* was also checked with pixels as input.
 
-| model type | class | loss | norms | MLPs | experts | rope | left alone |
-|---|---|---|---|---|---|---|---|
+| model type | class | loss | norms | sums | MLPs | experts | rope | streams, convolutions | left alone |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -40,6 +41,26 @@ _OPS = {
     "mlp": ("glu", "relu_squared"),
     "experts": ("fused_moe",),
     "rope": ("rope", "qk_norm_rope"),
+    "residual": ("fused_add_rms_norm",),
+    "hyper_connection": ("mhc_project",),
+    "streams": ("mhc_mix",),
+    "attention_residual": ("attn_res",),
+    "short_conv": ("short_conv",),
+}
+#: the kinds of each column
+_COLUMNS = (
+    ("norm",),
+    ("residual",),
+    ("mlp",),
+    ("experts",),
+    ("rope",),
+    ("hyper_connection", "streams", "attention_residual", "short_conv"),
+)
+#: of labels of these kinds: the tiny model's numbers, and the names of norms and connections
+_DETAILS = {
+    "residual": " with .*",
+    "streams": " behind .*",
+    "hyper_connection": r"\(.*",
 }
 #: what every reason of its kind says
 _USUAL = (
@@ -53,12 +74,14 @@ def _ran(result: dict[str, Any], kind: str) -> bool:
     return kind in result["replaced"] and any(result["calls"].get(op) for op in _OPS[kind])
 
 
-def _cell(result: dict[str, Any], kind: str) -> str:
-    """The replacements of one kind, without their counts: those are the tiny model's."""
-    if not _ran(result, kind):
-        return ""
-    names = result["replaced"].get(kind, {})
-    return ", ".join(sorted(name.removeprefix("Liger").removeprefix("liger ") for name in names))
+def _cell(result: dict[str, Any], kinds: tuple[str, ...]) -> str:
+    """The replacements of one column, without their counts: those are the tiny model's."""
+    found = set()
+    for kind in kinds:
+        for name in result["replaced"].get(kind, ()) if _ran(result, kind) else ():
+            name = name.removeprefix("Liger").removeprefix("liger ")
+            found.add(re.sub(_DETAILS.get(kind, "$^"), "", name))
+    return ", ".join(sorted(found))
 
 
 def row(result: dict[str, Any], image: bool = False) -> str:
@@ -68,7 +91,7 @@ def row(result: dict[str, Any], image: bool = False) -> str:
         f"`{result['entry']}`{' *image*' if image else ''}",
         result["class_name"],
         result["loss"],
-        *(_cell(result, kind) for kind in _OPS),
+        *(_cell(result, kinds) for kinds in _COLUMNS),
         ", ".join(sorted(alone)),
     ]
     return f"| {' | '.join(cells)} |"
@@ -86,8 +109,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         version=transformers.__version__, types=len(texts), built=len(built), **counts
     )
     rows = "\n".join(row(r, r["entry"] in images) for r in built)
-    unbuilt = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(UNBUILT.items()))
-    return f"{head}{rows}\n\nNot built here, hence not checked:\n\n{unbuilt}\n"
+    left_out = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(unbuilt().items()))
+    return f"{head}{rows}\n\nNot built here, hence not checked:\n\n{left_out}\n"
 
 
 def main() -> int:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import liger_kernel.ops.grpo_loss as _op
+from liger_kernel._core.autograd import is_transformed
 from liger_kernel._core.checks import check_choice
+from liger_kernel.backends import can_look
 from liger_kernel.chunked_loss.engine import of_sequences_or_tokens
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.policy import get_gamma_weights
@@ -40,9 +42,11 @@ def _counted(logits, token_ids, mask):
                 f"pass ({logits.shape[0]}, {length})."
             )
     ids = token_ids[:, token_ids.shape[1] - length :]
-    if mask is None:
-        return ids
-    return ids.masked_fill(mask[:, mask.shape[1] - length :] == 0, NOT_COUNTED)
+    counts = torch.ones_like(ids) if mask is None else mask[:, mask.shape[1] - length :]
+    wrong = (ids == NOT_COUNTED) & (counts != 0)
+    if not is_transformed() and can_look(wrong) and wrong.any():
+        raise IndexError(f"token {NOT_COUNTED} is out of bounds for {logits.shape[2]} classes.")
+    return ids.masked_fill(counts == 0, NOT_COUNTED).masked_fill(wrong, NOT_COUNTED - 1)
 
 
 def _of_tokens(logits, ids, *per_token, **options):

@@ -173,7 +173,7 @@ def _loss(
         raise ValueError(
             f"top_k={options['top_k']} over classes of several ranks is not computed; pass 0."
         )
-    number, of_rows = split_temperature(temperature, ids)
+    number, of_rows = split_temperature(temperature, ids, options.get("ignore_index", -100))
     shard = shard_of(n_here, group, n_classes)
     loss = ShardedLogProbsLoss(temperature=number, **options, **shard)
     checked(loss, loss.whole_vocabulary(n_here))

@@ -7,6 +7,7 @@ distribution, and more, each with its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def linear_logprobs(
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and ids {tuple(ids.shape)}, not (..., H) and (...)."
         )
-    number, of_rows = split_temperature(temperature, ids)
+    number, of_rows = split_temperature(temperature, ids, ignore_index)
     loss = LogProbsLoss(
         ignore_index, number, softcap, scale, entropy, logsumexp, sum_p2, mean_logit, top1, top_k
     )
@@ -105,10 +106,12 @@ def linear_logprobs_loss(
     torch.compile and other transforms, and in float16, whose gradient scaler would come too late.
     Raises: as `linear_logprobs`; ValueError for a `loss_of` that reads a tensor that requires a gradient.
     """
-    number, of_rows = split_temperature(options.get("temperature", 1.0), ids)
-    own = {**options, "temperature": number}
+    own = {**options, "temperature": 1.0}
     bias = own.pop("bias", None)
-    loss = checked(LogProbsLoss(**own), weight.shape[0])
+    loss = LogProbsLoss(**own)
+    number, of_rows = split_temperature(options.get("temperature", 1.0), ids, loss.ignore_index)
+    loss = checked(replace(loss, temperature=number), weight.shape[0])
+    _check_groups(ids, group_size, order)
     if loss.top1 or loss.top_k:
         raise ValueError(
             f"top1={loss.top1} and top_k={loss.top_k} are nothing that a loss depends on; ask linear_logprobs."
@@ -128,18 +131,42 @@ def linear_logprobs_loss(
             neutral.masked_fill_((labels == loss.ignore_index)[:, None], 0)
 
             def of_numbers(numbers: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-                return loss_of(named((numbers, None, None, None), loss, ids.shape))
+                return _loss_and_reported(
+                    loss_of, named((numbers, None, None, None), loss, ids.shape)
+                )
 
             groups = RowGroups(group_size, order, of_numbers, neutral)
             chunks = ChunkOptions(label_count=label_count)
-            found: Any = linear_loss(
+            value, *beside = linear_loss(
                 loss, flat, weight, labels, bias, class_weight=of_rows, chunks=chunks, groups=groups
             )
-            return found[0], tuple(found[1:])
-    value, reported = loss_of(
-        linear_logprobs(hidden, weight, ids, label_count=label_count, **options)
-    )
+            return value, tuple(beside)
+    found = linear_logprobs(hidden, weight, ids, label_count=label_count, **options)
+    value, reported = _loss_and_reported(loss_of, found)
     return value, tuple(t.detach() for t in reported)
+
+
+def _loss_and_reported(loss_of: Any, found: LogProbs) -> tuple[Tensor, Sequence[Tensor]]:
+    said = loss_of(found)
+    pair = isinstance(said, tuple) and len(said) == 2
+    if not pair or not isinstance(said[0], Tensor) or said[0].ndim:
+        raise TypeError(
+            f"loss_of returned {said!r:.60}, not a loss of shape () and a sequence of what is reported beside it; "
+            f"return (loss, ()) where there is nothing."
+        )
+    return said
+
+
+def _check_groups(ids: Tensor, group_size: int, order: Tensor | None) -> None:
+    tokens = ids.numel()
+    if group_size < 0 or tokens % max(group_size, 1) or (tokens and not group_size):
+        raise ValueError(
+            f"group_size={group_size} does not part {tokens} tokens; pass 1, or a divisor of their number."
+        )
+    if order is not None and order.shape != (tokens,):
+        raise ValueError(
+            f"order has shape {tuple(order.shape)}; pass each of the {tokens} tokens once, ({tokens},)."
+        )
 
 
 _NAMES = (*LINEAR_LOSSES["linear_logprobs"], *SHARDED_LOSSES["vocab_parallel_logprobs"])

@@ -42,11 +42,12 @@ def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
 
 
 class Library(NamedTuple):
-    """Which products are PyTorch's, where its products serve."""
+    """Which products are PyTorch's, where its products serve. A pass has to gather the rows of tokens for it, which
+    costs the less, the more columns they are multiplied with; `None`: never."""
 
-    gathered: bool = False  # of the rows of tokens: a pass gathers them before
-    plain: bool = False  # of sorted rows
-    gradients: bool = False  # of weights; a pass gathers the rows of tokens before
+    gathered_from: int | None = None  # products of the rows of tokens: columns of the result
+    plain: bool = False  # products of sorted rows
+    gradients_from: int | None = None  # gradients of weights: columns beside the rows of tokens
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,22 @@ class Config:
     """Of all products.
 
     product: its rows are those of the table of tiles, which all products share. On an H100 128 x 256 x 64 with 8 warps
-        was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral; in TFLOP/s of the
-        first product 155, 480 and 560. PyTorch's products, gathered rows not counted: 150, 460 and 650; its gradients
-        of weights 125, 390 and 570 where ours have 80, 210 and 240.
+        was the fastest of 13, at 1024 and 8192 tokens of Qwen3-30B-A3B and at 8192 of Mixtral.
     gradient: of the gradients of weights.
-    library: of (rows of an expert, by and large, from which it holds; who multiplies), in rising order.
+    library: of (rows of an expert, by and large, from which it holds; who multiplies), in rising order. H100, ms of
+        ours and of PyTorch's with its gathering passes, Qwen3-30B-A3B at 64, 512 and 2048 rows, and Mixtral at 2048:
+        first product .32 / .35, .79 / .88, 3.00 / 3.12 and 6.58 / 5.23; da .16 / .20, .40 / .56, 1.32 / 1.99 and
+        3.17 / 3.03; down .18 / .18, .49 / .44, 1.69 / 1.49 and 3.18 / 2.93; dx .31 / .33, .77 / .76, 3.15 / 2.56 and
+        6.15 / 5.97; dW2 .26 / .22, .53 / .62, 1.67 / 1.97 and 3.66 / 2.80; dW1 .60 / .40, 1.19 / .98, 4.02 / 3.08 and
+        8.44 / 6.23.
     low_rows, low_inner: rows and step of a product onto a low rank, which is bound by memory: of 128 rows it took about
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
-    fused_forward, fused_backward: the products that are activated end with it.
-    group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache.
+    fused_forward, fused_backward: the products that are activated end with it. Forward saves .03 of .90 ms on an H100
+        (512 rows of Qwen3-30B-A3B), backward loses as much: it spills.
+    group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
+        the gradients of weights, of which an expert's rows are read again for each tile.
     """
 
     product: Tile
@@ -119,15 +125,17 @@ class Config:
             fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
             return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
-            # steps of 128 spill
-            tile = Tile(64, 64, inner=32, warps=4, stages=facts.stages(3, 2**14))
+            # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
+            warps = 8 if facts.architecture.startswith("rdna") else 4
+            tile = Tile(64, 64, inner=32, warps=warps, stages=facts.stages(3, 2**14))
             return Config(tile, tile, low_inner=32)
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
             stages = facts.stages(3, 3 * 2**14)
             tile = Tile(rows=128, cols=256, inner=64, warps=8, stages=stages)
-            library = (0, Library(gradients=True)), (1024, Library(True, True, True))
-            return Config(tile, tile, library)
+            # rows between 64 and 512 were not measured
+            library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
+            return Config(tile, tile, library, made_rank=16, halves=True, fused_forward=True)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
@@ -141,7 +149,6 @@ class Config:
         return replace(whole, rows=rows, cols=cols, inner=inner, warps=4)
 
     def library_at(self, rows: float) -> Library:
-        """For experts with so many rows, by and large."""
         found = Library()
         for least, library in self.library:
             if rows >= least:
@@ -207,11 +214,15 @@ class Kernels(pipeline.Separately):
     ) -> Tensor:
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
-        if alone and (self.library.gathered if gathered else self.library.plain):
+        if alone and (self._gathers(weight) if gathered else self.library.plain):
             return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
+
+    def _gathers(self, weight: Tensor) -> bool:
+        least = self.library.gathered_from
+        return least is not None and weight.shape[1] >= least
 
     def _launch(
         self,
@@ -240,23 +251,14 @@ class Kernels(pipeline.Separately):
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
         numbers, constants = _PLAIN if options is None else _of_activation(options)
-        rank, strides, low_rows, made = 0, (0,) * 6, None, False
-        if low is not None:
-            rank, strides, low_rows = low.a.shape[1], (*low.a.stride(), *low.b.stride()), low.rows
-            made = rank <= self.config.made_rank
-            if not made:
-                if low_rows is None:
-                    low_rows = a.new_empty(routing.slots.shape[0], rank)
-                self._launch(a, low.a, None, routing, gathered, None, low.scale, out=low_rows)
+        low_tensors, low_numbers, low_constants = self._beside(low, a, routing, gathered)
         launch(
             grouped_product,
             (n_tiles * cdiv(n_cols, tile.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
-            low and low.a,
-            low and low.b,
-            low_rows,
+            *low_tensors,
             out,
             hidden,
             act,
@@ -271,17 +273,12 @@ class Kernels(pipeline.Separately):
             n_cols,
             n_inner,
             *weight.stride(),
-            rank,
-            *strides,
-            float(low.scale) if low else 1.0,
+            *low_numbers,
             1.0 if scale is None else float(scale),
             features,
             *numbers,
             GATHERED=gathered,
             HAS_BIAS=bias is not None,
-            RANK=min(tile.inner, max(16, next_power_of_2(rank))) if rank else 0,
-            LOW="none" if low is None else "made" if made else "given",
-            KEEPS_LOW=made and low_rows is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
             END=end,
@@ -289,11 +286,32 @@ class Kernels(pipeline.Separately):
             NEEDS_ACT=act is not None,
             NEEDS_DW=dw is not None,
             **constants,
+            **low_constants,
             EVEN=n_inner % tile.inner == 0,
             ALIGNED=(features or n_cols) % 8 == 0,
             GROUP=self.config.group,
             **tile.constants(),
         )
+
+    def _beside(
+        self, low: LowRank | None, a: Tensor, routing: Routing, gathered: bool
+    ) -> tuple[tuple[Tensor | None, ...], tuple[float, ...], dict[str, Any]]:
+        """What `grouped_product` is told of a low rank: tensors, numbers and constants."""
+        if low is None:
+            return (None,) * 3, (0,) * 7 + (1.0,), {"RANK": 0, "LOW": "none", "KEEPS_LOW": False}
+        rank, rows = low.a.shape[1], low.rows
+        made = rank <= self.config.made_rank
+        constants = {
+            "RANK": min(self.config.product.inner, max(16, next_power_of_2(rank))),
+            "LOW": "made" if made else "given",
+            "KEEPS_LOW": made and rows is not None,
+        }
+        if not made:
+            if rows is None:
+                rows = a.new_empty(routing.slots.shape[0], rank)
+            self._launch(a, low.a, None, routing, gathered, None, low.scale, out=rows)
+        numbers = (rank, *low.a.stride(), *low.b.stride(), float(low.scale))
+        return (low.a, low.b, rows), numbers, constants
 
     def activated(
         self,
@@ -305,7 +323,7 @@ class Kernels(pipeline.Separately):
         options: MoEOptions,
         keep: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        if not self.config.fused_forward or self.library.gathered:
+        if not self.config.fused_forward or self._gathers(weight):
             return super().activated(a, weight, bias, routing, low, options, keep)
         n_rows, n_cols = routing.slots.shape[0], weight.shape[1]
         features = n_cols // (1 + options.gated)
@@ -327,7 +345,7 @@ class Kernels(pipeline.Separately):
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not self.config.fused_backward or self.library.gathered or not any(needs):
+        if not self.config.fused_backward or self._gathers(weight) or not any(needs):
             given = (hidden, weights, options, needs, into)
             return super().activated_backward(dy, weight, routing, low, *given)
         n_rows, features = routing.slots.shape[0], weight.shape[1]
@@ -354,7 +372,8 @@ class Kernels(pipeline.Separately):
         gathered: tuple[bool, bool],
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        if self.library.gradients and dtype is None:  # not of a low rank
+        least, beside = self.library.gradients_from, (a if gathered[1] else b).shape[1]
+        if least is not None and beside >= least and dtype is None:  # not of a low rank
             a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
@@ -372,6 +391,7 @@ class Kernels(pipeline.Separately):
             GATHERED_A=gathered[0],
             GATHERED_B=gathered[1],
             ALIGNED=shape[0] % 8 == shape[1] % 8 == 0,
+            GROUP=2 * self.config.group,
             **tile.constants(),
         )
         return out

@@ -14,6 +14,7 @@ from torch import Tensor
 from liger_kernel._core.autograd import Op, is_transformed, refuse_double_backward
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import can_look
 from liger_kernel.backends.dispatch import Dispatch, no_shards
 from liger_kernel.ops.cross_entropy import (
     check_class_indices,
@@ -56,7 +57,8 @@ def logprobs(
     Returns: `LogProbs`, fp32 or float64, of shape (...), the last two (..., top_k). The first five are differentiable;
     their backward reads the logits again. log_prob <= 0 and 0 <= entropy <= ln V whatever the rounding.
     Raises: ValueError and TypeError for arguments that do not fit; IndexError for an id out of range on the CPU.
-        Elsewhere that would cost a synchronisation: such an id gives NaN, as log-probability and in the gradient.
+        Elsewhere that would cost a synchronisation: such an id, and a temperature of a token that is not above 0, give
+        NaN, as log-probability and in the gradient.
     """
     check_floating(logits=logits)
     if logits.ndim == 0 or ids.shape != logits.shape[:-1]:
@@ -65,7 +67,7 @@ def logprobs(
         )
     check_class_indices(ids)
     n_classes = logits.shape[-1]
-    number, of_rows = split_temperature(temperature, ids)
+    number, of_rows = split_temperature(temperature, ids, ignore_index)
     options = checked(
         LogProbsOptions(
             ignore_index, number, softcap, scale, entropy, logsumexp, sum_p2, mean_logit, top1, top_k
@@ -81,7 +83,9 @@ def logprobs(
     return named(_dispatch(options, rows, flat.contiguous(), of_rows), options, ids.shape)
 
 
-def split_temperature(temperature: float | Tensor, ids: Tensor) -> tuple[float, Tensor | None]:
+def split_temperature(
+    temperature: float | Tensor, ids: Tensor, ignore_index: int
+) -> tuple[float, Tensor | None]:
     """The temperature of all rows, and those of the rows as a tensor (N,), of which one is neutral."""
     if not isinstance(temperature, Tensor):
         if not 0.0 < temperature < math.inf:
@@ -97,7 +101,16 @@ def split_temperature(temperature: float | Tensor, ids: Tensor) -> tuple[float, 
         raise ValueError(
             "temperature requires a gradient, but is a constant here; pass temperature.detach()."
         )
-    return 1.0, temperature.reshape(-1).contiguous()
+    of_rows = temperature.reshape(-1)
+    fits = (of_rows > 0) & of_rows.isfinite()
+    if not is_transformed() and can_look(fits):
+        wrong = ~fits & (ids.reshape(-1) != ignore_index)
+        if wrong.any():
+            raise ValueError(
+                f"temperature is {of_rows[wrong][0].item()} for a token; each must be a finite number above 0.0."
+            )
+    # where nobody can look, such a token has no number
+    return 1.0, torch.where(fits, of_rows, torch.nan)
 
 
 def checked(options: Options, n_classes: int) -> Options:

@@ -102,6 +102,10 @@ def adapted(
     return y
 
 
+#: (a, b, scaling) of thin products, scaling * a @ b each
+Products = Sequence[tuple[Tensor, Tensor, float]]
+
+
 class _Base(NamedTuple):
     """What lies beneath the adapters. dtype: of its products and of the gradient of x, but where `quantised` says more.
 
@@ -124,14 +128,28 @@ class _Base(NamedTuple):
         return weight.to(self.product)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, products: Products
     ) -> tuple[Tensor, Tensor | None]:
-        """The base's own result, and the weight that a backward may use: where it was made for this one product."""
+        """The base's own result and `products`, and the weight that a backward may use: where it was made for this.
+
+        The thin products come first, where that of the base can add them as its GEMM writes: they are a pass over
+        the output then, and would be two.
+        """
+        bias = None if bias is None else bias.to(self.product)
         if self.quantised is not None and self.quantised.forward is not None:
-            return self.quantised.forward(x).to(self.out), None
+            y = self.quantised.forward(x).to(self.out)
+            _add_products(y.view(-1, y.shape[-1]), products)
+            return y, None
         dense = self.dense(weight)
-        y = F.linear(x.to(self.product), dense, None if bias is None else bias.to(self.product))
-        return y.to(self.out), weight if self.quantised is None else dense
+        kept = weight if self.quantised is None else dense
+        if self.out != self.product or bias is not None:
+            y = F.linear(x.to(self.product), dense, bias).to(self.out)
+            _add_products(y.view(-1, y.shape[-1]), products)
+            return y, kept
+        rows = as_rows(x).to(self.product)
+        y = rows.new_empty(rows.shape[0], dense.shape[0])
+        _add_products(y, products, fresh=True)
+        return y.addmm_(rows, dense.t()).view(*x.shape[:-1], dense.shape[0]), kept
 
     def keeps(self, dense: Tensor | None, x: Tensor, y: Tensor) -> bool:
         """Whether backward is given the weight, rather than to make it again.
@@ -143,12 +161,18 @@ class _Base(NamedTuple):
             return True
         return is_checkpointed() and dense.numel() <= x.numel() + y.numel()
 
-    def backward(self, dy: Tensor, weight: Tensor | None, total: Tensor | None) -> Tensor:
-        """dy @ weight (T, H), added to `total` in place."""
+    def backward(
+        self, dy: Tensor, weight: Tensor | None, total: Tensor | None, products: Products = ()
+    ) -> Tensor:
+        """dy @ weight (T, H), added to `total` in place; with `products`, where there is no total yet."""
         dense, dy = self.dense(weight), dy.to(self.product)
-        if total is None:
-            return torch.mm(dy, dense).to(self.dtype)
-        total = total.view(-1, dense.shape[1])
+        if total is None and self.product == self.dtype and products:
+            total = dy.new_empty(dy.shape[0], dense.shape[1])
+            _add_products(total, products, fresh=True)
+        elif total is None:
+            total = torch.mm(dy, dense).to(self.dtype)
+            _add_products(total, products)
+            return total
         if self.product == self.dtype:
             return total.addmm_(dy, dense)
         return total.add_(torch.mm(dy, dense))
@@ -165,19 +189,43 @@ class _Meeting(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.of_task = None
+        ctx.shape = x.shape
         return x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: None) -> Tensor | None:
         refuse_double_backward()
-        total, ctx.of_task = _total(ctx), None
-        return total
+        (total, products), ctx.of_task = _of_now(ctx), None
+        if total is None:
+            return None
+        if len({(a.dtype, b.dtype) for a, b, _ in products}) == 1:  # one pass over memory for all
+            products = [
+                (
+                    torch.cat([a for a, *_ in products], 1),
+                    torch.cat([b for _, b, _ in products]),
+                    1.0,
+                )
+            ]
+        _add_products(total, products)
+        return total.view(ctx.shape)
 
 
-def _total(node: Any) -> Tensor | None:
-    """What this backward has added up; one that stopped before this node may have left its own."""
-    task, total = node.of_task or (None, None)
-    return total if task == graph_task() else None
+def _of_now(node: Any) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]]]:
+    """What this backward has added up, and the thin products to come; one that stopped before this node may have left
+    its own."""
+    task, *found = node.of_task or (None, None, [])
+    return tuple(found) if task == graph_task() else (None, [])
+
+
+def _add_to(node: Any, base: _Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
+    """The gradient of one product: its thin ones begin the sum, or are added with those of the others, at its end."""
+    total, later = _of_now(node)
+    if total is None:
+        total = base.backward(dy, weight, None, products)
+    else:
+        base.backward(dy, weight, total)
+        later = [*later, *products]
+    node.of_task = graph_task(), total, later
 
 
 def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -206,10 +254,6 @@ class _Adapted(torch.autograd.Function):
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
-        if is_read:
-            y, weight = base.forward(x, weight, bias)
-        else:
-            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
         rows = as_rows(x)
         needs = ctx.needs_input_grad[2:]
         middles, products = [], []
@@ -224,7 +268,9 @@ class _Adapted(torch.autograd.Function):
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
         if is_read:
-            _add_products(y.view(-1, y.shape[-1]), products)
+            y, weight = base.forward(x, weight, bias, products)
+        else:
+            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
@@ -246,10 +292,6 @@ class _Adapted(torch.autograd.Function):
         n = len(scalings)
         lora_as, lora_bs, reads, middles = (rest[i * n : i * n + n] for i in range(4))
         dy = as_rows(grads[0])
-        dx = None
-        if meeting is not None or needs[0]:
-            dx = base.backward(dy, weight, None if meeting is None else _total(meeting))
-        del weight
         found: list[Tensor | None] = [None] * (3 * n)
         inner, products = [], []
         for i, scaling in enumerate(scalings):
@@ -259,12 +301,16 @@ class _Adapted(torch.autograd.Function):
             inner.append(g)
             if needs[5 + 3 * i]:
                 found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
-            elif not drops[i] and dx is not None:
+            elif not drops[i]:
                 products.append((g, lora_a, 1.0))
             if needs[4 + 3 * i]:
                 found[3 * i + 1] = torch.mm(wide.t(), middles[i]).mul_(scaling)
-        if dx is not None:
-            _add_products(dx, products)
+        dx = None
+        if meeting is not None:
+            _add_to(meeting, base, dy, weight, products)
+        elif needs[0]:
+            dx = base.backward(dy, weight, None, products)
+        del weight
         if again is not None:
             rows = again(dx)
         for i, g in enumerate(inner):
@@ -273,21 +319,22 @@ class _Adapted(torch.autograd.Function):
                 found[3 * i] = torch.mm(g.t(), read)
         dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
-        if meeting is not None and dx is not None:
-            meeting.of_task, dx = (graph_task(), dx.view(shape)), None
+        if meeting is not None:
+            dx = None
         elif dx is not None:
             dx = dx.new_zeros(()).expand(shape)  # never read
         return None, None, dx, dw, db, *found
 
 
-def _add_products(into: Tensor, products: Sequence[tuple[Tensor, Tensor, float]]) -> None:
-    """into += scaling * a @ b for each of them.
+def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None:
+    """into += scaling * a @ b for each of them; `fresh`: there is nothing in it yet.
 
     Thin factors that are wider than `into` (T, O) are rounded first, which adds less than the rounding of the sum: a
     product in fp32 beside a sum in 16 bits would be four passes over memory.
     """
-    for a, b, scaling in products:
-        into.addmm_(a.to(into.dtype), b.to(into.dtype), alpha=scaling)
+    for i, (a, b, scaling) in enumerate(products):
+        beta = 0 if fresh and i == 0 else 1
+        into.addmm_(a.to(into.dtype), b.to(into.dtype), beta=beta, alpha=scaling)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -42,7 +42,6 @@ _FIXED = (
     NoneType, bool, int, float, complex, str, bytes, Enum, type, BuiltinFunctionType,
     torch.dtype, torch.device, *_WRAPPERS,
 )
-_TABLES = (dict, list, set)
 # fmt: on
 #: of a layer's forward that begins its own checkpoint: the same numbers, so no facts
 _CHECKPOINTING = frozenset(["gradient_checkpointing", "_gradient_checkpointing_func"])
@@ -148,7 +147,26 @@ def _is_fixed(value: Any) -> bool:
     """Whether a value never changes in place."""
     if isinstance(value, tuple):
         return all(map(_is_fixed, value))
-    return isinstance(value, _FIXED)
+    return isinstance(value, _FIXED) and not getattr(value, "keywords", None)  # of a partial
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether something behind a value may change where no comparison sees it.
+
+    So it is in objects that are called, in what the closure of a function holds, and in arrays.
+    """
+    if isinstance(value, functools.partial):
+        return any(map(_is_opaque, (value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_opaque, value))
+    if isinstance(value, MethodType):
+        return not isinstance(value.__self__, type)
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        return any(isinstance(c, nn.Module) or not _is_fixed(c) or _is_opaque(c) for c in cells)
+    if _is_fixed(value) or isinstance(value, (nn.Module, dict, set, frozenset)):
+        return False
+    return callable(value) or not hasattr(value, "__dict__")
 
 
 def _pinned(value: Any, names: frozenset[str], depth: int = 3) -> Any:
@@ -201,7 +219,8 @@ class Part:
     #: what can change in place of the class (None) and of a function's file
     shared: tuple[tuple[FunctionType | None, str, Any], ...]
     absent: tuple[str, ...]  # parameters that are None
-    tensors: tuple[str, ...] = field(compare=False)  # buffers and other tensors that the code names
+    #: buffers and other tensors that the code names, and what else may change unseen
+    tensors: tuple[str, ...] = field(compare=False)
 
     @classmethod
     def of(cls, module: nn.Module, path: tuple[str, ...] = ()) -> Part:
@@ -215,13 +234,20 @@ class Part:
         whole = not reading.known or not _ANY_NAME.isdisjoint(names)
         wanted = (n for n in attributes if n not in _COMMON and not n.startswith("_liger"))
         read = {n: attributes[n] for n in wanted if n != "forward" and (whole or n in names)}
-        tensors = [n for n, v in read.items() if isinstance(v, Tensor)]
+        tensors = [n for n, v in read.items() if isinstance(v, Tensor) or _is_opaque(v)]
         tensors += [n for n, b in module._buffers.items() if b is not None and n in names]
         values = {n: _pinned(v, names) for n, v in read.items() if n not in tensors}
         plain = {n: read[n] for n in values if _is_fixed(read[n])}
         changing: list[tuple[FunctionType | None, str, Any]]
         changing = [(None, n, v) for n, v in members.items() if not _is_fixed(v)]
-        changing += [(f, n, v) for (f, n), v in reading.globals.items() if isinstance(v, _TABLES)]
+        found = reading.globals
+        for value in read.values():
+            value = getattr(value, "func", value)  # of a partial
+            if isinstance(value, FunctionType) and not is_of_torch(value):
+                behind = Reading(value)
+                found |= behind.globals
+                names |= behind.names
+        changing += [(f, n, v) for (f, n), v in found.items() if not _is_fixed(v)]
         return cls(
             path,
             names,
@@ -231,7 +257,7 @@ class Part:
             members=tuple(members.items()),
             overridable=frozenset(members) - read.keys() - {"forward"},
             inherited=tuple(reading.inherited),
-            globals=tuple(reading.globals.items()),
+            globals=tuple(found.items()),
             shared=tuple((f, n, _pinned(v, names)) for f, n, v in changing),
             absent=tuple(n for n, p in module._parameters.items() if p is None and n in names),
             tensors=tuple(tensors),

@@ -11,6 +11,7 @@ forward before the backward of the first.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ class Snapshot:
         kinds = {type(t).__name__ for t in self.tensors if type(t) not in (nn.Parameter, Tensor)}
         if kinds:
             raise Unfit(f"it holds a {', '.join(sorted(kinds))}")
+        if any(t.requires_grad for t in module.buffers()):
+            raise Unfit("a buffer in it is trained")
+        self.weights = [inner._parameters for inner in modules if inner._parameters]
         tables: dict[int, Any] = {}
         for inner in modules:
             _gather(inner.__dict__, tables)
@@ -68,6 +72,27 @@ class Snapshot:
         self.trained = [t for t in self.tensors if t.requires_grad]
         self.forms: dict[Any, Graph] = {}
         self.seen: set[Any] = set()
+
+    def leaves(self) -> list[Tensor]:
+        """The trained weights as leaves of their own, in the same memory.
+
+        Where gradients arrive is tied to the stream on which a weight was first used, as long as any graph holds it, a
+        loss of the last step for one; that stream would have to wait for the one that is captured.
+        """
+        return [nn.Parameter(t.detach()) for t in self.trained]
+
+    @contextlib.contextmanager
+    def on(self, leaves: list[Tensor]) -> Iterator[None]:
+        """Let the module compute with `leaves`."""
+        instead: dict[int, Any] = {id(t): u for t, u in zip(self.trained, leaves, strict=True)}
+        tables = [(table, dict(table)) for table in self.weights]
+        try:
+            for table, weights in tables:
+                table.update({n: instead.get(id(p), p) for n, p in weights.items()})
+            yield
+        finally:
+            for table, weights in tables:
+                table.update(weights)
 
     def _memory(self) -> list[Any]:
         return [(t.data_ptr(), t.requires_grad) for t in self.tensors]
@@ -150,8 +175,11 @@ class Record(Ours):
         return captured.replay(self, state, tensors)
 
     def _form(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
-        if self.broken is not None:
-            raise Unfit(self.broken)
+        if graphs.failed is not None:
+            self.remove()
+        reason = self.broken or graphs.failed
+        if reason is not None:
+            raise Unfit(reason)
         if getattr(module, "gradient_checkpointing", False) and module.training:
             raise Unfit("gradient checkpointing is on")
         grad = torch.is_grad_enabled()
@@ -240,13 +268,15 @@ class Graph:
     ):
         inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
         device, dtype = inputs[0].device, autocast_dtype_of(inputs[0].device.type)
-        self.needs = [t.requires_grad for t in (*inputs, *state.trained)]
-        wanted = [t for t in (*inputs, *state.trained) if t.requires_grad]
+        leaves = state.leaves()
+        self.needs = [t.requires_grad for t in (*inputs, *leaves)]
+        wanted = [t for t in (*inputs, *leaves) if t.requires_grad]
 
         def function(*inputs: Tensor) -> list[Tensor]:
             args, kwargs = _filled(call, iter(inputs))
             # weights that are cast are kept for others otherwise, in memory of the graph
-            with torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False):
+            cast = torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False)
+            with cast, state.on(leaves):
                 output = forward(*args, **kwargs)
             found: list[Tensor] = []
             _form_of(output, found)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from liger_kernel._core.autograd import has_numbers
 from liger_kernel.transformers.patching import adapters, plans, tensor_parallel
 from liger_kernel.transformers.patching.mixins import Mixin, register
 from liger_kernel.transformers.patching.state import State, beneath_hooks, has_memory
@@ -194,8 +195,8 @@ def drops(around: nn.Module) -> bool:
 class Stamp:
     """What logits come from, at one moment: tells whether it was written to, cast, moved or replaced since.
 
-    Fused optimizers and DeepSpeed write past the version counter of autograd, so some elements of each row of a weight
-    that may be trained, and all of a bias, are kept as well.
+    Fused optimizers, DeepSpeed and whoever writes into `.data`, as moving averages are set, go past the version counter
+    of autograd, so some elements of each row of a weight, and all of a bias, are kept as well.
     """
 
     def __init__(self, around: nn.Module, *operands: Tensor):
@@ -205,8 +206,9 @@ class Stamp:
         self._facts: list[Any] = [_facts(t) for t in (*operands, *weights)]
         self._facts += [copy.copy(m.__dict__.get(n)) for m in parts(around) for n in _OF_ADAPTERS]
         self._facts.append(drops(around))
-        trained = [t for t in (*operands, *weights) if t.requires_grad and t.is_leaf]
-        shards = map(_shard, trained)
+        kept: list[Tensor] = [t for t in weights if t.is_leaf]
+        kept += [t for t in operands if t.is_leaf and t.requires_grad]
+        shards = map(_shard, kept)
         self._samples = [_sample(shard) for shard in shards if _can_be_read(shard)]
 
     def __eq__(self, other: object) -> bool:
@@ -218,7 +220,9 @@ class Stamp:
 
 
 def _can_be_read(shard: Tensor) -> bool:
-    return bool(_pointer(shard)) and shard.is_contiguous() and has_memory(shard)
+    return (
+        bool(_pointer(shard)) and has_numbers(shard) and shard.is_contiguous() and has_memory(shard)
+    )
 
 
 def _sample(shard: Tensor) -> Tensor:

@@ -139,6 +139,30 @@ class CannotRunAlone(Exception):
     """The module's own code failed on its clone; the message says how."""
 
 
+@contextlib.contextmanager
+def of_ours() -> Iterator[None]:
+    """An error in here is a fault of ours, whatever code it passes on its way out."""
+    try:
+        yield
+    except Exception as error:
+        error.is_of_ours = True  # type: ignore[attr-defined]
+        raise
+
+
+def ends(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether foreign code ran to its end, on a clone that is not whole.
+
+    Raises: what `of_ours` has seen.
+    """
+    try:
+        function(*args, **kwargs)
+    except Exception as error:  # foreign code may raise anything
+        if hasattr(error, "is_of_ours"):
+            raise
+        return False
+    return True
+
+
 class Theirs:
     """What `function(twin, *inputs)`, a module's own code, gives: as it is (`low`), and in float64 (`high`).
 

@@ -198,15 +198,47 @@ def own_forward(module: nn.Module) -> Any:
     return attributes.get("_old_forward", attributes.get("forward"))
 
 
+_EXPERT_PARALLEL = "transformers.distributed.expert_parallel"
+
+
+class _Experts:
+    """As a cell: the forward that transformers 5.24 keeps in an object for each way to bring tokens to experts."""
+
+    def __init__(self, ways: list[Any]):
+        self.ways = ways
+
+    @classmethod
+    def of(cls, cell: Any) -> _Experts | None:
+        first = cell.cell_contents
+        ways = [w for w in (first, *vars(first).values()) if hasattr(w, "experts_forward")]
+        return cls(ways) if first in ways else None
+
+    @property
+    def cell_contents(self) -> Any:
+        return self.ways[0].experts_forward
+
+    @cell_contents.setter
+    def cell_contents(self, forward: Any) -> None:
+        for way in self.ways:
+            way.experts_forward = forward
+
+
 def _of_sharded_experts(module: nn.Module) -> Any:
     """The cell with the forward around which transformers put the collectives of experts, each with its own rank's;
     None for any other module."""
     around, plan = module.__dict__.get("forward"), "transformers.distributed.tensor_parallel"
-    code = getattr(around, "__code__", None)
-    if code is None or getattr(around, "__module__", None) != plan:
+    code, home = getattr(around, "__code__", None), getattr(around, "__module__", None)
+    if code is None or home not in (plan, _EXPERT_PARALLEL):
         return None
     closure = getattr(around, "__closure__", None) or ()
     cells = dict(zip(code.co_freevars, closure, strict=True))
+    if home == _EXPERT_PARALLEL:
+        of_module = "module" in cells and cells["module"].cell_contents is module
+        return (
+            _Experts.of(cells["implementation"])
+            if of_module and "implementation" in cells
+            else None
+        )
     known = {"self", "module", "original_forward"} <= cells.keys()
     if not known or cells["module"].cell_contents is not module:
         return None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel.ops.mhc_mix import mhc_mix
+from liger_kernel.transformers.patching.proof import of_ours
 from liger_kernel.transformers.patching.waiting import Waiting, real
 
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -105,7 +106,8 @@ class Product(Waiting):
             return self.materialize() + real(other)
         running.mixed += 1
         f, x = given[False], given[True]
-        return mhc_mix(x.other, x.exact, f.other.squeeze(-2), f.exact)
+        with of_ours():
+            return mhc_mix(x.other, x.exact, f.other.squeeze(-2), f.exact)
 
 
 _STEPS = (Tensor.to, Tensor.float, Tensor.unsqueeze, Tensor.transpose)

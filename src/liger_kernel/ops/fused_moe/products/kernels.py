@@ -604,15 +604,20 @@ def weight_gradient(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INNER: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """out[e] = sum over the rows p of expert e of a[p]^T b[p]. A program owns (ROWS, COLS) of one expert's."""
+    """out[e] = sum over the rows p of expert e of a[p]^T b[p]. A program owns (ROWS, COLS) of one expert's; GROUP
+    tiles of rows, and columns tile by tile, are worked at a time."""
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(b_cols, COLS)
     row_tiles = tl.cdiv(a_cols, ROWS)
     expert = (pid // (row_tiles * col_tiles)).to(tl.int64)
     within = pid % (row_tiles * col_tiles)
-    rows = within % row_tiles * ROWS + tl.arange(0, ROWS)
-    cols = within // row_tiles * COLS + tl.arange(0, COLS)
+    first = within // (GROUP * col_tiles) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = within % (GROUP * col_tiles)
+    rows = (first + within % size) * ROWS + tl.arange(0, ROWS)
+    cols = within // size * COLS + tl.arange(0, COLS)
     a_at = _inside(rows, a_cols, ALIGNED)[None, :]
     b_at = _inside(cols, b_cols, ALIGNED)[None, :]
     start = tl.load(starts_ptr + expert)

@@ -102,9 +102,11 @@ def _run_on_sums(
     """`stand_ins.run` as the plan has it; notes the norms that get a sum."""
 
     def take(name: str, norm: Any, h: Any) -> Tensor:
-        if isinstance(h, Sum):
-            reached.add(name)
-        return norms[name].call(norm, h)
+        if not isinstance(h, Sum):
+            return norms[name].call(norm, h)
+        reached.add(name)
+        with proof.of_ours():
+            return norms[name].call(norm, h)
 
     for name in norms:
         norm = layer._modules[name]
@@ -130,11 +132,11 @@ def find_plan(module: nn.Module) -> ResidualPlan | None:
     for twin in stand_ins.twins(module, kept):
         reached: set[str] = set()
         ours = partial(_run_on_sums, norms=norms, reached=reached)
-        try:
-            ours(twin, x)
-        except Exception:  # foreign code, with stand-ins for its children, may raise anything
-            continue
-        if reached and proof.Theirs(stand_ins.run, twin, [x]).agrees(ours):
+        if (
+            proof.ends(ours, twin, x)
+            and reached
+            and proof.Theirs(stand_ins.run, twin, [x]).agrees(ours)
+        ):
             of_layer = tuple(name for name in norms if name in reached)
             return ResidualPlan(of_layer, stand_ins.parameters(module)[0].name)
     return None

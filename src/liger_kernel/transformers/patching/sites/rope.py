@@ -145,12 +145,13 @@ class Form:
             weights = (heads[0].weight, heads[1].weight if self.keys else None)
             return qk_norm_rope_op.qk_norm_rope(q, k, *weights, cos, sin, *options, *how)
 
-        found = self.compute(*raw, **kwargs, rotate=rotate)
-        if running.fused is not None:
-            theirs, ours = original(*real(args), **kwargs), found if self.keys else (found,)
-            theirs = theirs if self.keys else (theirs,)
-            right = proof.within(ours, theirs)
-            running.fused += ((x.module, right) for x in heads)
+        if running.fused is None:
+            return self.compute(*raw, **kwargs, rotate=rotate)
+        theirs = original(*real(args), **kwargs)  # first: angles of a wrong width are not our fault
+        with proof.of_ours():
+            found = self.compute(*raw, **kwargs, rotate=rotate)
+            right = proof.within(*((x if self.keys else (x,)) for x in (found, theirs)))
+        running.fused += ((x.module, right) for x in heads)
         return found
 
 
@@ -390,9 +391,10 @@ def _fused_on(
     found: list[tuple[nn.Module, bool]] = []
     running.fused = found
     try:
-        RopePlan(norms).call(clone, **{n: known.get(n) for n in names if n not in skipped})
-    except Exception:  # foreign code, on a clone that is not whole, may raise anything
-        pass
+        # what comes after the rotation may fail
+        proof.ends(
+            RopePlan(norms).call, clone, **{n: known.get(n) for n in names if n not in skipped}
+        )
     finally:
         running.fused = None
     return found

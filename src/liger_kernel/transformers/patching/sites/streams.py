@@ -72,6 +72,11 @@ def _run(layer: nn.Module, x: Tensor) -> Tensor:
     return first
 
 
+def _call(plan: hyper.HyperConnectionPlan, connection: nn.Module, streams: Any) -> Any:
+    with proof.of_ours():
+        return plan.call(connection, streams)
+
+
 def _run_mixed(
     layer: nn.Module, x: Tensor, plans: dict[str, hyper.HyperConnectionPlan], sums: list[int]
 ) -> Tensor:
@@ -79,7 +84,7 @@ def _run_mixed(
     children: Any = layer._modules
     before = streams.running.mixed
     for name, plan in plans.items():
-        children[name].__dict__["forward"] = partial(plan.call, children[name])
+        children[name].__dict__["forward"] = partial(_call, plan, children[name])
     try:
         return streams.run(tuple(children[n] for n in plans), _run, layer, x)
     finally:
@@ -102,9 +107,7 @@ def find_plan(module: nn.Module) -> StreamsPlan | None:
     for twin in stand_ins.twins(module, kept):
         sums: list[int] = []
         ours = partial(_run_mixed, plans=plans, sums=sums)
-        try:
-            ours(twin, x)
-        except Exception:  # foreign code, with stand-ins for its children, may raise anything
+        if not proof.ends(_run, twin, x) or not proof.ends(ours, twin, x):
             continue
         # each of its ops is proven; errors of one connection are those of the next, many times over
         if sums[0] == len(plans) and proof.Theirs(_run, twin, [x]).is_computed_by(ours):
