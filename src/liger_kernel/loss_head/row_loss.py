@@ -12,6 +12,7 @@ from torch import Tensor
 from liger_kernel._core.checks import check_choice
 from liger_kernel._core.options import OpOptions
 from liger_kernel._core.rows import RowOutputs
+from liger_kernel.ops.cross_entropy.portable import row_blocks
 
 #: at most so many tensors are returned by a loss: the library op has a fixed number of outputs
 MOST_OUTPUTS = 4
@@ -147,12 +148,27 @@ class FormulaLoss(RowLoss):
         row_scale: Tensor | None = None,
         padded: bool = False,
     ) -> None:
+        divisor = self.divisor(prepared)
+        for at in row_blocks(logits):
+            of_rows = (None if t is None else t[at] for t in (grad, row_scale))
+            part = None if teacher is None else teacher[at]
+            self._step(logits[at], part, target[at], divisor, out[at], *of_rows)
+
+    def _step(
+        self,
+        logits: Tensor,
+        teacher: Tensor | None,
+        target: Tensor,
+        divisor: Tensor | None,
+        out: RowOutputs,
+        grad: Tensor | None,
+        row_scale: Tensor | None,
+    ) -> None:
         wide = torch.promote_types(logits.dtype, torch.float32)
         ignored = target == self.ignore_index
         with torch.enable_grad():
             leaf = logits.detach().to(wide).requires_grad_(grad is not None)
             found = self.formula(leaf, None if teacher is None else teacher.to(wide), target)
-        divisor = self.divisor(prepared)
         for column, values in zip(out.columns, found, strict=True):
             assert column is not None
             values = values.detach().masked_fill(ignored, 0)

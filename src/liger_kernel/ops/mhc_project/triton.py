@@ -39,8 +39,8 @@ class Config:
     @staticmethod
     @functools.cache
     def forward(facts: DeviceFacts, itemsize: int, m: int) -> Config:
-        if facts.architecture.startswith("rdna"):  # larger tiles spill: it has no units for fp32
-            return Config(32, 32, 2 * facts.processors, stages=1, warps=4 if m <= 64 else 8)
+        if _is_rdna(facts):
+            return Config.rdna(2 * facts.processors, m)
         # H100, 8192 x 16384: 0.114 ms with three stages, 0.180 with four
         stages = facts.stages(3, 64 * (64 + 32) * itemsize)
         return Config(64, 64, 2 * facts.processors, stages, warps=4 if m <= 64 else 8)
@@ -48,6 +48,8 @@ class Config:
     @staticmethod
     @functools.cache
     def dx(facts: DeviceFacts, itemsize: int, m: int) -> Config:
+        if _is_rdna(facts):
+            return Config.rdna(2 * facts.processors, m)
         # H100, 8192 x 16384 and m = 32: 0.24 ms; of 64 rows 0.34
         k = max(16, min(128, 4096 // m))
         stages = facts.stages(2, 32 * k * itemsize + k * m * 4)
@@ -56,6 +58,8 @@ class Config:
     @staticmethod
     @functools.cache
     def dw(facts: DeviceFacts, itemsize: int, m: int, split: bool) -> Config:
+        if _is_rdna(facts):
+            return Config.rdna(4 * facts.processors, m)
         # the sums (k, m) stay in registers, twice: 4096 are 32 in each thread, half where fp32 takes as many; `tl.dot`
         # wants 16 columns. H100, likewise: 0.41 ms; of 64 columns 0.76
         widest = 128 if split else 64
@@ -63,9 +67,18 @@ class Config:
         stages = facts.stages(2, 64 * (k + 2 * m) * max(itemsize, 4))
         return Config(64, k, 4 * facts.processors, stages, warps=4 if m <= 64 else 8)
 
+    @staticmethod
+    def rdna(programs: int, m: int) -> Config:
+        """Larger tiles spill where no unit multiplies matrices in fp32."""
+        return Config(32, 32, programs, 1) if m <= 64 else Config(32, 16, programs, 1, warps=8)
+
     def parts(self, tiles: int, length: int, step: int) -> int:
         """In how many the reduced dimension is parted, each of four steps or more."""
         return max(1, min(cdiv(self.programs, max(1, tiles)), cdiv(length, 4 * step)))
+
+
+def _is_rdna(facts: DeviceFacts) -> bool:
+    return facts.architecture.startswith("rdna")
 
 
 #: tiles whose sum is left to tensor cores, which cut off what they add: of 5000 products it was worse than PyTorch's
