@@ -187,7 +187,7 @@ def steps_table(content: dict[str, Any]) -> str:
     content = {**content, "e2e": rows}
     for key, line in lines(rows, KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
         shape, seq, batch, checkpointing, *_, ignored = key
-        if ignored:
+        if ignored or sum(row is not None for row in line) < 2:
             continue
         name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
         name += ", checkpointing" if checkpointing else ""
