@@ -352,7 +352,7 @@ def test_a_rank_reports_its_step_or_its_error() -> None:
 def test_what_reads_the_logits_leaves_the_output() -> None:
     found = {}
     for mode in ("patched", "patched+accuracy", "patched+logits"):
-        model = e2e.MODES[mode](e2e.build("tiny", 8, False, "cpu"))
+        model = e2e.MODES[mode](e2e.build(shapes.Setup("tiny", 8, 1), "cpu"))
         output = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None])
         found[mode] = output.loss.item()
         if mode == "patched+accuracy":
