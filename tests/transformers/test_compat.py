@@ -223,7 +223,7 @@ class TestUtils:
         assert utils.infer_device_arch() == arch
 
     @pytest.mark.parametrize(
-        ("name", "arch"), [("gfx942:sramecc+", "cdna3"), ("gfx1201", "gfx1201"), ("", "cuda")]
+        ("name", "arch"), [("gfx942:sramecc+", "cdna3"), ("gfx9999", "gfx9999"), ("", "cuda")]
     )
     def test_amd(self, name: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(utils, "infer_device", lambda: "cuda")

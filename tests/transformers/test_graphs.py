@@ -74,6 +74,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_graphs, "are_here", lambda: True)
     monkeypatch.setattr(device_graphs, "new_pool", lambda device: object())
     COUNTS.update(dict.fromkeys(COUNTS, 0))
+    WEIGHTS.clear()  # of models that are gone, whose places others take
 
 
 def pair(kind: str = "qwen3", **settings: Any) -> tuple[Any, Any]:

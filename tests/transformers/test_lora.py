@@ -300,7 +300,7 @@ class TestWhatIsLeftToPEFT:
         for module in (adapters, lora):
             monkeypatch.setattr(module, "host_bound", host_bound)
         assert_as_peft(adapted, nodes=0)
-        assert {limit for _, limit in asked} == {2**21, 2**23}
+        assert {limit for _, limit in asked} == {2**23, 2**25}
 
     def test_other_code_of_peft(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = adapted()

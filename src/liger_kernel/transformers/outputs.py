@@ -60,7 +60,8 @@ def _of_model(name: str) -> type | None:
     for folder in (module.name for module in pkgutil.iter_modules(models.__path__)):
         if folder.replace("_", "") == wanted:
             file = importlib.import_module(f"{models.__name__}.{folder}.modeling_{folder}")
-            return getattr(file, name, None) or getattr(
-                modeling_outputs, "MultimodalCausalLMOutputWithPast", None
-            )
+            found = getattr(file, name, None)
+            if found is None and name.endswith("CausalLMOutputWithPast"):
+                found = getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", None)
+            return found
     return None
