@@ -245,7 +245,7 @@ def compare(
         runs = [run(patched, other), (high[0].double(), high[1]), low]
         return [{"loss": loss, **grads} for loss, grads in runs]
 
-    assert_draws_no_worse(draw)
+    assert_draws_no_worse(draw, last=256)
     move([patched], originals, 0)
 
 
