@@ -51,6 +51,23 @@ def assert_like_autograd(
         assert_no_worse("gradient", ours, high, low)
 
 
+@pytest.mark.parametrize(
+    ("weight", "splits"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_three_parts_are_bf16(
+    weight: torch.dtype, splits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of the interpreter: a unit for matrices does not multiply bf16 by fp16."""
+    kernels = pytest.importorskip("liger_kernel.ops.mhc_project.triton")
+    launched = []
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(kernels, "launch", lambda *args, **options: launched.append(options))
+    x, w = MAKE.randn(5, 16).bfloat16(), MAKE.randn(16, 8).to(weight)
+    saved = x, w, MAKE.randn(5, 8), MAKE.randn(5)
+    kernels.backward((saved[2],), saved, options=None, needs=(True, False))
+    assert [options["SPLIT"] for options in launched] == [splits]
+
+
 @pytest.mark.usefixtures("on_the_kernels_device")
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_helpers(implementation: str) -> None:

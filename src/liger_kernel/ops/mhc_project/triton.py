@@ -327,9 +327,9 @@ def _padded(n_out: int) -> int:
     return max(16, next_power_of_2(n_out))  # the least that `tl.dot` takes
 
 
-def _splits(*exact: Tensor) -> bool:
-    """Whether products of these with fp32 are taken of its three parts, by tensor cores: exact, for these are bf16."""
-    return all(t.dtype == torch.bfloat16 for t in exact) and not INTERPRET
+def _splits(x: Tensor) -> bool:
+    """Whether products of x with fp32 are taken of its three parts, by tensor cores: exact, for x is bf16."""
+    return x.dtype == torch.bfloat16 and not INTERPRET
 
 
 def _tile(config: Config, n_out: int, x: Tensor) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def backward(grads: Any, saved: Any, *, options: MHCProjectOptions, needs: Needs
             (tiles * parts,),
             *(dy, rows, weight, y, rstd, dx, dy.stride(0), rows.stride(0), *weight.stride()),
             *(n_rows, n_k, n_out, parts),
-            SPLIT=split,
+            SPLIT=split and weight.dtype in (torch.bfloat16, torch.float32),
             **_tile(config, n_out, rows),
         )
     if needs_dw:
