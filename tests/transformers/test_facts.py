@@ -452,6 +452,14 @@ def test_changes_of_activations_and_experts(
     assert call(theirs).shape != before.shape or not torch.equal(call(theirs), before)
 
 
+def test_a_closure_without_a_value_so_far() -> None:
+    def act(x: Tensor) -> Tensor:
+        return inner(x)
+
+    assert rows(MLP(act)) == [None]
+    inner = F.silu  # which nothing would notice
+
+
 def test_a_module_that_has_changed_is_reported() -> None:
     model = nn.Sequential(MLP())
     liger_kernel.patch(model[0])

@@ -94,8 +94,7 @@ class Reading:
 
     def _enter(self, function: FunctionType, cls: type) -> Iterator[Any]:
         """Note what one function names, and what is to be read next."""
-        for cell in function.__closure__ or ():
-            yield getattr(cell, "cell_contents", None)
+        yield from _held(function)
         names = _names(function.__code__)
         for name in names & function.__globals__.keys():
             value = function.__globals__[name]
@@ -150,6 +149,15 @@ def _is_fixed(value: Any) -> bool:
     return isinstance(value, _FIXED) and not getattr(value, "keywords", None)  # of a partial
 
 
+def _held(function: FunctionType) -> Iterator[Any]:
+    """What its closure holds; `_NOWHERE` for a name without a value so far."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            yield _NOWHERE
+
+
 def _is_opaque(value: Any) -> bool:
     """Whether something behind a value may change where no comparison sees it.
 
@@ -162,8 +170,8 @@ def _is_opaque(value: Any) -> bool:
     if isinstance(value, MethodType):
         return not isinstance(value.__self__, type)
     if isinstance(value, FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or ()]
-        return any(isinstance(c, nn.Module) or not _is_fixed(c) or _is_opaque(c) for c in cells)
+        held = _held(value)
+        return any(isinstance(c, nn.Module) or not _is_fixed(c) or _is_opaque(c) for c in held)
     if _is_fixed(value) or isinstance(value, (nn.Module, dict, set, frozenset)):
         return False
     return callable(value) or not hasattr(value, "__dict__")
