@@ -82,20 +82,18 @@ class Steps(Protocol):
     ) -> tuple[Tensor | None, Tensor]:
         """The `product` with the rows of tokens, which nobody reads unless `keep`, and its activation, (S, I)."""
 
-    def activated_backward(
+    def activate_backward(
         self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
+        da: Tensor,
         hidden: Tensor,
         weights: Tensor,
+        routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of da, the `product` with the rows of tokens: dh (S, N), which may take the memory of `into`, w act (S, I),
-        and dw (T, K) in fp32, zero for no expert."""
+        """dh (S, N), which may take the memory of `into`, w act (S, I), which may take that of da, and dw (T, K) in
+        fp32, zero for no expert."""
 
     def weight_gradient(
         self,
@@ -127,25 +125,12 @@ class Steps(Protocol):
 
 
 class Separately:
-    """The parts of `Steps` that can be fused, one after the other."""
+    """`Steps.activated`, one after the other."""
 
     product: Callable[..., Tensor]
 
     def activate(self, hidden: Tensor, routing: Routing, options: MoEOptions) -> Tensor:
         """(S, I)"""
-        raise NotImplementedError
-
-    def activate_backward(
-        self,
-        da: Tensor,
-        hidden: Tensor,
-        weights: Tensor,
-        routing: Routing,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`Steps.activated_backward`; w act may take the memory of da."""
         raise NotImplementedError
 
     def activated(
@@ -160,21 +145,6 @@ class Separately:
     ) -> tuple[Tensor | None, Tensor]:
         hidden = self.product(a, weight, bias, routing, True, low)
         return hidden, self.activate(hidden, routing, options)
-
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        da = self.product(dy, weight, None, routing, True, low)
-        return self.activate_backward(da, hidden, weights, routing, options, needs, into)
 
 
 #: of the number of rows, x and the weights
@@ -295,9 +265,9 @@ def backward(
     low = second and second.behind(n_rows, of_second[1])
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
-    dhidden, act, dw = steps.activated_backward(
-        dy, w2.mT, routing, low, hidden, weights, options, wanted, into
-    )
+    da = steps.product(dy, w2.mT, None, routing, True, low)
+    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
+    del da
     if act is not None:
         u = None
         if second and of_second[2]:

@@ -99,8 +99,8 @@ class Config:
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
-    fused_forward, fused_backward: the products that are activated end with it. Forward saves .03 of .90 ms on an H100
-        (512 rows of Qwen3-30B-A3B), backward loses as much: it spills.
+    fused_forward: the product that is activated ends with it, which saves .03 of .90 ms on an H100 (512 rows of
+        Qwen3-30B-A3B). At the end of da, backward lost as much as it saved: it spilled.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
         the gradients of weights, of which an expert's rows are read again for each tile.
     """
@@ -113,7 +113,6 @@ class Config:
     made_rank: int = 0
     halves: bool = False
     fused_forward: bool = False
-    fused_backward: bool = False
     group: int = 8
 
     @staticmethod
@@ -122,7 +121,7 @@ class Config:
         """`even`: all features are multiples of 64. Where they are not, loads are narrow, and their addresses many."""
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
-            fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
+            fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
             return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
@@ -175,7 +174,7 @@ def _of_activation(options: MoEOptions) -> tuple[tuple[float, ...], dict[str, An
 #: of a product without an activation: `limit`, `alpha`, `up_shift`, and constants
 _PLAIN: tuple[tuple[float, ...], dict[str, Any]] = (
     (0.0, 0.0, 0.0),
-    {"ACTIVATION": "silu", "GATED": False, "INTERLEAVED": False, "LIMITED": False},
+    {"ACTIVATION": "none", "GATED": False, "INTERLEAVED": False, "LIMITED": False},
 )
 
 
@@ -234,22 +233,18 @@ class Kernels(pipeline.Separately):
         low: LowRank | None,
         scale: float | None = None,
         *,
-        end: str = "store",
-        out: Tensor | None = None,
-        hidden: Tensor | None = None,
+        out: Tensor | None,
         act: Tensor | None = None,
-        weights: Tensor | None = None,
-        dw: Tensor | None = None,
-        features: int = 0,
         options: MoEOptions | None = None,
     ) -> None:
-        """A product, and what is made of it: the arguments behind `scale` are those of `grouped_product`."""
+        """A product, `out`, and its activation by `options`, `act`. Either is made if there is a tensor for it."""
         n_cols, n_inner = weight.shape[1:]
         tile = self.config.product.fitted(self.config.product.rows, n_cols)
         if scale is not None:
             tile = self.config.of_low_rank(n_cols)
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
+        features = 0 if act is None else act.shape[1]
         numbers, constants = _PLAIN if options is None else _of_activation(options)
         low_tensors, low_numbers, low_constants = self._beside(low, a, routing, gathered)
         launch(
@@ -260,16 +255,11 @@ class Kernels(pipeline.Separately):
             None if bias is None else bias.contiguous(),
             *low_tensors,
             out,
-            hidden,
             act,
-            weights,
-            routing.slots,
-            dw,
             routing.tokens,
             routing.starts,
             routing.tiles,
             n_tiles,
-            routing.slots.shape[0],
             n_cols,
             n_inner,
             *weight.stride(),
@@ -281,10 +271,7 @@ class Kernels(pipeline.Separately):
             HAS_BIAS=bias is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
-            END=end,
-            NEEDS_DH=out is not None,
-            NEEDS_ACT=act is not None,
-            NEEDS_DW=dw is not None,
+            KEEP=out is not None,
             **constants,
             **low_constants,
             EVEN=n_inner % tile.inner == 0,
@@ -326,43 +313,10 @@ class Kernels(pipeline.Separately):
         if not self.config.fused_forward or self._gathers(weight):
             return super().activated(a, weight, bias, routing, low, options, keep)
         n_rows, n_cols = routing.slots.shape[0], weight.shape[1]
-        features = n_cols // (1 + options.gated)
         hidden = a.new_empty(n_rows, n_cols) if keep else None
-        act = a.new_empty(n_rows, features)
-        made: Any = {"out": hidden, "act": act, "features": features, "options": options}
-        self._launch(a, weight, bias, routing, True, low, end="activate", **made)
+        act = a.new_empty(n_rows, n_cols // (1 + options.gated))
+        self._launch(a, weight, bias, routing, True, low, out=hidden, act=act, options=options)
         return hidden, act
-
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not self.config.fused_backward or self._gathers(weight) or not any(needs):
-            given = (hidden, weights, options, needs, into)
-            return super().activated_backward(dy, weight, routing, low, *given)
-        n_rows, features = routing.slots.shape[0], weight.shape[1]
-        dhidden = act = dw = None
-        if needs[0]:
-            dhidden = torch.empty_like(hidden) if into is None else into
-        if needs[1]:
-            act = hidden.new_empty(n_rows, features)
-        if needs[2]:  # of each tile of columns
-            parts = cdiv(
-                features, self.config.product.fitted(self.config.product.rows, features).cols
-            )
-            dw = weights.new_zeros(parts, *weights.shape, dtype=torch.float32)
-        made: Any = {"out": dhidden, "hidden": hidden, "act": act, "weights": weights, "dw": dw}
-        made.update(features=features, options=options)
-        self._launch(dy, weight, None, routing, True, low, end="backward", **made)
-        return dhidden, act, None if dw is None else dw.sum(0)
 
     def weight_gradient(
         self,
