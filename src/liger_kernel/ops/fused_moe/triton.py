@@ -21,9 +21,8 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
+from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine, relaid
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
-from liger_kernel.ops.fused_moe.portable import rows_of
 from liger_kernel.ops.fused_moe.products.kernels import (
     bias_gradient,
     grouped_product,
@@ -214,7 +213,7 @@ class Kernels(pipeline.Separately):
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
         if alone and (self._gathers(weight) if gathered else self.library.plain):
-            return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
+            return _grouped_mm(_sorted(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
@@ -328,7 +327,7 @@ class Kernels(pipeline.Separately):
     ) -> Tensor:
         least, beside = self.library.gradients_from, (a if gathered[1] else b).shape[1]
         if least is not None and beside >= least and dtype is None:  # not of a low rank
-            a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+            a, b = (_sorted(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
         out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
@@ -440,25 +439,65 @@ class Kernels(pipeline.Separately):
         shape: torch.Size,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        (n_tokens, top_k), n_cols = shape, y.shape[1]
-        out = y.new_empty(n_tokens, n_cols, dtype=dtype)
-        tile = _pass(n_cols, warps=4, most=2048)
-        if n_tokens:
-            launch(
-                combine,
-                (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
-                y,
-                weights,
-                routing.rows,
-                routing.starts[-1:],
-                out,
-                n_tokens,
-                n_cols,
-                TOP_K=top_k,
-                WEIGHTED=weights is not None,
-                **tile,
-            )
+        return _sum_of_rows(y, weights, routing.rows, routing.starts[-1:], shape, dtype)
+
+    def copy(self, source: Tensor, out: Tensor) -> Tensor:
+        """Of a matrix of all experts and (E, N, R): a transposition, which PyTorch's copy does at .5 TB/s."""
+        ours = source.stride(0) == 1 or out.stride(0) == 1
+        if not ours or any(t.stride(1) != t.shape[2] * t.stride(2) for t in (source, out)):
+            return out.copy_(source)
+        n_experts, n_cols = source.shape[0], source[0].numel()
+        strides = (n for t in (source, out) for n in (t.stride(0), t.stride(2)))
+        launch(
+            relaid,
+            (cdiv(n_experts, _SQUARE) * cdiv(n_cols, _SQUARE),),
+            source,
+            out,
+            n_experts,
+            n_cols,
+            *strides,
+            ROWS=_SQUARE,
+            COLS=_SQUARE,
+            num_warps=4,
+        )
         return out
+
+
+def _sum_of_rows(
+    y: Tensor,
+    weights: Tensor | None,
+    rows: Tensor,
+    live: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`Kernels.combine`; `live`: how many rows have an expert."""
+    (n_tokens, top_k), n_cols = shape, y.shape[1]
+    out = y.new_empty(n_tokens, n_cols, dtype=dtype)
+    tile = _pass(n_cols, warps=4, most=2048)
+    if n_tokens:
+        launch(
+            combine,
+            (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
+            y,
+            weights,
+            rows,
+            live,
+            out,
+            n_tokens,
+            n_cols,
+            TOP_K=top_k,
+            WEIGHTED=weights is not None,
+            ALL=live is None,
+            **tile,
+        )
+    return out
+
+
+def _sorted(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
+    """The rows of tokens as sorted ones; `index_select` writes them at 1.7 TB/s."""
+    shape = torch.Size((routing.tokens.shape[0], 1))
+    return _sum_of_rows(a, None, routing.tokens, None, shape) if gathered else a
 
 
 def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:
