@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -235,19 +236,91 @@ def _another_child(model: Any) -> Any:
 
 
 def _config(model: Any) -> Any:
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("change", [_hook, _frozen, _moved, _scaled, _another_child, _config])
+def _another_class(model: Any) -> Any:
+    mlp = layers(model)[0].mlp
+    cls = type(mlp)
+    mlp.__class__ = type(cls.__name__, (cls,), {"forward": lambda s, x: 2 * cls.forward(s, x)})
+
+
+@pytest.mark.parametrize(
+    "change", [_hook, _frozen, _moved, _scaled, _another_child, _another_class, _config]
+)
 def test_what_becomes_of_the_module_counts(change: Change) -> None:
     model, other = pair()
     for m in (model, other):
         step(m, 7, 7)
         m.zero_grad()
         change(m)
-    for _ in range(3):
+    replayed = COUNTS["forward"]
+    for number in range(3):
         assert step(model, 7) == step(other, 7)
         same(model, other)
+        if not number:  # what was captured would do what it did
+            assert COUNTS["forward"] < replayed + len(layers(model))
+
+
+@pytest.mark.parametrize("name", ["Qwen3MLP.forward", "apply_rotary_pos_emb"])
+def test_code_that_is_replaced_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a class, and a function of its file."""
+    model, other = pair()
+    for m in (model, other):
+        step(m, 7, 7)
+        m.zero_grad()
+    replayed = COUNTS["forward"]
+    at = f"{type(model).__module__}.{name}"
+    original = pkgutil.resolve_name(at)
+    monkeypatch.setattr(at, lambda *args, **kwargs: original(*args, **kwargs))
+    assert step(model, 7) == step(other, 7)
+    same(model, other)
+    assert COUNTS["forward"] == replayed
+
+
+class Counts(nn.Module):
+    """As a BatchNorm keeps statistics; or what it is given becomes another."""
+
+    def __init__(self, count: bool):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.count:
+            self.calls += 1
+        else:
+            x *= 2
+        return x
+
+
+def test_a_capture_leaves_buffers_as_they_were() -> None:
+    model, other = pair()
+    for m in (model, other):
+        layers(m)[0].mlp.act_fn = Counts(True)
+    for number in range(1, 4):
+        with torch.no_grad():
+            assert torch.equal(loss_of(model), loss_of(other))
+        assert layers(other)[0].mlp.act_fn.calls == layers(model)[0].mlp.act_fn.calls == number
+    assert COUNTS["captured"]
+
+
+def test_a_layer_that_writes_over_its_input() -> None:
+    """Somebody may hold it: the layer runs its own code."""
+    model, other = pair()
+    kwargs = {"position_embeddings": (torch.ones(1, 7, 16), torch.zeros(1, 7, 16))}
+    for m in (model, other):
+        layers(m)[0].input_layernorm = Counts(False)
+    for _ in range(3):
+        given = [torch.ones(2, 7, 48) for _ in range(2)]
+        with torch.no_grad():
+            outputs = [
+                layers(m)[0](x, **kwargs) for m, x in zip((model, other), given, strict=True)
+            ]
+        assert torch.equal(*outputs)
+        assert torch.equal(*given)
+    reasons = [r.reason for r in liger_kernel.patch(other, cuda_graphs=True).rows]
+    assert any("writes over what it is given" in reason for reason in reasons)
 
 
 def test_adapters_are_switched_and_merged() -> None:

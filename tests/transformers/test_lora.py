@@ -122,6 +122,13 @@ class TestStates:
     def test_options(self, options: dict[str, Any]) -> None:
         assert_as_peft(lambda: adapted(**options))
 
+    def test_a_dropout_that_writes_over_what_others_read(self) -> None:
+        def change(model: Any) -> None:
+            for layer in model.model.model.layers:
+                layer.self_attn.q_proj.lora_dropout["default"].inplace = True
+
+        assert_as_peft(lambda: adapted(lora_dropout=0.3), nodes=12, change=change)
+
     def test_adapters_in_fp32_on_a_base_of_16_bits(self) -> None:
         model = adapted(dtype=torch.bfloat16)
         assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}

@@ -93,6 +93,8 @@ def active(module: Any, dtype: torch.dtype) -> Adapters | None:
         if not _fit(dtype, a, b, module):
             return None
         dropout = None if drops_nothing(dropouts[name]) else dropouts[name]
+        if getattr(dropout, "inplace", False):  # into what others read
+            return None
         found.append((a, b, module.scaling[name], dropout))
     return found
 

@@ -30,6 +30,7 @@ from liger_kernel._core.autograd import (
     refuse_double_backward,
 )
 from liger_kernel.backends import graphs, is_capturing
+from liger_kernel.transformers.patching.facts import Reading
 from liger_kernel.transformers.patching.linears import _GLOBAL_HOOKS, is_hooked
 from liger_kernel.transformers.patching.state import Ours
 
@@ -43,20 +44,24 @@ class Unfit(Exception):
 
 
 class Snapshot:
-    """What decides, beside its inputs, what a module computes: all attributes beneath it, and where its tensors are.
+    """What decides, beside its inputs, what a module computes: all attributes beneath it, where its tensors are, and
+    the code of its classes.
 
-    Attributes are compared by identity; so are the contents of containers, and those of the config.
+    Attributes are compared by identity; so are the contents of containers and of the config, and what the code names.
     """
 
     def __init__(self, module: nn.Module):
         modules = list(module.modules())
         if any(is_hooked(inner.__dict__) for inner in modules[1:]) or any(_GLOBAL_HOOKS):
             raise Unfit("a module in it has a hook")
-        self.tensors = [*module.parameters(), *module.buffers()]
+        self.modules, self.kinds = modules, list(map(type, modules))
+        self.code = _Code(self.kinds)
+        self.buffers = list(module.buffers())
+        self.tensors = [*module.parameters(), *self.buffers]
         kinds = {type(t).__name__ for t in self.tensors if type(t) not in (nn.Parameter, Tensor)}
         if kinds:
             raise Unfit(f"it holds a {', '.join(sorted(kinds))}")
-        if any(t.requires_grad for t in module.buffers()):
+        if any(t.requires_grad for t in self.buffers):
             raise Unfit("a buffer in it is trained")
         self.weights = [inner._parameters for inner in modules if inner._parameters]
         tables: dict[int, Any] = {}
@@ -94,6 +99,16 @@ class Snapshot:
             for table, weights in tables:
                 table.update(weights)
 
+    @contextlib.contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Run the module without a trace in its buffers, such as the statistics of a BatchNorm."""
+        before = [(b, b._version, b.clone()) for b in self.buffers]
+        yield
+        for buffer, version, numbers in before:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(numbers)
+
     def _memory(self) -> list[Any]:
         return [(t.data_ptr(), t.requires_grad) for t in self.tensors]
 
@@ -104,6 +119,32 @@ class Snapshot:
             and list(map(len, self.views)) == self.sizes
             and all(map(is_, chain.from_iterable(self.views), self.values))
             and self._memory() == self.memory
+            and all(map(is_, map(type, self.modules), self.kinds))
+            and self.code.holds()
+        )
+
+
+class _Code:
+    """What the forwards of classes name: members of these, and globals of their files, as they are now."""
+
+    def __init__(self, kinds: Sequence[type]):
+        members: list[tuple[type, str, Any]] = []
+        tables: dict[int, tuple[Any, dict[str, Any]]] = {}
+        for cls in dict.fromkeys(kinds):
+            found = Reading(None, cls, "forward")
+            # a method of the class, for one, is another object each time
+            members += ((cls, n, v) for n, v in found.members.items() if getattr(cls, n) is v)
+            for (function, name), value in found.globals.items():
+                table = function.__globals__
+                tables.setdefault(id(table), (table, {}))[1][name] = value
+        self.places = [(cls, name) for cls, name, _ in members]
+        self.values = [value for *_, value in members]
+        self.globals = list(tables.values())
+
+    def holds(self) -> bool:
+        now = (getattr(cls, name, None) for cls, name in self.places)
+        return all(map(is_, now, self.values)) and all(
+            all(map(is_, map(table.get, names), names.values())) for table, names in self.globals
         )
 
 
@@ -286,7 +327,10 @@ class Graph:
         if record.pool is None:
             record.pool = graphs.new_pool(device)
         trains = torch.is_grad_enabled()
-        self.captured = graphs.Captured(function, inputs, wanted if trains else [], record.pool)
+        with state.unwritten():
+            self.captured = graphs.Captured(function, inputs, wanted if trains else [], record.pool)
+        if any(t._version for t in inputs):
+            raise ValueError("it writes over what it is given")
         alike: dict[torch.dtype, list[int]] = {}
         for i, t in enumerate(inputs):
             alike.setdefault(t.dtype, []).append(i)

@@ -117,7 +117,8 @@ class Origin:
             raise RuntimeError(
                 "These logits were fused with the loss, and not computed in the forward. What they come from, the "
                 "weight of the head or its input, has changed since or is not whole any more: an optimizer step, a "
-                f"cast, a move, sharding, or the backward of compiled code. {WAY_OUT}"
+                "cast, a move, sharding, another adapter of the head, or the backward of compiled code. "
+                f"{WAY_OUT}"
             )
 
 
