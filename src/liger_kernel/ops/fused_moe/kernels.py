@@ -201,22 +201,19 @@ def combine(
     n_cols,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    ALL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert, unless ALL. One program owns one
-    tile."""
+    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
     col_tiles = tl.cdiv(n_cols, COLS)
     token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
     inside = token < n_tokens
+    n_live = tl.load(live_ptr)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
-        live = inside
-        if not ALL:
-            live &= row < tl.load(live_ptr)
+        live = inside & (row < n_live)
         mask = live[:, None] & (cols < n_cols)
         y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
         y = y.to(tl.float32)

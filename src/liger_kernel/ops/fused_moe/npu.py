@@ -88,10 +88,7 @@ class Steps(Portable):
         if scale is not None:
             out = out * scale
         if low is not None:
-            inner = product(rows, low.a) * low.scale
-            out = out + product(inner, low.b)
-            if low.rows is not None:
-                low.rows.copy_(inner)
+            out = out + product(low.rows, low.b)
         return out
 
     def weight_gradient(

@@ -41,12 +41,10 @@ class Routing(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Beside a product: rows p go through `a` (E, R, M), are rounded, and go through `b` (E, N, R); any strides."""
+    """Beside a product: rows of a low rank, (S, R), and what they go through, (E, N, R), any strides."""
 
-    a: Tensor
+    rows: Tensor
     b: Tensor
-    scale: float
-    rows: Tensor | None  # (S, R), where scale a[e] @ p goes, if somebody wants it
 
 
 class Steps(Protocol):
@@ -65,7 +63,7 @@ class Steps(Protocol):
         low: LowRank | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """out[p] = scale a[p] @ weight[e].T + what `low` adds + bias[e], (S, N).
+        """out[p] = scale a[p] @ weight[e].T + low.rows[p] @ low.b[e].T + bias[e], (S, N).
 
         `gathered`: a has the rows of tokens. `scale`: given for a weight of a low rank.
         """
@@ -203,16 +201,15 @@ def forward(
     routing = _routing(steps, sort_by_expert(top_k_index, w1.shape[0]), top_k_index.shape[1])
     first = _Pair.of(steps, gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
     second = _Pair.of(steps, down_a, down_b, options.down_scaling, x.dtype)
-    n_rows = weights.numel()
-    low = first and first.beside(n_rows, needs[8])
+    low = first and first.beside(steps, x, routing, True)
     keep = keeps_hidden(needs)
     hidden, act = steps.activated(x, w1, gate_up_bias, routing, low, options, keep)
-    first_u = low and low.rows
+    first_u = low.rows if low and needs[8] else None
     if not keep:
         hidden = None
-    low = second and second.beside(n_rows, needs[10])
+    low = second and second.beside(steps, act, routing, False)
     y = steps.product(act, w2, down_bias, routing, False, low)  # (S, H)
-    second_u = low and low.rows
+    second_u = low.rows if low and needs[10] else None
     del act, low
     out = steps.combine(y, weights, routing, weights.shape, x.dtype)
     return out, (
@@ -267,7 +264,7 @@ def backward(
         db2 = steps.bias_gradient(dy, weights, routing, True).to(down_bias.dtype)
     if hidden is None:
         return (*(None,) * 6, db2, *(None,) * 4)
-    low = second and second.behind(n_rows, of_second[1])
+    low = second and second.behind(steps, dy, routing, True)
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
     da = steps.product(dy, w2.mT, None, routing, True, low)
@@ -287,15 +284,13 @@ def backward(
     if dhidden is not None:
         if needs_db1 and gate_up_bias is not None:
             db1 = steps.bias_gradient(dhidden, None, routing, False).to(gate_up_bias.dtype)
-        v = None
+        low = None
+        if first and (needs_dx or of_first[1]):
+            low = first.behind(steps, dhidden, routing, False)
         if needs_dx:
-            low = first and first.behind(n_rows, of_first[1])
             dx = steps.product(dhidden, w1.mT, None, routing, False, low)  # (S, H)
             dx = steps.combine(dx, None, routing, weights.shape, x.dtype)
-            v = low and low.rows
-        elif first and of_first[1]:
-            v = steps.product(dhidden, first.b.mT, None, routing, False, scale=first.scale)
-        between = (first_u, v)
+        between = (first_u, low and low.rows)
         gathered = (True, False)
         firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
     return dx, firsts[0], seconds[0], None, dw, db1, db2, *firsts[1:], *seconds[1:]
@@ -317,17 +312,15 @@ class _Pair(NamedTuple):
             return None
         return _Pair(_dense(steps, a, dtype), _dense(steps, b, dtype), scale, (a, b))
 
-    def beside(self, n_rows: int, keep: bool) -> LowRank:
-        """For the product with the weight. `keep`: u."""
-        return LowRank(self.a, self.b, self.scale, self._rows(n_rows) if keep else None)
+    def beside(self, steps: Steps, a: Tensor, routing: Routing, gathered: bool) -> LowRank:
+        """For the product of `a` with the weight: u, and B."""
+        rows = steps.product(a, self.a, None, routing, gathered, scale=self.scale)
+        return LowRank(rows, self.b)
 
-    def behind(self, n_rows: int, keep: bool) -> LowRank:
-        """For the product with the transposed weight. `keep`: v."""
-        rows = self._rows(n_rows) if keep else None
-        return LowRank(self.b.mT, self.a.mT, self.scale, rows)
-
-    def _rows(self, n_rows: int) -> Tensor:
-        return self.a.new_empty(n_rows, self.a.shape[1])
+    def behind(self, steps: Steps, g: Tensor, routing: Routing, gathered: bool) -> LowRank:
+        """For the product of `g` with the transposed weight: v, and A."""
+        rows = steps.product(g, self.b.mT, None, routing, gathered, scale=self.scale)
+        return LowRank(rows, self.a.mT)
 
 
 def _dense(steps: Steps, t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -64,10 +64,7 @@ class Portable(pipeline.Separately):
         if scale is not None:
             found = [part * scale for part in found]
         if low is not None:
-            rows = self.product(a, low.a, None, routing, gathered, scale=low.scale)
-            found = list(map(torch.addmm, found, _parts(rows, routing), low.b.mT.unbind()))
-            if low.rows is not None:
-                low.rows.copy_(rows)
+            found = list(map(torch.addmm, found, _parts(low.rows, routing), low.b.mT.unbind()))
         if bias is not None:
             found = list(map(torch.add, found, bias.to(a.dtype).unbind()))
         found.append(others.new_zeros(others.shape[0], weight.shape[1]))

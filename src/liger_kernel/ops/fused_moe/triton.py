@@ -23,6 +23,7 @@ from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
 from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine, relaid
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
+from liger_kernel.ops.fused_moe.portable import rows_of
 from liger_kernel.ops.fused_moe.products.kernels import (
     bias_gradient,
     grouped_product,
@@ -31,6 +32,7 @@ from liger_kernel.ops.fused_moe.products.kernels import (
 )
 
 _OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
+_MANY = 1024  # rows of an expert, by and large
 _SQUARE, _TABLE = 64, 128  # sides of a tile of `_bias_gradient`; tiles of a step of `_tile_table`
 
 
@@ -94,9 +96,9 @@ class Config:
         3.17 / 3.03; down .18 / .18, .49 / .44, 1.69 / 1.49 and 3.18 / 2.93; dx .31 / .33, .77 / .76, 3.15 / 2.56 and
         6.15 / 5.97; dW2 .26 / .22, .53 / .62, 1.67 / 1.97 and 3.66 / 2.80; dW1 .60 / .40, 1.19 / .98, 4.02 / 3.08 and
         8.44 / 6.23.
-    low_rows, low_inner: rows and step of a product onto a low rank, which is bound by memory: of 128 rows it took about
-        100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
-    made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
+    low_rows, low_inner: rows and step of a product onto a low rank: 32 to 52 us each on an H100 at 4096 tokens and rank
+        16, within 10 % whatever they are. Rows made again in every tile of the four products with weights took .31 ms
+        of tensor cores there, where these kernels and what reads them take .23.
     halves: the last rows of an expert take half a tile, if they fit in.
     fused_forward: the product that is activated ends with it, which saves .03 of .90 ms on an H100 (512 rows of
         Qwen3-30B-A3B). At the end of da, backward lost as much as it saved: it spilled.
@@ -109,19 +111,19 @@ class Config:
     library: tuple[tuple[int, Library], ...] = ()
     low_rows: int = 64
     low_inner: int = 128
-    made_rank: int = 0
     halves: bool = False
     fused_forward: bool = False
     group: int = 8
 
     @staticmethod
     @functools.cache
-    def of(facts: DeviceFacts, dtype: torch.dtype, even: bool) -> Config:
-        """`even`: all features are multiples of 64. Where they are not, loads are narrow, and their addresses many."""
+    def of(facts: DeviceFacts, dtype: torch.dtype, even: bool, many: bool) -> Config:
+        """`even`: all features are multiples of 64. Where they are not, loads are narrow, and their addresses many.
+        `many`: an expert has `_MANY` rows or more."""
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
             fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
-            return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
+            return Config(tile, tile, low_rows=16, low_inner=32, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
             warps = 8 if facts.architecture.startswith("rdna") else 4
@@ -129,11 +131,13 @@ class Config:
             return Config(tile, tile, low_inner=32)
         large = facts.architecture in ("hopper", "blackwell", "blackwell_ultra")
         if large and even:
-            stages = facts.stages(3, 3 * 2**14)
-            tile = Tile(rows=128, cols=256, inner=64, warps=8, stages=stages)
+            tile = Tile(128, 256, inner=64, warps=8, stages=facts.stages(3, 3 * 2**14))
+            # ms of all four products with 3 / 4 steps under way: 1.54 / 1.44 of 256 rows of an expert, 2.53 / 2.48 of
+            # 512, 9.47 / 9.58 of 2048, and there 4.63 / 4.79 of the two that are ours
+            product = replace(tile, stages=facts.stages(3 if many else 4, 3 * 2**14))
             # rows between 64 and 512 were not measured
             library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
-            return Config(tile, tile, library, made_rank=16, halves=True, fused_forward=True)
+            return Config(product, tile, library, halves=True, fused_forward=True)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
@@ -144,7 +148,9 @@ class Config:
         whole = self.product
         cols = min(whole.cols, max(16, next_power_of_2(rank)))
         rows, inner = min(whole.rows, self.low_rows), max(whole.inner, self.low_inner)
-        return replace(whole, rows=rows, cols=cols, inner=inner, warps=4)
+        return replace(
+            whole, rows=rows, cols=cols, inner=inner, warps=4, stages=min(3, whole.stages)
+        )
 
     def library_at(self, rows: float) -> Library:
         found = Library()
@@ -187,10 +193,11 @@ class Kernels(pipeline.Separately):
     @staticmethod
     def of(n_rows: int, x: Tensor, *weights: Tensor) -> Kernels:
         even = all(size % 64 == 0 for weight in weights for size in weight.shape[1:])
-        config = Config.of(facts_of(x.device), x.dtype, even)
+        rows = n_rows / max(1, weights[0].shape[0])
+        config = Config.of(facts_of(x.device), x.dtype, even, rows >= _MANY)
         if not config.library or not _library_serves(x, *weights):
             return Kernels(config, Library())
-        return Kernels(config, config.library_at(n_rows / max(1, weights[0].shape[0])))
+        return Kernels(config, config.library_at(rows))
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         n_experts, rows = starts.shape[0] - 1, self.config.product.rows
@@ -213,7 +220,7 @@ class Kernels(pipeline.Separately):
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
         if alone and (self._gathers(weight) if gathered else self.library.plain):
-            return _grouped_mm(_sorted(a, routing, gathered), weight.mT, routing)
+            return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
@@ -245,14 +252,16 @@ class Kernels(pipeline.Separately):
         n_tiles = routing.tiles.shape[0] * parts
         features = 0 if act is None else act.shape[1]
         numbers, constants = _PLAIN if options is None else _of_activation(options)
-        low_tensors, low_numbers, low_constants = self._beside(low, a, routing, gathered)
+        low_numbers = (0,) * 4 if low is None else (low.b.shape[2], *low.b.stride())
+        rank = 0 if low is None else max(16, next_power_of_2(low.b.shape[2]))
         launch(
             grouped_product,
             (n_tiles * cdiv(n_cols, tile.cols),),
             a,
             weight,
             None if bias is None else bias.contiguous(),
-            *low_tensors,
+            None if low is None else low.rows,
+            None if low is None else low.b,
             out,
             act,
             routing.tokens,
@@ -272,32 +281,12 @@ class Kernels(pipeline.Separately):
             HALVES=self.config.halves and parts == 1,
             KEEP=out is not None,
             **constants,
-            **low_constants,
+            RANK=min(rank, tile.inner),
             EVEN=n_inner % tile.inner == 0,
             ALIGNED=(features or n_cols) % 8 == 0,
             GROUP=self.config.group,
             **tile.constants(),
         )
-
-    def _beside(
-        self, low: LowRank | None, a: Tensor, routing: Routing, gathered: bool
-    ) -> tuple[tuple[Tensor | None, ...], tuple[float, ...], dict[str, Any]]:
-        """What `grouped_product` is told of a low rank: tensors, numbers and constants."""
-        if low is None:
-            return (None,) * 3, (0,) * 7 + (1.0,), {"RANK": 0, "LOW": "none", "KEEPS_LOW": False}
-        rank, rows = low.a.shape[1], low.rows
-        made = rank <= self.config.made_rank
-        constants = {
-            "RANK": min(self.config.product.inner, max(16, next_power_of_2(rank))),
-            "LOW": "made" if made else "given",
-            "KEEPS_LOW": made and rows is not None,
-        }
-        if not made:
-            if rows is None:
-                rows = a.new_empty(routing.slots.shape[0], rank)
-            self._launch(a, low.a, None, routing, gathered, None, low.scale, out=rows)
-        numbers = (rank, *low.a.stride(), *low.b.stride(), float(low.scale))
-        return (low.a, low.b, rows), numbers, constants
 
     def activated(
         self,
@@ -327,7 +316,7 @@ class Kernels(pipeline.Separately):
     ) -> Tensor:
         least, beside = self.library.gradients_from, (a if gathered[1] else b).shape[1]
         if least is not None and beside >= least and dtype is None:  # not of a low rank
-            a, b = (_sorted(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+            a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
         out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
@@ -439,7 +428,25 @@ class Kernels(pipeline.Separately):
         shape: torch.Size,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        return _sum_of_rows(y, weights, routing.rows, routing.starts[-1:], shape, dtype)
+        (n_tokens, top_k), n_cols = shape, y.shape[1]
+        out = y.new_empty(n_tokens, n_cols, dtype=dtype)
+        tile = _pass(n_cols, warps=4, most=2048)
+        if n_tokens:
+            launch(
+                combine,
+                (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
+                y,
+                weights,
+                routing.rows,
+                routing.starts[-1:],
+                out,
+                n_tokens,
+                n_cols,
+                TOP_K=top_k,
+                WEIGHTED=weights is not None,
+                **tile,
+            )
+        return out
 
     def copy(self, source: Tensor, out: Tensor) -> Tensor:
         """Of a matrix of all experts and (E, N, R): a transposition, which PyTorch's copy does at .5 TB/s."""
@@ -461,43 +468,6 @@ class Kernels(pipeline.Separately):
             num_warps=4,
         )
         return out
-
-
-def _sum_of_rows(
-    y: Tensor,
-    weights: Tensor | None,
-    rows: Tensor,
-    live: Tensor | None,
-    shape: torch.Size,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`Kernels.combine`; `live`: how many rows have an expert."""
-    (n_tokens, top_k), n_cols = shape, y.shape[1]
-    out = y.new_empty(n_tokens, n_cols, dtype=dtype)
-    tile = _pass(n_cols, warps=4, most=2048)
-    if n_tokens:
-        launch(
-            combine,
-            (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
-            y,
-            weights,
-            rows,
-            live,
-            out,
-            n_tokens,
-            n_cols,
-            TOP_K=top_k,
-            WEIGHTED=weights is not None,
-            ALL=live is None,
-            **tile,
-        )
-    return out
-
-
-def _sorted(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
-    """The rows of tokens as sorted ones; `index_select` writes them at 1.7 TB/s."""
-    shape = torch.Size((routing.tokens.shape[0], 1))
-    return _sum_of_rows(a, None, routing.tokens, None, shape) if gathered else a
 
 
 def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:

@@ -125,9 +125,8 @@ def _product_tile(
     a_ptr,
     weight_ptr,
     bias_ptr,
-    low_a_ptr,
-    low_b_ptr,
     low_ptr,
+    low_b_ptr,
     out_ptr,
     act_ptr,
     tokens_ptr,
@@ -141,13 +140,9 @@ def _product_tile(
     col_stride,
     inner_stride,
     rank,
-    low_a_expert_stride,
-    low_a_rank_stride,
-    low_a_inner_stride,
     low_b_expert_stride,
     low_b_col_stride,
     low_b_rank_stride,
-    low_scale,
     scale,
     features,
     limit,
@@ -156,8 +151,6 @@ def _product_tile(
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    KEEPS_LOW: tl.constexpr,
     KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -191,11 +184,6 @@ def _product_tile(
     weight_ptrs = weight_ptr + expert * expert_stride
     weight_ptrs += inside[None, :] * col_stride + inner[:, None].to(tl.int64) * inner_stride
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    if LOW == "made":
-        r = tl.arange(0, RANK)
-        low_a_ptrs = low_a_ptr + expert * low_a_expert_stride
-        low_a_ptrs += r[None, :] * low_a_rank_stride + inner[:, None] * low_a_inner_stride
-        through = tl.zeros((ROWS, RANK), tl.float32)
     for at in range(0, n_inner, INNER):
         if EVEN:
             a = tl.load(a_ptrs)
@@ -205,30 +193,15 @@ def _product_tile(
             a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
             weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
         acc = _dot(a, weight, acc, PRECISION)
-        if LOW == "made":
-            low_a_mask = (r < rank)[None, :]
-            if not EVEN:
-                low_a_mask &= inner[:, None] < n_inner - at
-            low_a = tl.load(low_a_ptrs, mask=low_a_mask, other=0.0)
-            through = _dot(a, low_a, through, PRECISION)
-            low_a_ptrs += INNER * low_a_inner_stride
         a_ptrs += INNER
         weight_ptrs += INNER * inner_stride
     acc *= scale
-    if LOW != "none":
-        low_at = tl.where(live, rows, 0)[:, None] * rank
+    if RANK:
+        low_ptr += tl.where(live, rows, 0)[:, None] * rank
         low_b_ptr += expert * low_b_expert_stride + inside[None, :] * low_b_col_stride
-    if LOW == "made":
-        low = (through * low_scale).to(low_b_ptr.dtype.element_ty)
-        if KEEPS_LOW:
-            mask = live[:, None] & (r < rank)[None, :] & (col_tile == 0)
-            tl.store(low_ptr + low_at + r[None, :], low, mask=mask)
-        low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
-        acc = _dot(low, tl.load(low_b, mask=r[:, None] < rank, other=0.0), acc, PRECISION)
-    if LOW == "given":
         for at in range(0, rank, RANK):
             r = at + tl.arange(0, RANK)
-            low = tl.load(low_ptr + low_at + r[None, :], mask=r[None, :] < rank, other=0.0)
+            low = tl.load(low_ptr + r[None, :], mask=r[None, :] < rank, other=0.0)
             low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
             low_b = tl.load(low_b, mask=r[:, None] < rank, other=0.0)
             acc = _dot(low, low_b, acc, PRECISION)
@@ -264,9 +237,8 @@ def grouped_product(
     a_ptr,
     weight_ptr,
     bias_ptr,
-    low_a_ptr,
-    low_b_ptr,
     low_ptr,
+    low_b_ptr,
     out_ptr,
     act_ptr,
     tokens_ptr,
@@ -279,13 +251,9 @@ def grouped_product(
     col_stride,
     inner_stride,
     rank,
-    low_a_expert_stride,
-    low_a_rank_stride,
-    low_a_inner_stride,
     low_b_expert_stride,
     low_b_col_stride,
     low_b_rank_stride,
-    low_scale,
     scale,
     features,
     limit,
@@ -294,8 +262,6 @@ def grouped_product(
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    KEEPS_LOW: tl.constexpr,
     PARTS: tl.constexpr,
     HALVES: tl.constexpr,
     KEEP: tl.constexpr,
@@ -314,10 +280,9 @@ def grouped_product(
     """out[p, n] = scale sum_m a[p, m] weight[e, n, m] + sum_r low[p, r] low_b[e, n, r] + bias[e, n].
 
     With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
-    multiple of INNER. LOW: low is "given" and has any rank, or "made" here of low_scale sum_m a[p, m] low_a[e, r, m]
-    and rounded, by all programs of a row, one of which may keep it, or there is "none"; RANK: a step over it. PARTS: of
-    a tile of the table, each of ROWS rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows
-    are there. ACTIVATION: "none" stores the sums, others end as `_end_activated` does.
+    multiple of INNER. RANK: a step over that of low; 0: there is none. PARTS: of a tile of the table, each of ROWS
+    rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows are there. ACTIVATION: "none"
+    stores the sums, others end as `_end_activated` does.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -342,9 +307,8 @@ def grouped_product(
                 a_ptr,
                 weight_ptr,
                 bias_ptr,
-                low_a_ptr,
-                low_b_ptr,
                 low_ptr,
+                low_b_ptr,
                 out_ptr,
                 act_ptr,
                 tokens_ptr,
@@ -358,13 +322,9 @@ def grouped_product(
                 col_stride,
                 inner_stride,
                 rank,
-                low_a_expert_stride,
-                low_a_rank_stride,
-                low_a_inner_stride,
                 low_b_expert_stride,
                 low_b_col_stride,
                 low_b_rank_stride,
-                low_scale,
                 scale,
                 features,
                 limit,
@@ -373,8 +333,6 @@ def grouped_product(
                 GATHERED,
                 HAS_BIAS,
                 RANK,
-                LOW,
-                KEEPS_LOW,
                 KEEP,
                 ACTIVATION,
                 GATED,
