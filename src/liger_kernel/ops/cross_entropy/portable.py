@@ -66,10 +66,15 @@ def _step(
     if o.lse_square_scale:
         top, at = x.max(-1, keepdim=True)
         lse = (top - log_p.gather(1, at))[:, 0]
-    # log_softmax adds a row up in order, off by five spacings of 16,450 classes; `sum`, which adds in pairs, finds that
-    g = log_p.exp_()
-    off = g.sum(-1).log()
-    log_p_y, lse = log_p_y - off, lse + off
+    # log_softmax adds a row up in order, off by five spacings of 16,450 classes; `sum`, which adds in pairs, finds
+    # that. What was rounded to 16 bits is off by more
+    off = torch.zeros_like(log_p_y)
+    if logits.dtype == x.dtype:
+        off = log_p.exp_().sum(-1).log()
+        log_p_y, lse = log_p_y - off, lse + off
+    elif grad is not None:
+        log_p.exp_()
+    g = log_p
 
     hit = torch.full_like(log_p_y, 1 - o.label_smoothing)
     if w is not None:
