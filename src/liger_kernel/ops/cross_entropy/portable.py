@@ -68,13 +68,10 @@ def _step(
         lse = (top - log_p.gather(1, at))[:, 0]
     # log_softmax adds a row up in order, off by five spacings of 16,450 classes; `sum`, which adds in pairs, finds
     # that. What was rounded to 16 bits is off by more
-    off = torch.zeros_like(log_p_y)
-    if logits.dtype == x.dtype:
-        off = log_p.exp_().sum(-1).log()
-        log_p_y, lse = log_p_y - off, lse + off
-    elif grad is not None:
-        log_p.exp_()
-    g = log_p
+    exact = logits.dtype == x.dtype
+    g = log_p.exp_() if exact or grad is not None else log_p
+    off = g.sum(-1).log() if exact else torch.zeros_like(log_p_y)
+    log_p_y, lse = log_p_y - off, lse + off
 
     hit = torch.full_like(log_p_y, 1 - o.label_smoothing)
     if w is not None:
