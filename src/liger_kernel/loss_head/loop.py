@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
 from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs, HeadProducts
 from liger_kernel.loss_head.row_loss import RowLoss
+from liger_kernel.loss_head.stripes import Stripes
 from liger_kernel.ops.scale_gradients import scale_gradients
 
 #: of hidden states, weight and bias; where there is a low-rank addition to the logits, of its two matrices, too
@@ -23,13 +25,22 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass
 class Kept:
-    """The logits of the last chunk, kept by a forward for the backward that will need all logits again.
+    """What a forward keeps for the backward that will need the logits again: all of them in stripes of classes, where
+    that takes no more memory, or those of the last chunk.
 
     That backward holds a slab anyway, so its peak is the same; with two chunks it saves an eighth of all products.
     """
 
     needs_dw: bool  # of the backward, whose chunks are those of the forward
     slab: Tensor | None = None
+    stripes: Stripes | None = None
+
+    def in_stripes(
+        self, loss: RowLoss, head: HeadInputs, plan: ChunkPlan, is_forward: bool
+    ) -> Stripes | None:
+        if is_forward:
+            self.stripes = Stripes.of(loss, head, plan)
+        return self.stripes
 
     def take(self) -> Tensor | None:
         slab, self.slab = self.slab, None
@@ -55,10 +66,10 @@ def run(
     `kept_logits`: where there are gradients to make, its slab is used up; where not, it gets one.
     """
     hidden, weight, _, dtype, _ = student
-    target = target.to(torch.int64).contiguous()
     groups = row_scale if isinstance(row_scale, RowGroups) else None
     # `.sum().backward()` hands an expanded scalar to backward
     scale = row_scale.contiguous() if isinstance(row_scale, Tensor) else None
+    target = target.to(torch.int64).contiguous()
     prepared = loss.prepare(target, class_weight)
     kept, sizes = rows_to_visit(target, loss.ignore_index, options.label_count, groups)
     if kept is not None:
@@ -68,8 +79,10 @@ def run(
     other = None if teacher is None else teacher.slab_like(weight)
     kept_logits = kept_logits or Kept(needs[1])
     plan = ChunkPlan.of(n_rows, loss.agreed(weight), dtype, options, kept_logits.needs_dw, other)
+    stripes = kept_logits.in_stripes(loss, student, plan, is_forward=not any(needs))
+    if stripes is not None:
+        return _in_stripes(stripes, loss, student, target, prepared, kept, scale, needs)
     chunks = plan.chunks(sizes)
-
     out = loss.outputs(target, torch.promote_types(dtype, torch.float32))
     sums = HeadGradients(student, needs, plan.sum_dtype(len(chunks)), all_rows=kept is None)
 
@@ -77,7 +90,6 @@ def run(
     if row_scale is None and any(needs) and sums.takes_large:
         enlarged = gradient_scale(dtype, loss.divisor(prepared), hidden.device)
         scale = None if enlarged is None else enlarged.expand(n_rows).contiguous()
-
     most = max((at.stop - at.start for at in chunks), default=0)
     head = HeadProducts(student)
     slab = kept_logits.take()
@@ -91,10 +103,9 @@ def run(
         logits, x = rows[:, : weight.shape[0]], hidden[where].to(dtype)
         if at is not made:
             head.logits(where, rows, x)
-        teacher_logits = None
         if teacher_head is not None and teacher_rows is not None:
-            teacher_logits = teacher_head.logits(where, teacher_rows)
-        given = (logits, teacher_logits, target[at], loss.of_rows(prepared, where))
+            teacher_rows = teacher_head.logits(where, teacher_rows)
+        given = (logits, teacher_rows, target[at], loss.of_rows(prepared, where))
         padded, chunk_scale = head.is_padded, None if scale is None else scale[at]
         if groups is not None:
             loss.step(*given, out=out[at], padded=padded)
@@ -114,6 +125,35 @@ def run(
     grads = sums.results()
     if enlarged is not None:
         scale_gradients(grads, 1 / enlarged)
+    if kept is not None:
+        out = out.spread(kept, hidden.shape[0])
+    return out, loss.reduced(out, prepared), grads
+
+
+def _in_stripes(
+    stripes: Stripes,
+    loss: RowLoss,
+    student: HeadInputs,
+    target: Tensor,
+    prepared: Any,
+    kept: Tensor | None,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[RowOutputs, tuple[Tensor | None, ...], Gradients]:
+    """`run`, forward without a `scale`, else backward. target, scale: of the rows that are `kept`, or of all."""
+    hidden, rows = student.hidden, slice(None) if kept is None else kept
+    inputs = student._replace(hidden=hidden[rows])
+    given = inputs, target, loss.of_rows(prepared, rows)
+    out = loss.outputs(target, torch.promote_types(student.dtype, torch.float32))
+    grads: Gradients = (None, None, None)
+    with _no_autocast(hidden):
+        if scale is None:
+            stripes.forward(*given, out)
+        else:
+            dx, *others = stripes.backward(*given, scale, needs)
+            if dx is not None and kept is not None:
+                dx = torch.zeros_like(hidden).index_copy_(0, kept, dx)
+            grads = (dx, *others)
     if kept is not None:
         out = out.spread(kept, hidden.shape[0])
     return out, loss.reduced(out, prepared), grads

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import (
     autocast_dtype,
+    graph_task,
     in_torch_func,
+    is_checkpointed,
     is_transformed,
     made_in_forward,
     refuse_double_backward,
@@ -155,7 +157,9 @@ class _LinearLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         ctx.recomputes = groups is None and loss.recomputes
         now = (False,) * len(needs) if ctx.recomputes else needs
-        ctx.kept_logits = loop.Kept(needs[1]) if ctx.recomputes and any(needs) else None
+        # a checkpoint that drops what is saved here is there to keep nothing until backward
+        keeps = ctx.recomputes and any(needs) and (graph_task() != -1 or not is_checkpointed())
+        ctx.kept_logits = loop.Kept(needs[1]) if keeps else None
         if helpers is not None:
             settings = (loss, chunks, dtype)
             *outputs, dx, dw, db = helpers[0](
