@@ -13,7 +13,7 @@ from torch import Tensor
 from liger_kernel._core.autograd import autocast_dtype_of
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
-from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan
+from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan, chunk_sizes
 from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs, HeadProducts
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.loss_head.stripes import Stripes
@@ -45,6 +45,61 @@ class Kept:
     def take(self) -> Tensor | None:
         slab, self.slab = self.slab, None
         return slab
+
+
+@dataclass
+class _Steps:
+    """The steps of a loss over rows whose logits are there; `target`, `prepared` and `out` are of all rows.
+
+    No product follows on a teacher's logits, so its slab holds fewer rows than a chunk: 4096 rows of two models with
+    128k classes would need 0.5 GB more.
+    """
+
+    loss: RowLoss
+    target: Tensor
+    prepared: Any
+    kept: Tensor | None  # the rows that these are
+    out: RowOutputs
+    padded: bool
+    teacher: HeadProducts | GivenRows | None = None
+    teacher_slab: Tensor | None = None  # empty if that of the teacher is not needed
+    rows: int = 0  # of the teacher at a time
+
+    def where(self, at: slice) -> slice | Tensor:
+        return at if self.kept is None else self.kept[at]
+
+    def __call__(self, at: slice, logits: Tensor, scale: Tensor | None, makes_grad: bool) -> None:
+        """One step for the rows `at`, which have these logits and scales, or several with a teacher."""
+        if self.teacher is None or self.teacher_slab is None:
+            return self._step(at, logits, None, scale, makes_grad)
+        for start in range(at.start, at.stop, self.rows):
+            piece = slice(start, min(start + self.rows, at.stop))
+            here = slice(piece.start - at.start, piece.stop - at.start)
+            slab = self.teacher_slab[: piece.stop - piece.start]
+            seen = self.teacher.logits(self.where(piece), slab)
+            scales = None if scale is None else scale[here]
+            self._step(piece, logits[here], seen, scales, makes_grad)
+        return None
+
+    def _step(
+        self,
+        at: slice,
+        logits: Tensor,
+        teacher: Tensor | None,
+        scale: Tensor | None,
+        makes_grad: bool,
+    ) -> None:
+        prepared = self.loss.of_rows(self.prepared, self.where(at))
+        self.loss.step(
+            logits,
+            teacher,
+            self.target[at],
+            prepared,
+            out=self.out[at],
+            grad=logits if makes_grad else None,
+            row_scale=scale,
+            padded=self.padded,
+        )
 
 
 @torch.no_grad()
@@ -95,33 +150,31 @@ def run(
     slab = kept_logits.take()
     made = None if slab is None or not chunks else chunks[-1]  # its logits are there already
     slab = head.slab(most) if slab is None else slab
-    teacher_head = None if teacher is None else teacher.products()
-    teacher_slab = None if teacher_head is None else teacher_head.slab(most)
+    step = _Steps(loss, target, prepared, kept, out, head.is_padded)
+    if teacher is not None:
+        step.rows = max(1, min(most, chunk_sizes(weight.device).fewest_rows))
+        step.teacher = teacher.products()
+        step.teacher_slab = step.teacher.slab(step.rows)
 
-    def chunk(at: slice, rows: Tensor, teacher_rows: Tensor | None) -> None:
-        where = at if kept is None else kept[at]
+    def chunk(at: slice, rows: Tensor) -> None:
+        where = step.where(at)
         logits, x = rows[:, : weight.shape[0]], hidden[where].to(dtype)
         if at is not made:
             head.logits(where, rows, x)
-        if teacher_head is not None and teacher_rows is not None:
-            teacher_rows = teacher_head.logits(where, teacher_rows)
-        given = (logits, teacher_rows, target[at], loss.of_rows(prepared, where))
-        padded, chunk_scale = head.is_padded, None if scale is None else scale[at]
+        chunk_scale = None if scale is None else scale[at]
         if groups is not None:
-            loss.step(*given, out=out[at], padded=padded)
+            step(at, logits, None, makes_grad=False)
             chunk_scale = groups.row_scale(out.loss[at], where)
         # with a gradient to make, the slab holds that from here on
-        grad = logits if any(needs) else None
-        loss.step(*given, out=out[at], grad=grad, row_scale=chunk_scale, padded=padded)
-        if grad is not None:
+        step(at, logits, chunk_scale, makes_grad=any(needs))
+        if any(needs):
             sums.add(head, rows, x, where)
 
     with _no_autocast(hidden):
         for at in reversed(chunks) if isinstance(row_scale, Tensor) else chunks:
-            n = at.stop - at.start
-            chunk(at, slab[:n], None if teacher_slab is None else teacher_slab[:n])
+            chunk(at, slab[: at.stop - at.start])
     kept_logits.slab = None if any(needs) else slab
-    del slab, teacher_slab  # their memory serves the rounding of dw
+    del slab, step.teacher_slab  # their memory serves the rounding of dw
     grads = sums.results()
     if enlarged is not None:
         scale_gradients(grads, 1 / enlarged)
