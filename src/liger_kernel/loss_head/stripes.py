@@ -60,8 +60,10 @@ class Layout:
         least = max(1, cdiv(self.n_classes, SMALLEST * self.multiple)) * self.multiple
         self.bounds = [0]
         while (first := self.bounds[-1]) < self.half:
-            free = (self.start(first) // self.hidden - first) // self.multiple * self.multiple
-            self.bounds.append(min(self.half, first + max(free, least)))
+            free = max(least, self.start(first) // self.hidden - first)
+            if free < self.half - first:  # kernels walk over rows in blocks that are powers of 2
+                free = self.multiple << (free // self.multiple).bit_length() - 1
+            self.bounds.append(min(self.half, first + free))
 
     def start(self, first: int) -> int:
         """Of the logits of the stripe with this first class, before `half`, in elements."""
@@ -184,4 +186,5 @@ def _of_hidden(x: Tensor, stripes: Sequence[Stripe]) -> Tensor:
             for part in stripe.head.parts:
                 total.add(stripe.rows[at, part.columns], part.weight)
         dx[at] = total.total
+        del total  # before the next one is made
     return dx
