@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernel._core.autograd import autocast_dtype_of
+from liger_kernel._core.autograd import autocast_dtype_of, without_grad
 from liger_kernel._core.rows import RowOutputs, gradient_scale
 from liger_kernel.loss_head.groups import RowGroups, rows_to_visit
 from liger_kernel.loss_head.plan import ChunkOptions, ChunkPlan, chunk_sizes
-from liger_kernel.loss_head.products import GivenRows, HeadGradients, HeadInputs, HeadProducts
+from liger_kernel.loss_head.products import (
+    GivenRows,
+    HeadGradients,
+    HeadInputs,
+    HeadProducts,
+    rows_of,
+)
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.loss_head.stripes import Stripes
 from liger_kernel.ops.scale_gradients import scale_gradients
@@ -93,7 +99,7 @@ class _Steps:
         self.loss.step(
             logits,
             teacher,
-            self.target[at],
+            rows_of(self.target, at),
             prepared,
             out=self.out[at],
             grad=logits if makes_grad else None,
@@ -102,7 +108,7 @@ class _Steps:
         )
 
 
-@torch.no_grad()
+@without_grad
 def run(
     loss: RowLoss,
     student: HeadInputs,
@@ -158,7 +164,8 @@ def run(
 
     def chunk(at: slice, rows: Tensor) -> None:
         where = step.where(at)
-        logits, x = rows[:, : weight.shape[0]], hidden[where].to(dtype)
+        logits = rows[:, : weight.shape[0]] if head.is_padded else rows
+        x = rows_of(hidden, where).to(dtype)
         if at is not made:
             head.logits(where, rows, x)
         chunk_scale = None if scale is None else scale[at]
@@ -172,7 +179,7 @@ def run(
 
     with _no_autocast(hidden):
         for at in reversed(chunks) if isinstance(row_scale, Tensor) else chunks:
-            chunk(at, slab[: at.stop - at.start])
+            chunk(at, rows_of(slab, slice(0, at.stop - at.start)))
     kept_logits.slab = None if any(needs) else slab
     del slab, step.teacher_slab  # their memory serves the rounding of dw
     grads = sums.results()
