@@ -207,7 +207,7 @@ def model_name(shape: str) -> str:
         .replace("qwen", "Qwen")
         .replace("mixtral", "Mixtral")
     )
-    return re.sub(r"(\d)b\b", r"\1B", name)
+    return re.sub(r"a?\d+b\b", lambda size: size[0].upper(), name)
 
 
 def host_table(content: dict[str, Any]) -> str:
