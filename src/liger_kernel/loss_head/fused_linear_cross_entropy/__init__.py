@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ def fused_linear_cross_entropy(
         use_token_scaling,
     )
     if label_count is not None:
-        chunks = replace(chunks, label_count=label_count)
+        chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
     helpers = (fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward)
     found: Any = linear_loss(
         loss,
