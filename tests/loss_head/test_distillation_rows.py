@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from liger_kernel.backends import use_implementation
+from liger_kernel.backends.records import ChunkSizes
+from liger_kernel.loss_head import loop
 from liger_kernel.loss_head.fused_linear_jsd import fused_linear_jsd
 from liger_kernel.loss_head.losses import ROW_LOSSES, row_loss_class
 from liger_kernel.loss_head.losses.distillation import DistillationLoss
 from liger_kernel.loss_head.node import linear_loss
+from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.products import GivenRows
-from liger_kernel.testing import assert_draws_no_worse
+from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
+from tests.loss_head.test_fused_linear_cross_entropy import Watch
 from tests.loss_head.test_row_losses import V, eager, in_double, inputs, run
 
 NAMES = [name for name in ROW_LOSSES if issubclass(row_loss_class(name), DistillationLoss)]
@@ -179,3 +183,33 @@ def test_both_slabs_count_for_the_memory_budget(monkeypatch: pytest.MonkeyPatch)
     rows, ids = torch.zeros(len(i["target"]), 2), torch.tensor([0, 1]).expand(len(i["target"]), 2)
     fused_linear_jsd(*given, rows, None, memory_budget=8 * V, teacher_ids=ids)
     assert len(chunks) == len(rows)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_has_a_slab_of_fewer_rows(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    i = inputs(torch.float32)
+    i["t_weight"], i["t_bias"] = (torch.cat([i[n], i[n]])[: V + 2] for n in ("t_weight", "t_bias"))
+    heads = [
+        (i[n].clone().requires_grad_(), i[m].clone().requires_grad_())
+        for n, m in [("hidden", "weight")] * 2
+    ]
+    found, teacher = [], (i["t_hidden"], i["t_weight"], i["t_bias"])
+    for fewest, head in zip((100, 2), heads, strict=True):
+        monkeypatch.setattr(loop, "chunk_sizes", lambda device: ChunkSizes(fewest_rows=fewest))  # noqa: B023
+        with Watch() as watch:
+            loss = linear_loss(
+                JSD(reduction=reduction),
+                *head,
+                i["target"],
+                teacher=teacher,
+                chunks=ChunkOptions(chunk_size=5),
+            )[0]
+            found.append([loss.detach(), *torch.autograd.grad((loss * loss.detach()).sum(), head)])
+        assert (5 * (V + 2) in watch.made, 2 * (V + 2) in watch.made) == (
+            fewest == 100,
+            fewest == 2,
+        )
+    for one, other in zip(*found, strict=True):
+        assert_no_worse("pieces", other, one.double(), one)

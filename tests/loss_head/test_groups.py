@@ -16,7 +16,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearKTOLoss,
     LigerFusedLinearORPOLoss,
 )
-from liger_kernel.loss_head import plan, products
+from liger_kernel.loss_head import plan, products, stripes
 from liger_kernel.loss_head.groups import RowGroups, cut, rows_to_visit
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from tests.chunked_loss.full_logits import IGNORED, draw_sequences
@@ -86,7 +86,7 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
 
 @pytest.fixture
 def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each matrix product that makes logits."""
+    """The rows of each matrix product that makes logits, in chunks of rows."""
     rows: list[int] = []
     project = products.HeadProducts.project
 
@@ -95,6 +95,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         project(head, x, out)
 
     monkeypatch.setattr(products.HeadProducts, "project", recorded)
+    monkeypatch.setattr(stripes.Stripes, "of", lambda *_: None)
     return rows
 
 

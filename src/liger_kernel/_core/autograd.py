@@ -11,14 +11,17 @@ whether `tensors[i]` requires a gradient: what nobody needs is neither saved nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -60,6 +63,19 @@ def _makes_fakes() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return False
     return torch._C._get_dispatch_mode(_FAKE) is not None
+
+
+def without_grad(function: F) -> F:
+    """`torch.no_grad()` as a decorator, which costs nothing within a node, where nothing is recorded anyway."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

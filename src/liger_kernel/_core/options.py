@@ -34,9 +34,12 @@ def spells_out(options: Sequence[Parameter], before: str | None = None) -> Calla
         at = next((i for i, p in enumerate(own) if p.name == before), len(own))
         merged = [*own[:at], *options, *own[at:]]
         names = [p.name for p in merged if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        first = sum(p.kind is Parameter.POSITIONAL_OR_KEYWORD for p in own[:at])
 
         @functools.wraps(function)
         def spelled(*args: Any, **kwargs: Any) -> Any:
+            if len(args) <= first:  # parameters of `function` alone
+                return function(*args, **kwargs)
             if len(args) > len(names):
                 raise TypeError(
                     f"{function.__name__} takes {len(names)} positional arguments, got {len(args)}."

@@ -28,6 +28,8 @@ class RowOutputs:
         return loss
 
     def __getitem__(self, at: slice) -> Any:
+        if at.stop - at.start == len(self.loss):
+            return self
         return type(self)(*(None if column is None else column[at] for column in self.columns))
 
     def spread(self, at: Tensor, n_rows: int) -> Any:

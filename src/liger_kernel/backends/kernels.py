@@ -24,6 +24,7 @@ _compiled: dict[Any, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _INT32 = 2**31
+_NO_TENSORS = (type(None), float, bool)
 
 # One instruction, right to 2^-22 of the result or, near 1, of 1. `tl.log2` takes 27, as many as the rest of a loss.
 if torch.version.cuda and not INTERPRET:
@@ -65,19 +66,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     # What Triton compiles a kernel for: of a pointer the dtype and whether it is aligned, of an integer whether it is
     # 1, a multiple of 16, or wide.
     kinds = [kernel.fn, device, *constants.values()]
-    values = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            pointer = arg.data_ptr()
-            kinds.append(arg.dtype if pointer & 15 == 0 else (arg.dtype, 0))
-            values.append(pointer)
-            continue
-        values.append(arg)
-        if type(arg) is int:
-            wide = not -_INT32 <= arg < _INT32
-            kinds.append(1 if arg == 1 else (arg & 15 == 0, wide))
+    values = list(args)
+    add = kinds.append
+    for i, arg in enumerate(args):
+        kind = type(arg)
+        if kind is int:
+            add(1 if arg == 1 else (arg & 15 == 0, -_INT32 <= arg < _INT32))
+        elif kind in _NO_TENSORS:
+            add(kind)
         else:
-            kinds.append(type(arg))
+            values[i] = pointer = arg.data_ptr()
+            add(arg.dtype if pointer & 15 == 0 else (arg.dtype, 0))
     key = tuple(kinds)
     found = _compiled.get(key)
     if found is None:

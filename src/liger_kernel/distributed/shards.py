@@ -21,6 +21,7 @@ from liger_kernel.ops.cross_entropy import (
     check_labels,
     only_loss_has_gradient,
 )
+from liger_kernel.ops.cross_entropy.portable import of_all_classes
 
 #: collectives by the name of a group, which torch.compile can put into a graph
 _functional = torch.ops._c10d_functional
@@ -157,24 +158,16 @@ def _across(here: Tensor, n_here: int, loss: ShardedLoss) -> Tensor:
     packed = torch.cat((here.flatten(), here.new_full((1,), n_here)))
     gathered = _functional.all_gather_into_tensor(packed, loss.ranks, loss.group)
     gathered = _functional.wait_tensor(gathered).view(loss.ranks, -1)
-    sizes, parts = gathered[:, -1], gathered[:, :-1].unflatten(1, here.shape).unbind(1)
+    sizes, parts = gathered[:, -1], gathered[:, :-1].unflatten(1, here.shape)
     differs = (sizes.sum() != loss.n_classes) | (sizes.cumsum(0) - sizes != loss.first).all()
     if not is_transformed() and can_look(differs) and differs:
         raise ValueError(
             f"the ranks hold {sizes.int().tolist()} classes, but this one supposes that its {n_here} are those from "
             f"{loss.first} on, of {loss.n_classes}; pass n_classes, and shards cut as by torch.chunk."
         )
-    tops, totals, labels, sums, best, *more = parts
-    top, at = tops.max(0)
-    below = tops - top.masked_fill(top == -torch.inf, 0)
-    shrink = below.exp()
-    found = [top, (totals * shrink).sum(0), labels.sum(0).masked_fill(differs, torch.nan)]
-    found += [sums.sum(0), best.gather(0, at[None])[0]]
-    if more:
-        weighted, squares = more
-        moved = below.masked_fill(below == -torch.inf, 0) * totals
-        found += [((weighted + moved) * shrink).sum(0), (squares * shrink.square()).sum(0)]
-    return torch.stack(found)
+    found = of_all_classes(parts)
+    found[2].masked_fill_(differs, torch.nan)
+    return found
 
 
 def on_logits(

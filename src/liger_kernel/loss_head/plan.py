@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,24 +73,11 @@ class ChunkPlan:
         Where dW would otherwise need an fp32 sum (see `sum_dtype`), two large chunks are taken if that needs no more
         memory: 2.0 instead of 3.0 GiB for 8192x4096x128256. So memory never shrinks as the budget grows.
         """
-        if options.chunk_size is not None:
-            rows = max(1, min(options.chunk_size, n_rows))
-            return cls(n_rows, rows, weight, dtype, options, needs_dw)
         width = slab_width(weight) + (0 if teacher is None else slab_width(teacher))
-        sizes = chunk_sizes(weight.device)
-        sum_dtype = options.accum_dtype or torch.promote_types(weight.dtype, torch.float32)
-        narrow_sum = needs_dw and sum_dtype.itemsize <= dtype.itemsize
-        if options.memory_budget is not None:
-            rows = _within(options.memory_budget, width, dtype, sizes)
-        else:
-            rows = _by_default(n_rows, width, weight, dtype, narrow_sum, sizes)
-        half = cdiv(cdiv(n_rows, 2), sizes.multiple) * sizes.multiple
-        rounded = needs_dw and options.accum_dtype is None and weight.dtype.itemsize == 2
-        hidden = weight.shape[1]
-        # in units of 2 V bytes: the sum costs H more in the loop, and 2 H when it is rounded and the slab is gone
-        if rounded and rows < half <= max(hidden + rows, 2 * hidden):
-            rows = half
-        return cls(n_rows, max(1, min(rows, n_rows)), weight, dtype, options, needs_dw)
+        limits = (options.accum_dtype, options.chunk_size, options.memory_budget)
+        kind = (weight.shape, weight.dtype, dtype)
+        rows = _rows(n_rows, width, kind, needs_dw, limits, chunk_sizes(weight.device))
+        return cls(n_rows, rows, weight, dtype, options, needs_dw)
 
     def chunks(self, group_sizes: Sequence[int] | None = None) -> list[slice]:
         return cut(self.n_rows, self.rows, group_sizes)
@@ -131,14 +119,42 @@ def _within(budget: int, width: int, dtype: torch.dtype, sizes: ChunkSizes) -> i
     return rows - rows % sizes.multiple if rows > sizes.multiple else rows
 
 
+@functools.lru_cache(maxsize=256)
+def _rows(
+    n_rows: int,
+    width: int,
+    kind: tuple[torch.Size, torch.dtype, torch.dtype],
+    needs_dw: bool,
+    limits: tuple[torch.dtype | None, int | None, int | None],
+    sizes: ChunkSizes,
+) -> int:
+    """`ChunkPlan.of`: kind: shape and dtype of the weight, dtype of the logits."""
+    (_, hidden), weight_dtype, dtype = kind
+    accum_dtype, chunk_size, memory_budget = limits
+    if chunk_size is not None:
+        return max(1, min(chunk_size, n_rows))
+    sum_dtype = accum_dtype or torch.promote_types(weight_dtype, torch.float32)
+    narrow_sum = needs_dw and sum_dtype.itemsize <= dtype.itemsize
+    if memory_budget is not None:
+        rows = _within(memory_budget, width, dtype, sizes)
+    else:
+        rows = _by_default(n_rows, width, kind[0].numel(), dtype, narrow_sum, sizes)
+    half = cdiv(cdiv(n_rows, 2), sizes.multiple) * sizes.multiple
+    rounded = needs_dw and accum_dtype is None and weight_dtype.itemsize == 2
+    # in units of 2 V bytes: the sum costs H more in the loop, and 2 H when it is rounded and the slab is gone
+    if rounded and rows < half <= max(hidden + rows, 2 * hidden):
+        rows = half
+    return max(1, min(rows, n_rows))
+
+
 def _by_default(
-    n_rows: int, width: int, weight: Tensor, dtype: torch.dtype, narrow_sum: bool, sizes: ChunkSizes
+    n_rows: int, width: int, n_weights: int, dtype: torch.dtype, narrow_sum: bool, sizes: ChunkSizes
 ) -> int:
     allowed, fewest = sizes.slab_bytes, sizes.fewest_rows
     if narrow_sum:
         fewest = min(fewest, sizes.fewest_rows_narrow_sum)
     if sizes.slab_per_weight is not None:
-        allowed = min(allowed, int(sizes.slab_per_weight * weight.numel() * dtype.itemsize))
+        allowed = min(allowed, int(sizes.slab_per_weight * n_weights * dtype.itemsize))
     rows = min(sizes.most_rows, max(fewest, allowed // max(1, width * dtype.itemsize)))
     rows = 1 << (rows.bit_length() - 1)
     # as many chunks, but no short one at the end, and two rather than one: they cost no more time

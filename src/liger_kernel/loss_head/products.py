@@ -95,6 +95,13 @@ class GivenRows(NamedTuple):
         return slab.fill_(-torch.inf).scatter_(1, self.bias[where].long(), self.hidden[where])
 
 
+def rows_of(x: Tensor, where: slice | Tensor) -> Tensor:
+    """`x[where]`, where a slice has a start and an end; a view of all rows would take the host 2 us."""
+    if isinstance(where, slice) and where.stop - where.start == x.shape[0]:
+        return x
+    return x[where]
+
+
 def slab_width(weight: Tensor) -> int:
     """Columns of a slab for the logits of `weight` (V, H): more than V where `HeadProducts` parts its classes."""
     n_classes = weight.shape[0]
@@ -165,17 +172,18 @@ class HeadProducts:
 
     def logits(self, where: slice | Tensor, slab: Tensor, x: Tensor | None = None) -> Tensor:
         """The logits of the rows `where` of the hidden states, which are x, in the memory of `slab`."""
-        x = self.inputs.hidden[where].to(self.inputs.dtype) if x is None else x
+        x = rows_of(self.inputs.hidden, where).to(self.inputs.dtype) if x is None else x
         self.project(x, slab)
         if self.columns is not None:  # what is padded with zeros stays so
             slab[:, : self.columns.shape[0]].addmm_(self.low_rows(where), self.columns.t())
-        return slab[:, : self.inputs.weight.shape[0]]
+        return slab[:, : self.inputs.weight.shape[0]] if self.is_padded else slab
 
     def project(self, x: Tensor, rows: Tensor) -> None:
         """rows = x @ weight.T + bias"""
         for part in self.parts:
             if self.bias is None:
-                torch.mm(x, part.weight.t(), out=rows[:, part.columns])
+                out = rows[:, part.columns] if self.is_padded else rows
+                torch.mm(x, part.weight.t(), out=out)
             else:
                 torch.addmm(self.bias, x, part.weight.t(), out=rows)
 
@@ -189,7 +197,7 @@ class HeadProducts:
         if rest:
             product = self._sum(rows)
         elif isinstance(where, slice) and dx.dtype == rows.dtype:
-            torch.mm(rows, main.weight, out=dx[where])
+            torch.mm(rows, main.weight, out=rows_of(dx, where))
             return
         else:
             product = torch.mm(rows, main.weight)
@@ -213,6 +221,9 @@ class WeightGradient(ProductSum):
 
     def add_chunk(self, head: HeadProducts, dlogits: Tensor, x: Tensor) -> None:
         """Add `dlogits.T @ x`."""
+        if not head.is_padded:
+            self.add(dlogits.t(), x)
+            return
         for part in head.parts:
             self.add_to(self.total[part.classes], dlogits[:, part.classes].t(), x)
         self.empty = False

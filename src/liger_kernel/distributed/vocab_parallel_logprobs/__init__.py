@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from liger_kernel._core.autograd import is_transformed
@@ -19,7 +17,7 @@ from liger_kernel.loss_head.node import linear_loss
 from liger_kernel.loss_head.plan import ChunkOptions
 from liger_kernel.loss_head.row_loss import RowLoss
 from liger_kernel.ops.logprobs import checked, named, portable, split_temperature
-from liger_kernel.ops.logprobs.contract import NUMBERS, LogProbRows, LogProbs
+from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbs
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,8 @@ class ShardedLogProbsLoss(ShardedLoss, LogProbsLoss):
         assert isinstance(out, LogProbRows)
         kernels = _kernels(logits)
         found = self.of_all(kernels, logits, target, prepared, rows=7, padded=padded)
-        top, total, z_y, summed, best, weighted, squares = found
-        log_total, n_classes = total.log(), self.whole_vocabulary(logits.shape[1])
-        log_prob = ((z_y - top) - log_total).clamp(max=0)
-        most = math.log(n_classes) * (1 - torch.finfo(found.dtype).eps)
-        numbers = {
-            "log_prob": log_prob.masked_fill(self._wrong(target, n_classes), torch.nan),
-            "entropy": (log_total - weighted / total).clamp(max=most),
-            "logsumexp": top + log_total,
-            "sum_p2": squares / total.square(),
-            "mean_logit": summed / n_classes,
-        }
-        ignored = target == self.ignore_index
-        columns = torch.stack([numbers[name] for name in self.numbers], -1)
-        out.loss.copy_(columns.masked_fill(ignored[:, None], 0))
-        if out.columns[1] is not None:
-            out.columns[1].copy_((best == target) & ~ignored)
+        n_classes = self.whole_vocabulary(logits.shape[1])
+        portable.write_numbers(found, target, n_classes, options=self, out=out)
         return found
 
     def gradient(
@@ -72,26 +56,10 @@ class ShardedLogProbsLoss(ShardedLoss, LogProbsLoss):
     ) -> None:
         if not logits.shape[1]:
             return
-        top, total, _, _, _, weighted, squares = said
         n_classes = self.whole_vocabulary(logits.shape[1])
-        if row_scale is None:
-            row_scale = top.new_ones(len(top), len(self.numbers))
-        g = dict.fromkeys(NUMBERS, torch.zeros_like(top))
-        g |= dict(zip(self.numbers, row_scale.unbind(1), strict=True))
-        # log p + H = (z - top) - its mean under p
-        a = g["logsumexp"] - g["log_prob"]
-        if self.entropy:
-            a = a + g["entropy"] * (weighted / total)
-        if self.sum_p2:
-            a = a - 2 * g["sum_p2"] * (squares / total.square())
-        a = (a / total).masked_fill(self._wrong(target, n_classes), torch.nan)
-        b, c = -g["entropy"] / total, 2 * g["sum_p2"] / total.square()
-        factors = torch.stack((top, a, b, c, g["mean_logit"] / n_classes, g["log_prob"]))
+        factors = portable.factors_of(said, target, n_classes, row_scale, options=self)
         how = {"first": self.first, "options": self, "grad": grad, "padded": padded}
         _kernels(logits).gradient(logits, target, prepared, factors, **how)
-
-    def _wrong(self, ids: Tensor, n_classes: int) -> Tensor:
-        return ((ids < 0) | (ids >= n_classes)) & (ids != self.ignore_index)
 
 
 def _kernels(logits: Tensor) -> Any:

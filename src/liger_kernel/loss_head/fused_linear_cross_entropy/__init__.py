@@ -6,6 +6,7 @@ gradients of the hidden states and of the weight before the next chunk overwrite
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,9 @@ def fused_linear_cross_entropy(
     backward; with "none" backward runs the loop again.
     Raises: as `cross_entropy`; TypeError if hidden and weight differ in dtype; ValueError for a chunk below one row.
     """
-    check_loss_options(label_smoothing, reduction, softcap)
-    loss = CrossEntropyLoss(
+    settings = _settings if torch.compiler.is_compiling() else _known_settings
+    loss, chunks = settings(
+        (accum_dtype, chunk_size, memory_budget),
         ignore_index,
         lse_square_scale,
         label_smoothing,
@@ -79,7 +81,8 @@ def fused_linear_cross_entropy(
         return_predicted_tokens,
         use_token_scaling,
     )
-    chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
+    if label_count is not None:
+        chunks = ChunkOptions(accum_dtype, chunk_size, memory_budget, label_count)
     helpers = (fused_linear_cross_entropy_forward, fused_linear_cross_entropy_backward)
     found: Any = linear_loss(
         loss,
@@ -95,6 +98,15 @@ def fused_linear_cross_entropy(
     outputs: Outputs = found
     return outputs
 
+
+def _settings(chunks: tuple[Any, ...], *options: Any) -> tuple[CrossEntropyLoss, ChunkOptions]:
+    loss = CrossEntropyLoss(*options)
+    check_loss_options(loss.label_smoothing, loss.reduction, loss.softcap)
+    return loss, ChunkOptions(*chunks)
+
+
+#: a training step asks for the same ones again and again, and waits for its host where tokens are few
+_known_settings = functools.lru_cache(maxsize=64, typed=True)(_settings)
 
 #: the options that the incumbent has, too, in its order
 SHARED_OPTIONS = parameters_of(fused_linear_cross_entropy)[5:15]

@@ -55,8 +55,10 @@ def linear_logprobs(
         accum_dtype, chunk_size, memory_budget, label_count: as in `fused_linear_cross_entropy`.
 
     Returns: `LogProbs`, at least fp32: what was asked for, None for the rest. The first five carry gradients.
-    Ignored tokens cost nothing where their number is known: on the CPU, and by `label_count`. Backward makes the logits
-    again, chunk by chunk, since it has to know the gradient of each token.
+    Ignored tokens cost nothing where their number is known: on the CPU, and by `label_count`. The logits of up to
+    2 H tokens are made once and stay for backward, in no more memory than it needs anyway, if the weight, which needs a
+    gradient, has the dtype of the products, and neither `top_k` nor a size of chunks is asked for. Otherwise backward
+    makes them again, chunk by chunk.
     Raises: as `logprobs`; TypeError if hidden and weight differ in dtype; ValueError for shapes that do not fit.
     """
     if hidden.ndim == 0 or ids.shape != hidden.shape[:-1]:

@@ -173,3 +173,18 @@ def on_shard(target: Tensor, first: int, n_classes: int) -> tuple[Tensor, Tensor
     """The columns of the labels, and whether they are here."""
     label = target - first
     return label.clamp(0, n_classes - 1), (label >= 0) & (label < n_classes)
+
+
+def of_all_classes(parts: Tensor) -> Tensor:
+    """The statistics of all classes (K, N) from those of their parts (P, K, N); of cross entropy five, of
+    log-probabilities seven: see `contract.Kernels.statistics` of the two."""
+    tops, totals, labels, sums, best, *more = parts.unbind(1)
+    top, at = tops.max(0)
+    below = tops - top.masked_fill(top == -torch.inf, 0)
+    shrink = below.exp()
+    found = [top, (totals * shrink).sum(0), labels.sum(0), sums.sum(0), best.gather(0, at[None])[0]]
+    if more:
+        weighted, squares = more
+        moved = below.masked_fill(below == -torch.inf, 0) * totals
+        found += [((weighted + moved) * shrink).sum(0), (squares * shrink.square()).sum(0)]
+    return torch.stack(found)

@@ -58,7 +58,7 @@ def _log2(x, EXACT: tl.constexpr):
 
 @triton.jit
 def term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
-    """The term of each class in fp32, and its derivative in x. A class of probability 0 adds 0, whatever the other
+    """The term of each class in fp32, its derivative in x, and q. A class of probability 0 adds 0, whatever the other
     distribution has there.
 
     FORM      x      y      term
@@ -72,6 +72,7 @@ def term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
     instructions instead of 5, and 1 instead of 25, unless it has to be EXACT, as the logarithm of a probability always
     has: log q, from which it is taken, may be close.
     """
+    q = x if FORM == "tvd" else tl.exp2(x * _LOG2_E)
     if FORM == "tvd":
         d = x - y
         term = 0.5 * tl.abs(d)
@@ -85,7 +86,6 @@ def term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
         term = tl.where(p == 0.0, 0.0, p * (y - x))
         slope = -p
     elif FORM == "kl_back":
-        q = tl.exp2(x * _LOG2_E)
         term = tl.where(q == 0.0, 0.0, q * (x - y))
         slope = term + q
     else:
@@ -106,7 +106,8 @@ def term(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
         far = t * size
         term = -high * (share * log_share + of_low * far)
         slope = -rest * high * tl.where(up, t * log_share + far, log_share)
-    return term, slope
+        q = high * tl.where(up, t * _LOG2_E, _LOG2_E)
+    return term, slope, q
 
 
 @triton.jit
@@ -169,7 +170,7 @@ def _divergence(
         y_at = y_ptr + rows[:, None] * y_stride + cols[None, :]
         x = tl.load(x_at, mask=mask, other=nothing, eviction_policy="evict_first").to(tl.float32)
         y = tl.load(y_at, mask=mask, other=nothing, eviction_policy="evict_first").to(tl.float32)
-        found, slope = term(x, y, number, rest, FORM, EXACT)
+        found, slope, _ = term(x, y, number, rest, FORM, EXACT)
         at = rows[:, None] * n_cols + cols[None, :]
         if REDUCED:
             total += found

@@ -74,12 +74,12 @@ def _log_probabilities(
 @triton.jit
 def _slopes(x, y, number, rest, FORM: tl.constexpr, EXACT: tl.constexpr):
     """q, the term of each class, and its derivative in log q, from log q and log p, or for "kl" p itself."""
-    q = tl.exp2(x * _LOG2_E)
     if FORM == "tvd":
-        found, slope = term(q, tl.exp2(y * _LOG2_E), number, rest, FORM, EXACT)
+        q = tl.exp2(x * _LOG2_E)
+        found, slope, _ = term(q, tl.exp2(y * _LOG2_E), number, rest, FORM, EXACT)
         slope *= q
     else:
-        found, slope = term(x, y, number, rest, FORM, EXACT)
+        found, slope, q = term(x, y, number, rest, FORM, EXACT)
     return q, found, slope
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liger_kernel.ops.cross_entropy.portable import on_shard, row_blocks
-from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
+from liger_kernel.ops.logprobs.contract import NUMBERS, LogProbRows, LogProbsOptions
 
 
 def step(
@@ -116,6 +116,19 @@ def statistics(
     out: Tensor,
     padded: bool,
 ) -> None:
+    for at in row_blocks(logits):
+        of_rows = None if temperature is None else temperature[at]
+        _statistics(logits[at], ids[at], of_rows, first, options, out[:, at])
+
+
+def _statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    first: int,
+    options: LogProbsOptions,
+    out: Tensor,
+) -> None:
     z = _scaled(logits, options, temperature)[0]
     top, best = z.max(-1)
     below = z - top.masked_fill(top == -torch.inf, 0)[:, None]
@@ -125,7 +138,7 @@ def statistics(
     weighted = torch.linalg.vecdot(e, below.masked_fill_(below == -torch.inf, 0))
     class_of_top = (best + first).to(z.dtype)
     squares = torch.linalg.vecdot(e, e)
-    torch.stack((top, e.sum(-1), z_y, z.sum(-1), class_of_top, weighted, squares), out=out)
+    out.copy_(torch.stack((top, e.sum(-1), z_y, z.sum(-1), class_of_top, weighted, squares)))
 
 
 def gradient(
@@ -139,6 +152,20 @@ def gradient(
     grad: Tensor,
     padded: bool,
 ) -> None:
+    for at in row_blocks(logits):
+        of_rows = None if temperature is None else temperature[at]
+        _gradient(logits[at], ids[at], of_rows, factors[:, at], first, options, grad[at])
+
+
+def _gradient(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor | None,
+    factors: Tensor,
+    first: int,
+    options: LogProbsOptions,
+    grad: Tensor,
+) -> None:
     z, tau, tanh = _scaled(logits, options, temperature)
     top, a, b, c, mean, own = factors[:, :, None]
     below = z - top
@@ -150,3 +177,56 @@ def gradient(
     if tanh is not None:
         d *= 1 - tanh.square()
     grad.copy_(d.masked_fill_((ids == options.ignore_index)[:, None], 0))
+
+
+def write_numbers(
+    said: Tensor, ids: Tensor, n_classes: int, *, options: LogProbsOptions, out: LogProbRows
+) -> None:
+    """What `step` writes to `out`, but for the `top_k`, from the statistics `said` (7, N) of all classes."""
+    top, total, z_y, summed, best, weighted, squares = said
+    log_total = total.log()
+    log_prob = ((z_y - top) - log_total).clamp(max=0)
+    most = math.log(n_classes) * (1 - torch.finfo(said.dtype).eps)
+    numbers = {
+        "log_prob": log_prob.masked_fill(_out_of_range(ids, n_classes), torch.nan),
+        "entropy": (log_total - weighted / total).clamp(max=most),
+        "logsumexp": top + log_total,
+        "sum_p2": squares / total.square(),
+        "mean_logit": summed / n_classes,
+    }
+    ignored = ids == options.ignore_index
+    columns = torch.stack([numbers[name] for name in options.numbers], -1)
+    out.loss.copy_(columns.masked_fill(ignored[:, None], 0))
+    is_top1 = out.columns[1]
+    if is_top1 is not None:
+        is_top1.copy_((best == ids) & ~ignored)
+
+
+def factors_of(
+    said: Tensor,
+    ids: Tensor,
+    n_classes: int,
+    row_scale: Tensor | None,
+    *,
+    options: LogProbsOptions,
+) -> Tensor:
+    """The factors of `Kernels.gradient` for the gradient of sum(numbers * row_scale), from the statistics `said`."""
+    top, total, _, _, _, weighted, squares = said
+    if row_scale is None:
+        row_scale = top.new_ones(len(top), len(options.numbers))
+    g = dict.fromkeys(NUMBERS, torch.zeros_like(top))
+    g |= dict(zip(options.numbers, row_scale.unbind(1), strict=True))
+    # log p + H = (z - top) - its mean under p
+    a = g["logsumexp"] - g["log_prob"]
+    if options.entropy:
+        a = a + g["entropy"] * (weighted / total)
+    if options.sum_p2:
+        a = a - 2 * g["sum_p2"] * (squares / total.square())
+    wrong = _out_of_range(ids, n_classes) & (ids != options.ignore_index)
+    a = (a / total).masked_fill(wrong, torch.nan)
+    b, c = -g["entropy"] / total, 2 * g["sum_p2"] / total.square()
+    return torch.stack((top, a, b, c, g["mean_logit"] / n_classes, g["log_prob"]))
+
+
+def _out_of_range(ids: Tensor, n_classes: int) -> Tensor:
+    return (ids < 0) | (ids >= n_classes)

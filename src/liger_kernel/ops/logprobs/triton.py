@@ -9,9 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor, ones_like
 
+from liger_kernel._core.shapes import next_power_of_2
 from liger_kernel.backends.kernels import launch
 from liger_kernel.backends.triton import INTERPRET
-from liger_kernel.ops.cross_entropy.triton import _FAR, _VECTOR, _no_gradient, _tanh, tile
+from liger_kernel.ops.cross_entropy.triton import (
+    _FAR,
+    _VECTOR,
+    Config,
+    _no_gradient,
+    _tanh,
+    tile,
+)
 from liger_kernel.ops.logprobs.contract import LogProbRows, LogProbsOptions
 
 
@@ -34,8 +42,9 @@ def _exp(x):
         return tl.exp(x)
     x = tl.where(x < -200.0, -200.0, x)  # 0, and NaN stays; of -inf the rest would be NaN
     whole = x * 1.4426950408889634
-    rest = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500011e-08
-    return tl.exp2(whole) * tl.exp2(rest)
+    rest = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500011e-08  # at most 2e-5
+    e = tl.exp2(whole)
+    return tl.fma(e, rest * 0.6931471805599453, e)
 
 
 @triton.jit
@@ -429,6 +438,13 @@ def _numbers(o: LogProbsOptions) -> tuple[float, float, float]:
     return o.scale / cap, outer, o.scale / o.temperature
 
 
+def _once(logits: Tensor, padded: bool) -> tuple[Config, bool]:
+    """`tile` for a kernel that reads a row once: small blocks, of which little lies beyond the end of a row."""
+    pads = tile(logits, None, padded)[1]
+    block = min(next_power_of_2(logits.shape[1]), 4096)
+    return Config(block, max(4, block // 512), stages=1), pads
+
+
 def statistics(
     logits: Tensor,
     ids: Tensor,
@@ -442,7 +458,7 @@ def statistics(
     o, (n_rows, n_cols) = options, logits.shape
     if not n_rows:
         return
-    config, pads = tile(logits, o.softcap, padded)
+    config, pads = _once(logits, padded)
     launch(
         _shard_statistics,
         (n_rows,),
@@ -483,7 +499,7 @@ def gradient(
     o, (n_rows, n_cols) = options, logits.shape
     if not n_rows:
         return
-    config, pads = tile(logits, o.softcap, padded)
+    config, pads = _once(logits, padded)
     launch(
         _shard_gradient,
         (n_rows,),
