@@ -307,6 +307,7 @@ NOT_OURS = {
     "MultiScaleDeformableAttention": "attention",
     "Qwen3_5GatedDeltaNet": "linear attention",
     "EsmFold2TriangleMultiplication": "of one model",
+    "Llama4TextMoe": "of one model, in transformers 4",
     **dict.fromkeys(
         ("SiLU", "GeLU", "NewGELU", "GeluTanh", "QuickGELU", "FastGELU"),
         "an activation alone; with its product it is `liger_kernel.patch`'s",

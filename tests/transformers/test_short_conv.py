@@ -65,7 +65,7 @@ def test_same_numbers(dtype: torch.dtype, more: dict[str, Any], calls: Calls) ->
     high = in_float64(lambda: run(copy.deepcopy(module).double(), x.double(), **more))
     calls.clear()
     found = run(ours, x, **more, **PACKED)
-    assert calls["short_conv"] == 1
+    assert calls["short_conv"] == (1 if PACKED or not more else 0)  # older ones: none with a mask
     for name, theirs in low.items():
         assert_no_worse(name, found[name], high[name].double(), theirs)
 
