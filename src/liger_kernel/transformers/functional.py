@@ -451,8 +451,8 @@ def liger_mhc_forward(
         post_mult=post_mult,
     )  # fmt: skip
     h_pre, h_post, h_res = coeffs
-    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else iter(())
-    first = next(parameters, None)
+    parameters = [*layer.parameters()] if isinstance(layer, torch.nn.Module) else []
+    first = parameters[0] if parameters else None
     x_in = liger_mhc_pre(x, h_pre)
     f_out = layer(x_in if first is None else x_in.to(first.dtype))
     x_out = liger_mhc_post_res(x, f_out, h_post, h_res)

@@ -48,10 +48,16 @@ class BackwardConfig:
 
 
 @triton.jit
+def _wide(at, inside):
+    """What one row or a tile of pointers holds, in fp32. Triton 3.2 does not widen pointers to their mask."""
+    return tl.load(tl.broadcast_to(at, inside.shape), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _row(ptr, at, inside, otherwise, PRESENT: tl.constexpr):
     """A row of the parameters in fp32, or the number that stands for it."""
     if PRESENT:
-        return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+        return _wide(ptr + at, inside)
     else:
         return tl.full(inside.shape, otherwise, tl.float32)
 
@@ -66,12 +72,11 @@ def _modulated(
     if ROUND:
         normed = normed.to(dtype).to(tl.float32)
     if HAS_WEIGHT:
-        w = tl.load(w_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-        normed *= w + offset
+        normed *= _wide(w_ptr + start + cols, inside) + offset
     normed = normed.to(dtype).to(tl.float32)
-    y = normed * (1.0 + tl.load(scale_at + start, mask=inside, other=0.0).to(tl.float32))
+    y = normed * (1.0 + _wide(scale_at + start, inside))
     if HAS_SHIFT:
-        y += tl.load(shift_at + start, mask=inside, other=0.0).to(tl.float32)
+        y += _wide(shift_at + start, inside)
     return y.to(dtype)
 
 

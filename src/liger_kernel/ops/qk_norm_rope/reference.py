@@ -1,5 +1,7 @@
 """RMSNorm of heads and their rotary embedding in plain PyTorch: the specification."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

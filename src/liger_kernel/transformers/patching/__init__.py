@@ -8,6 +8,7 @@ site, a file in `sites/`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,8 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
 
 
 if patch.__doc__:
-    patch.__doc__ = patch.__doc__.format(
-        options="\n        ".join(f"{o.name}: {o.help} Default: {o.default}." for o in OPTIONS)
+    patch.__doc__ = inspect.cleandoc(patch.__doc__).format(  # as Python 3.13 does by itself
+        options="\n    ".join(f"{o.name}: {o.help} Default: {o.default}." for o in OPTIONS)
     )
 
 

@@ -225,7 +225,7 @@ class Record(Ours):
             raise Unfit("gradient checkpointing is on")
         grad = torch.is_grad_enabled()
         if grad and observes_saved_tensors():
-            raise Unfit("somebody has to see what is saved for backward")
+            raise Unfit("somebody has to see what is saved for backward, or torch 2.6 cannot tell")
         tensors: list[Tensor] = []
         form = [grad, _form_of((args, kwargs), tensors)]
         device = tensors[0].device if tensors else torch.device("meta")
