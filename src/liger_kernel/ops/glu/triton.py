@@ -14,7 +14,8 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends.kernels import launch
-from liger_kernel.ops.glu.contract import GLUOptions
+from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.ops.glu.contract import GLUOptions, Thin
 
 
 @dataclass(frozen=True)
@@ -314,3 +315,254 @@ def _backward(
     flags = {"NEEDS_DGATE": needs_dgate, "NEEDS_DUP": needs_dup, "WRITE_Y": write_y}
     _launch(_glu_bwd, (*tensors, *strides), n_rows, n_cols, options, **flags)
     return found
+
+
+# --- with thin products ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ThinConfig:
+    """As `Config`; a tile of which tensor cores make a product."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+# NumPy knows no bf16, in which the interpreter would multiply
+_WIDEN = tl.constexpr(INTERPRET)
+#: forward and backward
+THIN_FORWARD = ThinConfig(rows=64, cols=128, warps=8)
+THIN_BACKWARD = ThinConfig(rows=64, cols=128, warps=8)
+
+
+@triton.jit
+def _thin(
+    a_ptr,
+    b_ptr,
+    a_stride,
+    b_stride,
+    b_step,
+    scaling,
+    rank,
+    n_rows,
+    n_cols,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The tile of scaling a @ b; zeros where there is none."""
+    if a_ptr is None:
+        return tl.zeros((ROWS, COLS), tl.float32)
+    else:
+        rows, cols, _ = _tile(n_rows, n_cols, ROWS, COLS)
+        inner = tl.arange(0, RANK)
+        along, down = inner[None, :], inner[:, None]
+        a = tl.load(a_ptr + rows * a_stride + along, (rows < n_rows) & (along < rank), 0.0)
+        b_at = b_ptr + down.to(tl.int64) * b_stride + cols.to(tl.int64) * b_step
+        b = tl.load(b_at, (down < rank) & (cols < n_cols), 0.0)
+        if _WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        return tl.dot(a, b) * scaling
+
+
+@triton.jit
+def _glu_thin_fwd(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_stride,
+    up_stride,
+    gate_a,
+    gate_b,
+    gate_a_stride,
+    gate_b_stride,
+    gate_b_step,
+    gate_scaling,
+    gate_rank,
+    up_a,
+    up_b,
+    up_a_stride,
+    up_b_stride,
+    up_b_step,
+    up_scaling,
+    up_rank,
+    n_rows,
+    n_cols,
+    gate_multiplier,
+    down_multiplier,
+    limit,
+    alpha,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """As `_glu_fwd`, of gate + gate_scaling gate_a gate_b and up + up_scaling up_a up_b."""
+    rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
+    dtype = y_ptr.dtype.element_ty
+    gate = _load(gate_ptr, gate_stride, n_rows, n_cols, ROWS, COLS)
+    up = _load(up_ptr, up_stride, n_rows, n_cols, ROWS, COLS)
+    # fmt: off
+    gate += _thin(
+        gate_a, gate_b, gate_a_stride, gate_b_stride, gate_b_step, gate_scaling, gate_rank, n_rows, n_cols,
+        RANK, ROWS, COLS,
+    )
+    up += _thin(
+        up_a, up_b, up_a_stride, up_b_stride, up_b_step, up_scaling, up_rank, n_rows, n_cols, RANK, ROWS, COLS
+    )
+    # fmt: on
+    value, _, factor = gated(gate * gate_multiplier, up, limit, alpha, dtype, ACTIVATION, LIMITED)
+    tl.store(y_ptr + rows * n_cols + cols, (value * factor * down_multiplier).to(dtype), mask=mask)
+
+
+@triton.jit
+def _glu_thin_bwd(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    dgate_stride,
+    dup_stride,
+    gate_a,
+    gate_b,
+    gate_a_stride,
+    gate_b_stride,
+    gate_b_step,
+    gate_scaling,
+    gate_rank,
+    up_a,
+    up_b,
+    up_a_stride,
+    up_b_stride,
+    up_b_step,
+    up_scaling,
+    up_rank,
+    dy_a,
+    dy_b,
+    dy_a_stride,
+    dy_b_stride,
+    dy_b_step,
+    dy_scaling,
+    dy_rank,
+    n_rows,
+    n_cols,
+    gate_multiplier,
+    down_multiplier,
+    limit,
+    alpha,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """As `_glu_bwd`, both gradients and y, of sums as in `_glu_thin_fwd` and of dy + dy_scaling dy_a dy_b."""
+    rows, cols, mask = _tile(n_rows, n_cols, ROWS, COLS)
+    dtype = gate_ptr.dtype.element_ty
+    gate = _load(gate_ptr, gate_stride, n_rows, n_cols, ROWS, COLS)
+    up = _load(up_ptr, up_stride, n_rows, n_cols, ROWS, COLS)
+    dy = _load(dy_ptr, dy_stride, n_rows, n_cols, ROWS, COLS)
+    # fmt: off
+    gate += _thin(
+        gate_a, gate_b, gate_a_stride, gate_b_stride, gate_b_step, gate_scaling, gate_rank, n_rows, n_cols,
+        RANK, ROWS, COLS,
+    )
+    up += _thin(
+        up_a, up_b, up_a_stride, up_b_stride, up_b_step, up_scaling, up_rank, n_rows, n_cols, RANK, ROWS, COLS
+    )
+    dy += _thin(
+        dy_a, dy_b, dy_a_stride, dy_b_stride, dy_b_step, dy_scaling, dy_rank, n_rows, n_cols, RANK, ROWS, COLS
+    )
+    # fmt: on
+    dy *= down_multiplier
+    value, slope, factor = gated(
+        gate * gate_multiplier, up, limit, alpha, dtype, ACTIVATION, LIMITED
+    )
+    dup = dy * value
+    if LIMITED:
+        dup = tl.where(tl.abs(up) <= limit, dup, 0.0)
+    dgate = dy * factor * slope * gate_multiplier
+    tl.store(dgate_ptr + rows * dgate_stride + cols, dgate.to(dtype), mask=mask)
+    tl.store(dup_ptr + rows * dup_stride + cols, dup.to(dtype), mask=mask)
+    y = (value * factor * down_multiplier).to(dtype)
+    tl.store(dy_ptr + rows * dy_stride + cols, y, mask=mask)
+
+
+def forward_thin(
+    gate: Tensor,
+    up: Tensor,
+    gate_thin: Thin | None,
+    up_thin: Thin | None,
+    *,
+    options: GLUOptions,
+) -> Tensor:
+    y = gate.new_empty(gate.shape)
+    tensors = (gate, up, y, gate.stride(0), up.stride(0))
+    _launch_thin(_glu_thin_fwd, THIN_FORWARD, tensors, (gate_thin, up_thin), y.shape, options)
+    return y
+
+
+def backward_thin(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_thin: Thin | None,
+    up_thin: Thin | None,
+    dy_thin: Thin | None,
+    *,
+    options: GLUOptions,
+    into: Grads | None = None,
+) -> Grads:
+    dgate, dup = into or (gate.new_empty(gate.shape), up.new_empty(up.shape))
+    assert dgate is not None
+    assert dup is not None
+    tensors = (dy, gate, up, dgate, dup)
+    args = (*tensors, *(t.stride(0) for t in tensors))
+    thin = (gate_thin, up_thin, dy_thin)
+    _launch_thin(_glu_thin_bwd, THIN_BACKWARD, args, thin, dy.shape, options)
+    return dgate, dup
+
+
+def _launch_thin(
+    kernel: Any,
+    config: ThinConfig,
+    args: tuple[Any, ...],
+    thin: tuple[Thin | None, ...],
+    shape: torch.Size,
+    options: GLUOptions,
+) -> None:
+    n_rows, n_cols = shape
+    of_thin: list[Any] = []
+    rank = 16  # the least that tensor cores take
+    for t in thin:
+        if t is None:
+            of_thin += None, None, 0, 0, 0, 0.0, 0
+        else:
+            rank = max(rank, t.a.shape[1])
+            of_thin += t.a, t.b, t.a.stride(0), *t.b.stride(), t.scaling, t.a.shape[1]
+    if n_rows:
+        launch(
+            kernel,
+            (cdiv(n_rows, config.rows) * cdiv(n_cols, config.cols),),
+            *args,
+            *of_thin,
+            n_rows,
+            n_cols,
+            options.gate_multiplier,
+            options.down_multiplier,
+            0.0 if options.limit is None else options.limit,
+            options.alpha,
+            ACTIVATION=options.activation,
+            LIMITED=options.limit is not None,
+            RANK=next_power_of_2(rank),
+            ROWS=config.rows,
+            COLS=config.cols,
+            num_warps=config.warps,
+        )

@@ -70,7 +70,7 @@ def lora_linear(
     Under torch.compile and other transforms, and for DTensors, PyTorch's own ops compute.
     Raises: ValueError for shapes that do not fit, TypeError for integers and other mixes of dtypes.
     """
-    _check(x, weight, bias, lora_a, lora_b)
+    check(x, weight, bias, lora_a, lora_b)
     if is_composed(x, weight, bias, lora_a, lora_b):
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, float(scaling))
     return adapted(x, weight, bias, [Adapter(lora_a, lora_b, float(scaling))])
@@ -81,24 +81,15 @@ def adapted(
     weight: Tensor | Quantised,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
-    again: Callable[[Tensor], Tensor] | None = None,
-    read: bool = True,
 ) -> Tensor:
-    """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x.
-
-    again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
-        gradient goes no other way.
-    read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
-    """
+    """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x."""
     dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
-    meeting = None
-    if again is None:
-        x, meeting = _met(x, dtype)
+    x, meeting = _met(x, dtype)
     flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
     scalings = [a.scaling for a in adapters]
-    base = _Base(dtype, of_x, weight) if isinstance(weight, Quantised) else _Base(dtype, dtype)
+    base = Base(dtype, of_x, weight) if isinstance(weight, Quantised) else Base(dtype, dtype)
     own = None if isinstance(weight, Quantised) else weight
-    y: Tensor = _Adapted.apply((base, scalings, again, read), meeting, x, own, bias, *flat)
+    y: Tensor = _Adapted.apply((base, scalings), meeting, x, own, bias, *flat)
     return y
 
 
@@ -106,7 +97,7 @@ def adapted(
 Products = Sequence[tuple[Tensor, Tensor, float]]
 
 
-class _Base(NamedTuple):
+class Base(NamedTuple):
     """What lies beneath the adapters. dtype: of its products and of the gradient of x, but where `quantised` says more.
 
     out: dtype of the result.
@@ -142,14 +133,16 @@ class _Base(NamedTuple):
             return y, None
         dense = self.dense(weight)
         kept = weight if self.quantised is None else dense
-        if self.out != self.product or bias is not None:
+        if not products or self.out != self.product or bias is not None:
             y = F.linear(x.to(self.product), dense, bias).to(self.out)
             _add_products(y.view(-1, y.shape[-1]), products)
             return y, kept
         rows = as_rows(x).to(self.product)
-        y = rows.new_empty(rows.shape[0], dense.shape[0])
-        _add_products(y, products, fresh=True)
-        return y.addmm_(rows, dense.t()).view(*x.shape[:-1], dense.shape[0]), kept
+        y = rows.new_empty(*x.shape[:-1], dense.shape[0])  # no view: HF may change it in place
+        flat = y.view(-1, dense.shape[0])
+        _add_products(flat, products, fresh=True)
+        flat.addmm_(rows, dense.t())
+        return y, kept
 
     def keeps(self, dense: Tensor | None, x: Tensor, y: Tensor) -> bool:
         """Whether backward is given the weight, rather than to make it again.
@@ -217,7 +210,7 @@ def _of_now(node: Any) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]
     return tuple(found) if task == graph_task() else (None, [])
 
 
-def _add_to(node: Any, base: _Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
+def _add_to(node: Any, base: Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
     """The gradient of one product: its thin ones begin the sum, or are added with those of the others, at its end."""
     total, later = _of_now(node)
     if total is None:
@@ -243,14 +236,12 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the base, the scalings, `again`, `read`.
-
-    Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
-    """
+    """options: the base, and the scalings. Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each
+    adapter."""
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        base, scalings, again, is_read = options
+        base, scalings = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
@@ -267,14 +258,11 @@ class _Adapted(torch.autograd.Function):
             middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
             middles.append(middle)
             products.append((middle, lora_b.to(wide).t(), scaling))
-        if is_read:
-            y, weight = base.forward(x, weight, bias, products)
-        else:
-            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
+        y, weight = base.forward(x, weight, bias, products)
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
-        kept = again is None and (needs[1] or any(need and not drop for need, drop in reads_x))
+        kept = needs[1] or any(need and not drop for need, drop in reads_x)
         weight = weight if base.keeps(weight, x, y) else None
         ctx.save_for_backward(
             rows if kept else None, weight, *flat[0::3], *flat[1::3], *reads, *middles
@@ -284,7 +272,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (base, scalings, again, _), drops, shape, meeting = ctx.of_forward
+        (base, scalings), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))
@@ -297,33 +285,29 @@ class _Adapted(torch.autograd.Function):
         for i, scaling in enumerate(scalings):
             wide = dy.to(middles[i].dtype)
             lora_a, lora_b = lora_as[i].to(wide.dtype), lora_bs[i].to(wide.dtype)
-            g = torch.mm(wide, lora_b).mul_(scaling)  # (T, r)
+            g = scaled(wide, lora_b, scaling)  # (T, r)
             inner.append(g)
             if needs[5 + 3 * i]:
                 found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
             elif not drops[i]:
                 products.append((g, lora_a, 1.0))
             if needs[4 + 3 * i]:
-                found[3 * i + 1] = torch.mm(wide.t(), middles[i]).mul_(scaling)
-        dx = None
-        if meeting is not None:
+                found[3 * i + 1] = scaled(wide.t(), middles[i], scaling)
+        if meeting is not None:  # else x needs no gradient
             _add_to(meeting, base, dy, weight, products)
-        elif needs[0]:
-            dx = base.backward(dy, weight, None, products)
-        del weight
-        if again is not None:
-            rows = again(dx)
         for i, g in enumerate(inner):
             if needs[3 + 3 * i]:
                 read = reads[i] if drops[i] else rows.to(g.dtype)
                 found[3 * i] = torch.mm(g.t(), read)
         dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
-        if meeting is not None:
-            dx = None
-        elif dx is not None:
-            dx = dx.new_zeros(()).expand(shape)  # never read
-        return None, None, dx, dw, db, *found
+        return None, None, None, dw, db, *found
+
+
+def scaled(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """scaling * a @ b, in one pass."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return out.addmm_(a, b, beta=0, alpha=scaling)
 
 
 def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None:
@@ -337,7 +321,7 @@ def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None
         into.addmm_(a.to(into.dtype), b.to(into.dtype), beta=beta, alpha=scaling)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     named = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_floating(**named)
     check_same_device(**named)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -37,10 +38,10 @@ _WRAPPERS = (
     FunctionType, MethodType, staticmethod, classmethod, property, functools.partial,
     functools.partialmethod, type(functools.lru_cache(len)),
 )
-#: what nobody changes in place, and what somebody may
+#: what nobody changes in place, or to other numbers (a log), and what somebody may
 _FIXED = (
     NoneType, bool, int, float, complex, str, bytes, Enum, type, BuiltinFunctionType,
-    torch.dtype, torch.device, *_WRAPPERS,
+    torch.dtype, torch.device, logging.Logger, *_WRAPPERS,
 )
 # fmt: on
 #: of a layer's forward that begins its own checkpoint: the same numbers, so no facts
@@ -146,7 +147,9 @@ def _is_fixed(value: Any) -> bool:
     """Whether a value never changes in place."""
     if isinstance(value, tuple):
         return all(map(_is_fixed, value))
-    return isinstance(value, _FIXED) and not getattr(value, "keywords", None)  # of a partial
+    return isinstance(value, _FIXED) and not (
+        isinstance(value, functools.partial) and value.keywords
+    )
 
 
 def _held(function: FunctionType) -> Iterator[Any]:
