@@ -364,6 +364,19 @@ class TestMemory:
         n_layers, tokens = model.config.num_hidden_layers, 4 * 64
         assert before - self.kept(model) >= n_layers * tokens * mlp.gate_proj.out_features * 4
 
+    def test_a_checkpoint_does_not_repeat_the_last_product_of_an_mlp(self) -> None:
+        """Nothing that it saves comes after it."""
+        model = adapted(target_modules=LINEARS[4:])
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        liger_kernel.patch(model)
+        with pytest.MonkeyPatch.context() as patch:
+            made: list[Any] = []
+            forward = op.Base.forward
+            patch.setattr(op.Base, "forward", lambda *args: made.append(args) or forward(*args))
+            step(model)
+        assert len(made) == model.config.num_hidden_layers * (3 + 2)
+
 
 class TestGradientOfASharedInput:
     """The Linears that read x add up its gradient; the other readers of x have theirs."""
