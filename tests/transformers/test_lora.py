@@ -330,54 +330,6 @@ class TestWhatIsLeftToPEFT:
         assert_as_peft(adapted, compiled=compiled, nodes=0)
 
 
-class TestMemory:
-    def kept(self, model: nn.Module) -> int:
-        """Bytes that autograd keeps of the layers, without their weights."""
-        of_model = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found: dict[int, Tensor] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() not in of_model:
-                found.setdefault(t.untyped_storage().data_ptr(), t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(**batch(4, 64))
-        return sum(t.untyped_storage().nbytes() for t in found.values())
-
-    def test_frozen_weights_keep_no_input(self) -> None:
-        """LoRA-FA trains B alone."""
-        x, w = torch.randn(50, 64, requires_grad=True) * 1, torch.randn(32, 64)
-        b = torch.randn(32, 2, requires_grad=True)
-        for frozen in (True, False):
-            a = torch.randn(2, 64, requires_grad=not frozen)
-            y = lora_linear(x, w, None, a, b)
-            kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
-            assert (x.shape in kept) != frozen
-
-    def test_the_product_of_an_mlp_is_not_kept(self) -> None:
-        model = adapted(target_modules=LINEARS[4:])
-        mlp = model.base_model.model.model.layers[0].mlp
-        liger_kernel.patch(model, lora=False)
-        before = self.kept(model)
-        liger_kernel.patch(model)
-        n_layers, tokens = model.config.num_hidden_layers, 4 * 64
-        assert before - self.kept(model) >= n_layers * tokens * mlp.gate_proj.out_features * 4
-
-    def test_a_checkpoint_does_not_repeat_the_last_product_of_an_mlp(self) -> None:
-        """Nothing that it saves comes after it."""
-        model = adapted(target_modules=LINEARS[4:])
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        liger_kernel.patch(model)
-        with pytest.MonkeyPatch.context() as patch:
-            made: list[Any] = []
-            forward = op.Base.forward
-            patch.setattr(op.Base, "forward", lambda *args: made.append(args) or forward(*args))
-            step(model)
-        assert len(made) == model.config.num_hidden_layers * (3 + 2)
-
-
 class TestGradientOfASharedInput:
     """The Linears that read x add up its gradient; the other readers of x have theirs."""
 

@@ -18,10 +18,12 @@ from liger_kernel._core.autograd import (
     autocast_dtype,
     graph_task,
     is_checkpointed,
+    observes_saved_tensors,
     refuse_double_backward,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.shapes import as_rows
+from liger_kernel.backends import host_bound
 from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops.lora_linear import reference
 
@@ -84,12 +86,13 @@ def adapted(
 ) -> Tensor:
     """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x."""
     dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
+    norm = norm_of(x)
     x, meeting = _met(x, dtype)
     flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
     scalings = [a.scaling for a in adapters]
     base = Base(dtype, of_x, weight) if isinstance(weight, Quantised) else Base(dtype, dtype)
     own = None if isinstance(weight, Quantised) else weight
-    y: Tensor = _Adapted.apply((base, scalings), meeting, x, own, bias, *flat)
+    y: Tensor = _Adapted.apply((base, scalings, norm), meeting, x, own, bias, *flat)
     return y
 
 
@@ -236,12 +239,14 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the base, and the scalings. Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each
-    adapter."""
+    """options: the base, the scalings, and the norm that made x.
+
+    Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
+    """
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        base, scalings = options
+        base, scalings, norm = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
@@ -262,7 +267,7 @@ class _Adapted(torch.autograd.Function):
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
-        kept = needs[1] or any(need and not drop for need, drop in reads_x)
+        kept = needs[1] or (norm is None and any(need and not drop for need, drop in reads_x))
         weight = weight if base.keeps(weight, x, y) else None
         ctx.save_for_backward(
             rows if kept else None, weight, *flat[0::3], *flat[1::3], *reads, *middles
@@ -272,7 +277,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (base, scalings), drops, shape, meeting = ctx.of_forward
+        (base, scalings, norm), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))
@@ -297,8 +302,8 @@ class _Adapted(torch.autograd.Function):
             _add_to(meeting, base, dy, weight, products)
         for i, g in enumerate(inner):
             if needs[3 + 3 * i]:
-                read = reads[i] if drops[i] else rows.to(g.dtype)
-                found[3 * i] = torch.mm(g.t(), read)
+                read, made_by = (reads[i], None) if drops[i] else (rows, norm)
+                found[3 * i] = of_a(g, read, made_by)
         dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
         return None, None, None, dw, db, *found
@@ -308,6 +313,31 @@ def scaled(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> T
     """scaling * a @ b, in one pass."""
     out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
     return out.addmm_(a, b, beta=0, alpha=scaling)
+
+
+def norm_of(x: Tensor) -> Any:
+    """The node of the norm that made x, if backward can do with what that keeps; nobody else keeps it then.
+
+    Its input times 1 / rms may exceed what float16 holds, and hooks on saved tensors may hand out each of them once. A
+    small x is no memory to speak of, and two more launches.
+    """
+    node: Any = x.grad_fn
+    impl = getattr(node, "of_forward", (None,))[0]
+    if not hasattr(impl, "factors") or x.output_nr or x.dtype == torch.float16:
+        return None
+    return None if observes_saved_tensors() or host_bound(x, 2**23) else node
+
+
+def of_a(inner: Tensor, rows: Tensor | None, norm: Any = None) -> Tensor:
+    """inner.T @ x (R, H), the gradient of A; of x as `rows`, or of what the norm keeps that made it."""
+    if norm is None or rows is not None:
+        assert rows is not None
+        return torch.mm(inner.t(), rows.to(inner.dtype))
+    impl, options, _ = norm.of_forward
+    rows, rstd, weight = impl.factors(norm.saved_tensors, options)
+    scaled_rows = torch.mul(inner, rstd[:, None], out=torch.empty_like(inner))
+    found = torch.mm(scaled_rows.t(), rows.to(inner.dtype))
+    return found if weight is None else found.mul_(weight)
 
 
 def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None:

@@ -33,6 +33,8 @@ from liger_kernel.ops.lora_linear import (
     Quantised,
     check,
     lora_linear,
+    norm_of,
+    of_a,
     scaled,
 )
 from liger_kernel.ops.lora_mlp import reference
@@ -133,7 +135,7 @@ def adapted(
         Base(dtype, x.dtype, la.weight) if isinstance(la.weight, Quantised) else Base(dtype, dtype)
         for la in layers
     ]
-    block = _Block(impl, options, layers, bases, wide, in_kernel, read)
+    block = _Block(impl, options, layers, bases, wide, in_kernel, read, norm_of(x))
     nodes: list[Any] = []  # `_Product` puts there what `_Down` needs of it
     product = _Product.apply(block, nodes, x, *(t for a in thin for t in a[:2]))
     y: Tensor = _Down.apply(block, *nodes, product)
@@ -142,7 +144,10 @@ def adapted(
 
 @dataclass(frozen=True)
 class _Block:
-    """wide: dtype of the adapters' products. in_kernel: whether the gated product's kernel adds what they do."""
+    """wide: dtype of the adapters' products. in_kernel: whether the gated product's kernel adds what they do.
+
+    norm: the node of the norm that made x, see `norm_of`.
+    """
 
     impl: Any
     options: GLUOptions
@@ -151,6 +156,7 @@ class _Block:
     wide: torch.dtype
     in_kernel: bool
     read: bool
+    norm: Any
 
     def weight(self, i: int) -> Tensor | None:
         found = self.layers[i].weight
@@ -225,7 +231,7 @@ class _Product(Op):
             product = block.impl.forward(gate, up, options=block.options, needs=(False, False))[0]
         middle_down = block.middle(product, lora_as[n:])
         (of_down,) = block.products([down], middle_down, lora_bs[n:])
-        keeps_x = any(ctx.needs_input_grad[3 : 3 + 2 * n : 2])
+        keeps_x = block.norm is None and any(ctx.needs_input_grad[3 : 3 + 2 * n : 2])
         ctx.save_for_backward(
             rows if keeps_x else None, gate, up, middle, middle_down, block.weight(-1), *kept, *flat
         )
@@ -296,7 +302,8 @@ class _Down(torch.autograd.Function):
             if dup is not None:
                 dx = block.bases[1].backward(dup, weights[1], dx)
             dx = dx.to(node.of_x).view(node.shape)
-        das = [None] * n if rows is None else _of_as(inner, rows, lora_as[:n])
+        keeps_none = rows is None and block.norm is None
+        das = [None] * n if keeps_none else _of_as(inner, rows, lora_as[:n], block.norm)
         pairs = zip((*das, *das_down), (*dbs, *dbs_down), strict=True)
         node.found = (dx, *(g for pair in pairs for g in pair))
         return None, None, None, product  # never read
@@ -307,9 +314,11 @@ def _thin(products: Products) -> Thin | None:
     return Thin(*products[0]) if products else None
 
 
-def _of_as(inner: Tensor | None, rows: Tensor, lora_as: Sequence[Tensor]) -> list[Tensor]:
+def _of_as(
+    inner: Tensor | None, rows: Tensor | None, lora_as: Sequence[Tensor], norm: Any = None
+) -> list[Tensor]:
     """The gradients of A: (dy @ B).T @ rows, as one product."""
     if inner is None:
         return []
-    found = torch.mm(inner.t(), rows.to(inner.dtype))
+    found = of_a(inner, rows, norm)
     return list(found.split([a.shape[0] for a in lora_as])) if len(lora_as) > 1 else [found]
