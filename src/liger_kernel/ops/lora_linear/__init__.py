@@ -22,7 +22,7 @@ from liger_kernel._core.autograd import (
     refuse_double_backward,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
-from liger_kernel._core.shapes import as_rows
+from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends import host_bound
 from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops.lora_linear import reference
@@ -119,7 +119,7 @@ class Base(NamedTuple):
         if self.quantised is not None and weight is None:
             return self.quantised.dense(self.product)
         assert weight is not None
-        return weight.to(self.product)
+        return in_dtype(weight, self.product)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, products: Products
@@ -129,7 +129,7 @@ class Base(NamedTuple):
         The thin products come first, where that of the base can add them as its GEMM writes: they are a pass over
         the output then, and would be two.
         """
-        bias = None if bias is None else bias.to(self.product)
+        bias = None if bias is None else in_dtype(bias, self.product)
         if self.quantised is not None and self.quantised.forward is not None:
             y = self.quantised.forward(x).to(self.out)
             _add_products(y.view(-1, y.shape[-1]), products)
@@ -137,10 +137,10 @@ class Base(NamedTuple):
         dense = self.dense(weight)
         kept = weight if self.quantised is None else dense
         if not products or self.out != self.product or bias is not None:
-            y = F.linear(x.to(self.product), dense, bias).to(self.out)
+            y = in_dtype(F.linear(in_dtype(x, self.product), dense, bias), self.out)
             _add_products(y.view(-1, y.shape[-1]), products)
             return y, kept
-        rows = as_rows(x).to(self.product)
+        rows = in_dtype(as_rows(x), self.product)
         y = rows.new_empty(*x.shape[:-1], dense.shape[0])  # no view: HF may change it in place
         flat = y.view(-1, dense.shape[0])
         _add_products(flat, products, fresh=True)
@@ -161,12 +161,12 @@ class Base(NamedTuple):
         self, dy: Tensor, weight: Tensor | None, total: Tensor | None, products: Products = ()
     ) -> Tensor:
         """dy @ weight (T, H), added to `total` in place; with `products`, where there is no total yet."""
-        dense, dy = self.dense(weight), dy.to(self.product)
+        dense, dy = self.dense(weight), in_dtype(dy, self.product)
         if total is None and self.product == self.dtype and products:
             total = dy.new_empty(dy.shape[0], dense.shape[1])
             _add_products(total, products, fresh=True)
         elif total is None:
-            total = torch.mm(dy, dense).to(self.dtype)
+            total = in_dtype(torch.mm(dy, dense), self.dtype)
             _add_products(total, products)
             return total
         if self.product == self.dtype:
@@ -257,12 +257,12 @@ class _Adapted(torch.autograd.Function):
         for i, scaling in enumerate(scalings):
             lora_a, lora_b, dropped = flat[3 * i : 3 * i + 3]
             wide = base.dtype if autocast else lora_a.dtype
-            read = (rows if dropped is None else as_rows(dropped)).to(wide)
+            read = in_dtype(rows if dropped is None else as_rows(dropped), wide)
             if dropped is not None and needs[3 + 3 * i]:
                 reads[i] = read
-            middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
+            middle = torch.mm(read, in_dtype(lora_a, wide).t())  # (T, r)
             middles.append(middle)
-            products.append((middle, lora_b.to(wide).t(), scaling))
+            products.append((middle, in_dtype(lora_b, wide).t(), scaling))
         y, weight = base.forward(x, weight, bias, products)
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
@@ -288,8 +288,8 @@ class _Adapted(torch.autograd.Function):
         found: list[Tensor | None] = [None] * (3 * n)
         inner, products = [], []
         for i, scaling in enumerate(scalings):
-            wide = dy.to(middles[i].dtype)
-            lora_a, lora_b = lora_as[i].to(wide.dtype), lora_bs[i].to(wide.dtype)
+            wide = in_dtype(dy, middles[i].dtype)
+            lora_a, lora_b = in_dtype(lora_as[i], wide.dtype), in_dtype(lora_bs[i], wide.dtype)
             g = scaled(wide, lora_b, scaling)  # (T, r)
             inner.append(g)
             if needs[5 + 3 * i]:
@@ -332,11 +332,11 @@ def of_a(inner: Tensor, rows: Tensor | None, norm: Any = None) -> Tensor:
     """inner.T @ x (R, H), the gradient of A; of x as `rows`, or of what the norm keeps that made it."""
     if norm is None or rows is not None:
         assert rows is not None
-        return torch.mm(inner.t(), rows.to(inner.dtype))
+        return torch.mm(inner.t(), in_dtype(rows, inner.dtype))
     impl, options, _ = norm.of_forward
     rows, rstd, weight = impl.factors(norm.saved_tensors, options)
     scaled_rows = torch.mul(inner, rstd[:, None], out=torch.empty_like(inner))
-    found = torch.mm(scaled_rows.t(), rows.to(inner.dtype))
+    found = torch.mm(scaled_rows.t(), in_dtype(rows, inner.dtype))
     return found if weight is None else found.mul_(weight)
 
 
@@ -346,9 +346,10 @@ def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None
     Thin factors that are wider than `into` (T, O) are rounded first, which adds less than the rounding of the sum: a
     product in fp32 beside a sum in 16 bits would be four passes over memory.
     """
+    dtype = into.dtype
     for i, (a, b, scaling) in enumerate(products):
         beta = 0 if fresh and i == 0 else 1
-        into.addmm_(a.to(into.dtype), b.to(into.dtype), beta=beta, alpha=scaling)
+        into.addmm_(in_dtype(a, dtype), in_dtype(b, dtype), beta=beta, alpha=scaling)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -22,7 +22,7 @@ from liger_kernel._core.autograd import (
     refuse_double_backward,
     saved_tensors_are_ours,
 )
-from liger_kernel._core.shapes import as_rows
+from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops.glu import gate_options, glu
 from liger_kernel.ops.glu.contract import GLUOptions, Thin
@@ -98,12 +98,17 @@ def is_served(x: Tensor, gate: Layer, up: Layer | None, down: Layer) -> bool:
     """Whether `adapted` has a gradient to compute now, and computes all that there are."""
     if not torch.is_grad_enabled():
         return False
-    layers = [layer for layer in (gate, up, down) if layer is not None]
-    thin = [a for layer in layers for a in layer.adapters]
-    fixed = [t for layer in layers for t in layer[:2] if isinstance(t, Tensor)]
-    if any(t.requires_grad for t in fixed) or len({a.lora_a.dtype for a in thin}) != 1:
-        return False
-    return x.requires_grad or any(a.lora_a.requires_grad or a.lora_b.requires_grad for a in thin)
+    dtypes, trained = set(), x.requires_grad
+    for layer in (gate, up, down):
+        if layer is None:
+            continue
+        for fixed in layer[:2]:
+            if isinstance(fixed, Tensor) and fixed.requires_grad:
+                return False
+        for a in layer.adapters:
+            dtypes.add(a.lora_a.dtype)
+            trained = trained or a.lora_a.requires_grad or a.lora_b.requires_grad
+    return trained and len(dtypes) == 1
 
 
 def adapted(
@@ -164,11 +169,11 @@ class _Block:
 
     def middle(self, rows: Tensor, lora_as: Sequence[Tensor]) -> Tensor | None:
         """rows @ A.T (T, R) of all adapters that read them, side by side."""
-        return torch.mm(rows.to(self.wide), self.stacked(lora_as).t()) if lora_as else None
+        return torch.mm(in_dtype(rows, self.wide), self.stacked(lora_as).t()) if lora_as else None
 
     def stacked(self, lora_as: Sequence[Tensor]) -> Tensor:
         """(R, H)"""
-        return (lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))).to(self.wide)
+        return in_dtype(lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as)), self.wide)
 
     def products(
         self, layers: Sequence[Layer], middle: Tensor | None, lora_bs: Sequence[Tensor]
@@ -181,7 +186,7 @@ class _Block:
                 rank = adapter.lora_a.shape[0]
                 assert middle is not None
                 part = middle[:, at : at + rank]
-                of_layer.append((part, lora_bs[i].to(self.wide).t(), adapter.scaling))
+                of_layer.append((part, in_dtype(lora_bs[i], self.wide).t(), adapter.scaling))
                 at, i = at + rank, i + 1
             found.append(of_layer)
         return found
@@ -197,7 +202,7 @@ class _Block:
         inner = products[0][0].new_empty(products[0][0].shape[0], sum(ranks), dtype=self.wide)
         parts, dbs = iter(inner.split(ranks, 1)), []
         for dy, of_layer in products:
-            dy = dy.to(self.wide)
+            dy = in_dtype(dy, self.wide)
             for a, b, scaling in of_layer:
                 scaled(dy, b.t(), scaling, next(parts))
                 dbs.append(scaled(dy.t(), a, scaling))
@@ -213,7 +218,7 @@ class _Product(Op):
         first, down, dtype = block.layers[:-1], block.layers[-1], block.bases[0].dtype
         n = sum(len(layer.adapters) for layer in first)
         lora_as, lora_bs = flat[0::2], flat[1::2]
-        rows = as_rows(x).to(dtype)
+        rows = in_dtype(as_rows(x), dtype)
         middle = block.middle(rows, lora_as[:n])
         products = block.products(first, middle, lora_bs[:n])
         outs, kept = [], []
@@ -301,7 +306,7 @@ class _Down(torch.autograd.Function):
             dx = block.bases[0].backward(pre[0], weights[0], None, more)
             if dup is not None:
                 dx = block.bases[1].backward(dup, weights[1], dx)
-            dx = dx.to(node.of_x).view(node.shape)
+            dx = in_dtype(dx, node.of_x).view(node.shape)
         keeps_none = rows is None and block.norm is None
         das = [None] * n if keeps_none else _of_as(inner, rows, lora_as[:n], block.norm)
         pairs = zip((*das, *das_down), (*dbs, *dbs_down), strict=True)

@@ -89,9 +89,14 @@ class Reading:
 
     def holds(self, cls: type) -> bool:
         """Whether `cls`, of which this was read, is what it was."""
-        now = ((getattr(cls, name, _NOWHERE), value) for name, value in self.members.items())
-        # `__dict__` is another object each time
-        return all(a is b or a == b for a, b in now) and unchanged(self.globals)
+        for (
+            name,
+            value,
+        ) in self.members.items():  # no generator: every Linear with adapters comes here
+            now = getattr(cls, name, _NOWHERE)
+            if now is not value and now != value:  # `__dict__` is another object each time
+                return False
+        return unchanged(self.globals)
 
     def _enter(self, function: FunctionType, cls: type) -> Iterator[Any]:
         """Note what one function names, and what is to be read next."""
