@@ -274,7 +274,7 @@ class Part:
             overridable=frozenset(members) - read.keys() - {"forward"},
             inherited=tuple(reading.inherited),
             globals=tuple(found.items()),
-            shared=tuple((f, n, _pinned(v, names)) for f, n, v in changing),
+            shared=tuple((f, n, p) for f, n, v in changing if (p := _pinned(v, names)) is not v),
             absent=tuple(n for n, p in module._parameters.items() if p is None and n in names),
             tensors=tuple(tensors),
         )
