@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.autograd import (
+    Recompute,
     autocast_dtype,
     graph_task,
     is_checkpointed,
@@ -23,11 +24,13 @@ from liger_kernel._core.autograd import (
 )
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.shapes import as_rows, in_dtype
-from liger_kernel.backends import host_bound
+from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops.lora_linear import reference
 
 _MET = "_liger_met"
+#: rank up to which kernels compute what an adapter adds
+THIN = 64
 
 
 class Adapter(NamedTuple):
@@ -290,14 +293,13 @@ class _Adapted(torch.autograd.Function):
         for i, scaling in enumerate(scalings):
             wide = in_dtype(dy, middles[i].dtype)
             lora_a, lora_b = in_dtype(lora_as[i], wide.dtype), in_dtype(lora_bs[i], wide.dtype)
-            g = scaled(wide, lora_b, scaling)  # (T, r)
+            g, db = gradients(wide, middles[i], lora_b, scaling, needs[4 + 3 * i])
             inner.append(g)
             if needs[5 + 3 * i]:
                 found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
             elif not drops[i]:
                 products.append((g, lora_a, 1.0))
-            if needs[4 + 3 * i]:
-                found[3 * i + 1] = scaled(wide.t(), middles[i], scaling)
+            found[3 * i + 1] = db
         if meeting is not None:  # else x needs no gradient
             _add_to(meeting, base, dy, weight, products)
         for i, g in enumerate(inner):
@@ -307,6 +309,20 @@ class _Adapted(torch.autograd.Function):
         dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
         return None, None, None, dw, db, *found
+
+
+def gradients(
+    dy: Tensor, middle: Tensor, lora_b: Tensor, scaling: float, needs_db: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """scaling dy B (T, r), and the gradient of B, scaling dy^T middle (O, r), of tensors in one dtype."""
+    large = dy.dtype.itemsize == 2 and lora_b.shape[1] <= THIN and not host_bound(dy, 2**22)
+    if needs_db and large and middle.shape[0]:
+        kernels = kernels_of("lora_linear", dy)
+        if not isinstance(kernels, Recompute):
+            found: tuple[Tensor, Tensor] = kernels.thin_gradients(dy, middle, lora_b, scaling)
+            return found
+    db = scaled(dy.t(), middle, scaling) if needs_db else None
+    return scaled(dy, lora_b, scaling), db
 
 
 def scaled(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:

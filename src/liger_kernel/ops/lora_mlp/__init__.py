@@ -27,20 +27,18 @@ from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops.glu import gate_options, glu
 from liger_kernel.ops.glu.contract import GLUOptions, Thin
 from liger_kernel.ops.lora_linear import (
+    THIN,
     Adapter,
     Base,
     Products,
     Quantised,
     check,
+    gradients,
     lora_linear,
     norm_of,
     of_a,
-    scaled,
 )
 from liger_kernel.ops.lora_mlp import reference
-
-#: rank up to which the kernel of the gated product adds what an adapter does
-_THIN = 64
 
 
 class Layer(NamedTuple):
@@ -134,7 +132,7 @@ def adapted(
         and dtype.itemsize == 2
         and hasattr(impl, "forward_thin")
         and all(len(la.adapters) < 2 for la in layers)
-        and max(a.lora_a.shape[0] for a in thin) <= _THIN
+        and max(a.lora_a.shape[0] for a in thin) <= THIN
     )
     bases = [
         Base(dtype, x.dtype, la.weight) if isinstance(la.weight, Quantised) else Base(dtype, dtype)
@@ -196,17 +194,15 @@ class _Block:
         products: Sequence[tuple[Tensor, Products]],
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Of (dy, products) of layers that read the same rows: dy @ B (T, R), side by side, and the gradients of B."""
-        ranks = [a.shape[1] for _, of_layer in products for a, *_ in of_layer]
-        if not ranks:
-            return None, []
-        inner = products[0][0].new_empty(products[0][0].shape[0], sum(ranks), dtype=self.wide)
-        parts, dbs = iter(inner.split(ranks, 1)), []
+        gs: list[Tensor] = []
+        dbs: list[Any] = []
         for dy, of_layer in products:
             dy = in_dtype(dy, self.wide)
             for a, b, scaling in of_layer:
-                scaled(dy, b.t(), scaling, next(parts))
-                dbs.append(scaled(dy.t(), a, scaling))
-        return inner, dbs
+                g, db = gradients(dy, a, b.t(), scaling)
+                gs.append(g)
+                dbs.append(db)
+        return (torch.cat(gs, 1) if len(gs) > 1 else gs[0]) if gs else None, dbs
 
 
 class _Product(Op):
