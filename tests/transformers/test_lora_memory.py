@@ -17,6 +17,7 @@ from liger_kernel.testing import assert_no_worse
 from tests.transformers.test_lora import LINEARS, Found, adapted, step
 from tests.transformers.tiny import batch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
 
 
@@ -65,13 +66,13 @@ class TestMemory:
         thin = [torch.randn(s) for o, i in sizes for s in ((3, i), (o, 3))]
 
         def run(dtype: torch.dtype) -> tuple[Found, bool]:
-            leaves = [t.to(dtype, copy=True).requires_grad_() for t in (h, w, *thin)]
+            leaves = [t.to(DEVICE, dtype, copy=True).requires_grad_() for t in (h, w, *thin)]
             of_norm, of_thin = leaves[:2], leaves[2:]
             if made_by == "norm":
                 x = functional.rms_norm(*of_norm, offset=0.5)
             else:
                 x, _ = functional.fused_add_rms_norm(of_norm[0], 2 * of_norm[0], of_norm[1])
-            fixed = [t.to(dtype) for t in dense]
+            fixed = [t.to(DEVICE, dtype) for t in dense]
             given = [fixed[0], None, *of_thin[:2]] if read_by is lora_linear else [*fixed, *of_thin]
             y = read_by(x, *given)
             node = getattr(y.grad_fn, "node", y.grad_fn)  # that of a block keeps what it needs
