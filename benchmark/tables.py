@@ -41,6 +41,7 @@ STEP_NAMES = {
     "incumbent": "liger-kernel 0.8.5",
     "patched": "ours",
 }
+GRAPHS = "patched+graphs"
 LEGEND = (
     "Milliseconds of a call from the host with cold caches, in parentheses of its kernels alone (replayed CUDA graph); "
     "bold: the fastest call. Rate and share of the ceiling (device copy or bf16 matrix product, measured in the same "
@@ -168,13 +169,13 @@ def adapted(rank: int, head: bool, weights: str) -> str:
 
 
 def e2e_cell(row: Row | None, best: float, steps: int) -> str:
-    """A loss after fewer than `steps` steps is another loss, and says so."""
+    """A loss after fewer than `steps` steps is another loss, and says so; without one there are speed and memory."""
     if row is None or "tokens_per_s" not in row:
         return "" if row is None else "fails"
     speed = f"{row['tokens_per_s']:,.0f}"
     speed = f"**{speed}**" if row["tokens_per_s"] == best else speed
     memory = "" if row["peak_gb"] is None else f" / {row['peak_gb']:.1f} GB"
-    if row["loss"] is None:  # measured on a model that had been trained before
+    if row["loss"] is None:
         return speed + memory
     after = f" (step {row['steps']})" if row.get("steps", steps) != steps else ""
     return f"{speed}{memory} / {row['loss']:.4f}{after}"
@@ -183,26 +184,30 @@ def e2e_cell(row: Row | None, best: float, steps: int) -> str:
 def steps_table(content: dict[str, Any]) -> str:
     """The same for a reader in a hurry: ours beside what there would be instead, under the names that people use."""
     body = []
-    rows = [r for r in content["e2e"] if not r["rank"] and r["mode"] in STEP_NAMES]
+    rows = [r for r in content["e2e"] if r["mode"] in (*STEP_NAMES, GRAPHS)]
     content = {**content, "e2e": rows}
-    for key, line in lines(rows, KEYS["e2e"][:-1], "mode", tuple(STEP_NAMES)):
-        shape, seq, batch, checkpointing, *_, ignored = key
+    for key, line in lines(rows, KEYS["e2e"][:-1], "mode", (*STEP_NAMES, GRAPHS)):
+        shape, seq, batch, checkpointing, *adapters, ignored = key
         if ignored or sum(row is not None for row in line) < 2:
             continue
-        name = f"{model_name(shape)}, {batch} x {seq:,} tokens"
+        name = f"{model_name(shape)}{adapted(*adapters)}, {batch} x {seq:,} tokens"
         name += ", checkpointing" if checkpointing else ""
         speed = best(line, "tokens_per_s", max) or 0
-        cells = [e2e_cell(row, speed, row["steps"] if row else 0) for row in line]
-        body.append([name, *(cell.rpartition(" / ")[0] or cell for cell in cells)])
+        *cells, graphs = (e2e_cell(row and {**row, "loss": None}, speed, 0) for row in line)
+        cells[-1] += f"; {graphs.partition(' / ')[0]} with `cuda_graphs=True`" if graphs else ""
+        body.append([name, *cells])
     return whole(content, "e2e", ["tokens/s / peak memory", *STEP_NAMES.values()], body)
 
 
 def model_name(shape: str) -> str:
-    """llama-3.2-1b -> Llama-3.2-1B"""
+    """llama-3-8b-4-layers -> Llama-3-8B, 4 layers"""
     name = (
-        shape.replace("llama", "Llama").replace("qwen", "Qwen").replace("-4-layers", ", 4 layers")
+        re.sub(r"-(\d)-layers", r", \1 layers", shape)
+        .replace("llama", "Llama")
+        .replace("qwen", "Qwen")
+        .replace("mixtral", "Mixtral")
     )
-    return re.sub(r"(\d)b\b", r"\1B", name)
+    return re.sub(r"a?\d+b\b", lambda size: size[0].upper(), name)
 
 
 def host_table(content: dict[str, Any]) -> str:

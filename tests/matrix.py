@@ -1,28 +1,38 @@
 """`python -m tests.matrix [row ...] [-- arguments of pytest]`: the rows of `matrix.txt`, each in its own environment.
 
-    python -m tests.matrix                                     all rows: hours
+    python -m tests.matrix                                     all rows, about 20 minutes each on two cores
     python -m tests.matrix oldest newest -- -k rms_norm -x     two rows, a sample of their tests
     python -m tests.matrix -- tests/test_frameworks.py         all rows, one file
 
-Environments are made in .venv/matrix when they are needed, and kept. A row without its Python fails, and says so; put
-it on PATH.
+A row runs what depends on releases, of each parametrised test one case in six (MATRIX_EVERY=1: all). Environments
+are made in .venv/matrix when they are needed, and kept. A row without its Python fails, and says so; put it on PATH.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+#: what depends on releases
+_OPS = ["tests/ops", "tests/loss_head", "tests/chunked_loss", "tests/backends"]
+_MODELS = ["tests/transformers", "tests/cli", "tests/test_frameworks.py"]
+#: the variable that says how many cases of a test there are for one that runs; of the zoo and of named tests all run
+EVERY = "MATRIX_EVERY"
 TESTS = {
     "zoo": ["tests/transformers/test_zoo.py"],
-    "ops": ["tests", "--ignore", "tests/transformers"],
-    "all": ["tests"],
+    "ops": _OPS,
+    "models": [*_MODELS, "--ignore", "tests/transformers/test_zoo.py"],
+    "all": [*_OPS, *_MODELS, "--ignore", "tests/transformers/test_zoo.py"],
 }
 SAME = "."
 #: without the package kernels: the releases of transformers want different versions of it, or break on a new one
@@ -53,6 +63,18 @@ def rows(text: str) -> list[Row]:
 
 
 ROWS = rows(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """As a plugin of pytest: the first case of each test, and then one in so many."""
+    every, seen = int(os.environ[EVERY]), collections.Counter[str]()
+    kept, dropped = [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        (dropped if seen[function] % every else kept).append(item)
+        seen[function] += 1
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 
 class NotRun(Exception):
@@ -101,8 +123,9 @@ def run(row: Row, arguments: list[str], base: Path) -> str | None:
         python = environment(row, base)
     except NotRun as error:
         return f"not run: {error}"
-    variables = {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ZOO": "all"}
     own = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
+    variables = {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ZOO": "all"}
+    variables[EVERY] = "1" if own or row.tests == "zoo" else os.environ.get(EVERY, "6")
     targets = [] if own else TESTS[row.tests]
     parallel = [] if arguments else ["-n", "logical", "--maxprocesses", "8"]
     command = [
@@ -111,6 +134,8 @@ def run(row: Row, arguments: list[str], base: Path) -> str | None:
         "pytest",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "tests.matrix",
         *parallel,
         *targets,
         *arguments,

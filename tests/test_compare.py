@@ -172,6 +172,13 @@ def test_an_error_that_is_too_large_is_so_in_many_draws() -> None:
     assert len(taken) == 64
 
 
+def test_an_error_of_many_times_what_is_allowed_is_no_luck() -> None:
+    taken: list[int] = []
+    with pytest.raises(AssertionError, match="loss: error is"):
+        assert_draws_no_worse(draws(lambda noise: (1e-2 + 0 * noise[0], 1e-4 * noise[1]), taken))
+    assert len(taken) == 16
+
+
 def test_one_draw_where_errors_are_small() -> None:
     taken: list[int] = []
     assert_draws_no_worse(draws(lambda noise: (0 * noise[0], noise[1]), taken))

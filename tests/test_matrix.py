@@ -75,3 +75,18 @@ def test_an_environment_is_made_once_for_a_row(
     monkeypatch.setattr(matrix.subprocess, "run", fail)
     assert "could not be made" in str(matrix.run(HERE._replace(triton="0"), [], tmp_path))
     assert not (tmp_path / "here" / ".ready").exists()
+
+
+def test_a_row_runs_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first case of every test, and every case of what is named."""
+    pytester = tmp_path / "test_x.py"
+    pytester.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(13))\n"
+        "def test_many(i): assert i in (0, 6, 12)\n"
+        "def test_one(): pass\n"
+    )
+    monkeypatch.setattr(matrix, "TESTS", {"ops": [str(pytester)]})
+    monkeypatch.setenv(matrix.EVERY, "6")
+    assert matrix.run(HERE, ["-x"], tmp_path) is None
+    assert matrix.run(HERE, [str(pytester)], tmp_path) == "failed with 1"

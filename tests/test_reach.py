@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ class Call:
     draw: Callable[[int], Tensors]
     wanted: tuple[int, ...]
     without_grad: tuple[int, ...] = ()
+    plain: Callable[..., Any] | None = None  # the same in PyTorch's own ops
 
     def drawn(self, seed: int) -> Tensors:
         return [t.to(DEVICE) if isinstance(t, Tensor) else t for t in self.draw(seed)]
@@ -78,6 +79,7 @@ def of_op(spec: OpSpec, case: OpCase) -> Call:
         lambda seed: list(case.inputs(Make(torch.float32, seed=seed))),
         tuple(i for i in spec.differentiable if inputs[i] is not None),
         (*spec.outputs_without_grad, *case.unused),
+        partial(spec.reference, **case.options),
     )
 
 
@@ -237,12 +239,7 @@ def test_func_grad(call: Call) -> None:
 def test_vmap(call: Call) -> None:
     """Of the call, and of its gradient: one for each of several inputs."""
 
-    def both(*inputs: Any) -> list[Tensor]:
-        function, at = over(call, list(inputs))
-        grads = torch.func.grad(function, argnums=tuple(range(len(at))))(*at)
-        return [call.total(*inputs), *grads]
-
-    def ours(inputs: Tensors) -> list[Tensor]:
+    def mapped(call: Call, inputs: Tensors) -> list[Tensor]:
         inputs = constants(inputs)
         there = [i for i, t in enumerate(inputs) if isinstance(t, Tensor)]
 
@@ -250,15 +247,20 @@ def test_vmap(call: Call) -> None:
             given = list(inputs)
             for i, t in zip(there, tensors, strict=True):
                 given[i] = t
-            return both(*given)
+            function, at = over(call, given)
+            grads = torch.func.grad(function, argnums=tuple(range(len(at))))(*at)
+            return [call.total(*given), *grads]
 
         twice = [torch.stack([inputs[i], inputs[i]]) for i in there]
         return [t[1] for t in torch.func.vmap(of_one)(*twice)]
 
     def eager(inputs: Tensors) -> list[Tensor]:
+        # products of a batch are rounded in another order than those of one: on a GPU eager's are several times off
+        if call.plain is not None and inputs[call.wanted[0]].dtype != torch.float64:
+            return mapped(replace(call, function=call.plain), inputs)
         return [call.total(*inputs), *call.gradients(inputs)]
 
-    as_exact_as_eager(call, ours, eager)
+    as_exact_as_eager(call, partial(mapped, call), eager)
 
 
 def tangents_of(at: list[Tensor]) -> list[Tensor]:

@@ -39,11 +39,11 @@ def test_version(run: Run, both: str) -> None:
 
 
 def test_progress_where_stderr_is_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(present.track(range(123), "test")) == [*range(123)]
+    assert list(present.track(range(123), "test", 123)) == [*range(123)]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
     assert lines[-1] == "test: 123 of 123"
-    assert list(present.track(range(5), "test")) == [*range(5)]
+    assert list(present.track(range(5), "test", 5)) == [*range(5)]
     assert capsys.readouterr().err == ""
 
 
@@ -60,7 +60,13 @@ def test_both_parsers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [parse(app.COMMANDS, argv) for argv in asked] == by_typer
     name, given, as_json = by_typer[2] or ("", {}, True)
     assert (name, as_json) == ("selftest", False)
-    assert given == {"op": ["glu", "rope"], "dtype": None, "interpret": True, "reset": False}
+    assert given == {
+        "op": ["glu", "rope"],
+        "dtype": None,
+        "interpret": True,
+        "reset": False,
+        "jobs": 0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,38 @@ def test_it_stops_where_the_device_is_lost(run: Run, monkeypatch: pytest.MonkeyP
     assert found["rope", "triton"]["passed"] == found["rope", "triton"]["failed"] == 0
 
 
+def test_by_processes(run: Run) -> None:
+    """By two, of the reference and of the kernels."""
+    found = run(*ONE, "--jobs", "2", "--json").data["results"]
+    assert [r["implementation"] for r in found] == ["reference", "triton"]
+    assert found[0]["passed"] == found[1]["passed"] > 5
+
+
+def test_a_process_that_died(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it should have run is run by another one; what ends every process is not run, and that is said."""
+    monkeypatch.setattr(selftest, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    dies: list[tuple[str, str]] = []
+    right = selftest._tested_group
+
+    def group(key: Any, *given: Any) -> Any:
+        if dies and key[:2] in dies:
+            if key[0] == "relu_squared":
+                dies.remove(key[:2])
+            raise BrokenProcessPool
+        return right(key, *given)
+
+    monkeypatch.setattr(selftest, "_tested_group", group)
+    monkeypatch.setattr(selftest, "SMALL", 2000)
+    every = ("selftest", "--op", "relu_squared", "--op", "tvd", "--dtype", "float32", "--jobs", "2")
+    dies.append(("relu_squared", "triton"))
+    assert run(*every).status == 0
+    dies += [("relu_squared", "reference"), ("tvd", "triton")]
+    done = run(*every)
+    assert done.status == 1
+    assert "3 of 4 are right" in done.out
+    assert "a process died: tvd" in done.out
+
+
 def test_reset(run: Run, both: str, disabled_file: Path) -> None:
     disabled.write([disabled.Entry.here("rope", "triton", "CPU", "x")])
     assert run("selftest", "--reset").status == 0
@@ -113,7 +147,11 @@ def test_reset(run: Run, both: str, disabled_file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    [(("--op", "nope"), "rms_norm"), (("--dtype", "int8"), "bfloat16")],
+    [
+        (("--op", "nope"), "rms_norm"),
+        (("--dtype", "int8"), "bfloat16"),
+        (("--jobs", "-2"), "number of processes"),
+    ],
 )
 def test_bad_input(run: Run, argv: tuple[str, ...], says: str) -> None:
     done = run("selftest", *argv)

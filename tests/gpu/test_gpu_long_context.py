@@ -13,8 +13,14 @@ from liger_kernel.transformers.patching.sites import checkpoints
 from tests.transformers.tiny import build
 
 
-def model(reentrant: bool, **options: bool) -> Any:
-    made: Any = build("llama", torch.bfloat16, hidden_size=1024, num_hidden_layers=6).cuda()
+def model(reentrant: bool, attention: str = "eager", **options: bool) -> Any:
+    made: Any = build(
+        "llama",
+        torch.bfloat16,
+        hidden_size=1024,
+        num_hidden_layers=6,
+        attn_implementation=attention,
+    ).cuda()
     liger_kernel.patch(made, **options)
     made.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return made.train()
@@ -60,10 +66,11 @@ def test_the_memory_of_checkpoints_is_free() -> None:
 
 
 def test_the_host_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step queues its work behind that of others; HF's search for packed sequences, which waits, left out."""
+    """A step queues its work behind that of others; HF's search for packed sequences, and its mask of numbers, which
+    wait, left out."""
     masking = pytest.importorskip("transformers.masking_utils")
     monkeypatch.setattr(masking, "find_packed_sequence_indices", lambda position_ids: None)
-    ours, ids = model(False, offload_checkpoints=True), tokens(0)
+    ours, ids = model(False, "sdpa", offload_checkpoints=True), tokens(0)
     for _ in range(2):
         ours(input_ids=ids, labels=ids).loss.backward()
     torch.cuda.synchronize()

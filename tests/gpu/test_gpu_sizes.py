@@ -295,7 +295,9 @@ HUGE = (
     divergence("jsd", *TALL, True, True),
     divergence("tvd", *TALL, False, False, reduction="none"),
     gradients(*WIDE),
-    parts("attn_res", (2, 16_777_221, 66), (66,), (66,), axes=(1, None, None), eps=1e-6),
+    parts(
+        "attn_res", (2, 16_777_221, 66), (66,), (66,), axes=(1, None, None), eps=1e-6, normed=False
+    ),
     parts(
         "fused_ce_tvd",
         (515, 4_194_307),
@@ -395,7 +397,7 @@ MANY = (
     pair_of("fused_add_rms_norm", (3, 65_536 * 16 + 1), True, **NORM),
     pair_of("glu", (3, 65_536 * 1024 + 1), False, **GLU),
     gated_mlp(70_001, 16, 24),
-    parts("attn_res", (2, 70_001, 24), (24,), (24,), axes=(1, None, None), eps=1e-6),
+    parts("attn_res", (2, 70_001, 24), (24,), (24,), axes=(1, None, None), eps=1e-6, normed=False),
     experts(70_001, 16, 8),
     parts("mhc_mix", *((70_001, 4, 24), (70_001, 4, 4), (70_001, 24), (70_001, 4)), axes=(0,) * 4),
     parts("mhc_mix", *((3, 4, 65_536 * 16 + 1), (3, 4, 4)), None, None, axes=(0, 0, None, None)),

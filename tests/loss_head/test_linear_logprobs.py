@@ -109,26 +109,32 @@ def test_bounds_hold_whatever_the_rounding(classes: int, implementation: str) ->
 
 def test_a_temperature_for_each_token(implementation: str) -> None:
     """Also where ignored tokens are left out; a number gives what the same number for all gives."""
-    states, weight, ids = drawn(dtype=torch.float32)
-    each = torch.linspace(0.5, 1.5, len(ids), device=DEVICE)
-    options = {"softcap": 3.0, "chunk_size": 2, **EVERY}
-    mixed = linear_logprobs(states, weight, ids, temperature=each, **options)
-    grads = gradients(mixed, NUMBERS, (states, weight))
-    one_by_one = [
-        linear_logprobs(states[i], weight, ids[i], temperature=float(each[i]), **options)
-        for i in range(len(ids))
-    ]
-    for name in NUMBERS:
-        apart = torch.stack([getattr(found, name) for found in one_by_one])
-        assert_no_worse(name, getattr(mixed, name), apart.double(), apart)
-    high = SPEC.reference(
-        states.double(), weight.double(), ids, None, each.double(), **EVERY, softcap=3.0
-    )
-    low = SPEC.reference(states, weight, ids, None, each, **EVERY, softcap=3.0)  # fmt: skip
-    for a, b, c in zip(
-        grads, *(gradients(f, NUMBERS, (states, weight)) for f in (high, low)), strict=True
-    ):
-        assert_no_worse("gradient", a, b.double(), c)
+
+    def draw(seed: int) -> Any:
+        states, weight, ids = drawn(dtype=torch.float32, seed=seed)
+        each = torch.linspace(0.5, 1.5, len(ids), device=DEVICE)
+        options = {"softcap": 3.0, "chunk_size": 2, **EVERY}
+        mixed = linear_logprobs(states, weight, ids, temperature=each, **options)
+        one_by_one = [
+            linear_logprobs(states[i], weight, ids[i], temperature=float(each[i]), **options)
+            for i in range(len(ids))
+        ]
+        high, low = (
+            SPEC.reference(*(t.to(to) for t in (states, weight)), ids, None, each.to(to), **EVERY, softcap=3.0)
+            for to in (torch.float64, torch.float32)
+        )  # fmt: skip
+        ours, true, eager = (
+            {name: getattr(found, name).detach() for name in NUMBERS}
+            | dict(zip(("dX", "dW"), gradients(found, NUMBERS, (states, weight)), strict=True))
+            for found in (mixed, high, low)
+        )
+        for name in NUMBERS:
+            apart = torch.stack([getattr(found, name) for found in one_by_one])
+            ours[f"{name} apart"] = apart.detach()
+            true[f"{name} apart"], eager[f"{name} apart"] = true[name], eager[name]
+        return ours, {name: t.double() for name, t in true.items()}, eager
+
+    assert_draws_no_worse(draw)
 
 
 def test_a_loss_of_all_numbers_makes_the_logits_once() -> None:

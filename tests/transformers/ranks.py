@@ -34,6 +34,13 @@ def moved(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to(device()) for name, value in inputs.items()}
 
 
+def of_all(results: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of every rank, stacked: all ranks judge the same numbers, and go on in step."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {name: value.cpu() for name, value in results.items()})
+    return {name: torch.stack([run[name] for run in found]) for name in results}
+
+
 def outcomes(
     checks: Callable[[], Mapping[str, Check]], folder: Path, on: str, world: int = WORLD
 ) -> list[dict[str, str]]:

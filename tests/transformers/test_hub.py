@@ -17,8 +17,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,83 @@ def test_rotary(calls: collections.Counter[str]) -> None:
                 assert_no_worse(name, *values)
 
 
+def rows(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of a module, and every gradient."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    with unrounded(module):
+        outputs = module(x)
+        sum(o.double().square().sum() for o in outputs if o.is_floating_point()).backward()
+    return [*outputs, *(p.grad for p in (x, *module.parameters()) if p.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("where", "changes", "ours"),
+    [
+        ("qwen3_5_moe.Qwen3_5MoeTopKRouter", {}, 1),
+        ("laguna.LagunaTopKRouter", {}, 1),
+        ("laguna.LagunaTopKRouter", {"router_logit_softcapping": 2.0}, 1),
+        ("mixtral.MixtralTopKRouter", {}, 0),  # its weights are not rounded
+        ("gpt_oss.GptOssTopKRouter", {}, 0),  # its softmax is of the chosen ones alone
+    ],
+)
+def test_routers(
+    where: str,
+    changes: dict[str, Any],
+    ours: int,
+    dtype: torch.dtype,
+    calls: collections.Counter[str],
+) -> None:
+    """One name for two kinds of scores, of which each is proven; what is neither keeps its own forward."""
+    config = SimpleNamespace(
+        hidden_size=40, num_experts_per_tok=3, moe_router_logit_softcapping=0.0
+    )
+    config.num_experts = config.num_local_experts = 13
+    stock = hf_class(where)(config)
+    vars(stock).update(changes)
+    generator = torch.Generator().manual_seed(0)
+    for p in stock.parameters():
+        p.data = torch.randn(p.shape, generator=generator).to(dtype) / 3
+    x = torch.randn(2, 7, 40, generator=generator).to(dtype)
+    bound, wide = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    bound.forward = MethodType(hub.TopKRouter.forward, bound)
+    bound(x)
+    calls.clear()
+    found = rows(bound, x)
+    assert calls["moe_router"] == ours
+    for i, (a, high, low) in enumerate(
+        zip(found, rows(wide, x.double()), rows(stock, x), strict=True)
+    ):
+        assert a.dtype == low.dtype
+        if a.is_floating_point():
+            assert_no_worse(f"{where} {i}", a, high, low)
+        else:
+            assert torch.equal(a, low)
+
+
+def test_experts_of_a_mixture(calls: collections.Counter[str]) -> None:
+    """Its own router, and experts by our op; hooks on these are called, and nothing stays in them."""
+    stock = partial(build, experts_implementation="eager")  # others take no float64
+    model = stock("gpt_oss").train()
+    mixtures = [m for m in model.modules() if type(m) is hf_class("gpt_oss.GptOssMLP")]
+    seen = []
+    for mixture in mixtures:
+        mixture.forward = MethodType(hub.MoEMLP.forward, mixture)
+        mixture.experts.register_forward_hook(lambda *_: seen.append(1))
+    model(**batch())
+    calls.clear()
+    model(**batch())
+    assert calls["fused_moe"] == len(mixtures) == len(seen) // 2
+    assert all("forward" not in vars(mixture.experts) for mixture in mixtures)
+    assert_same_step("gpt_oss", torch.float32, model, stock)
+    first = mixtures[0].experts
+    vars(first)["forward"] = MethodType(type(first).forward, first)  # somebody else's
+    calls.clear()
+    model(**batch())
+    assert calls["fused_moe"] == len(mixtures) - 1
+
+
 @pytest.mark.parametrize(
     "layer", dict.fromkeys(hub.LAYERS.values()), ids=lambda layer: layer.__name__
 )
@@ -208,14 +286,18 @@ def test_by_default_where_our_kernels_run(registered: None) -> None:
 
 @needs_kernels
 def test_hf_asks_for_every_name() -> None:
+    from transformers.models.gpt_oss import modeling_gpt_oss
     from transformers.models.llama import modeling_llama
     from transformers.models.qwen3_5 import modeling_qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
     asking = (
         modeling_llama.LlamaRMSNorm,
         modeling_qwen3_5.Qwen3_5RMSNormGated,
         modeling_qwen3_5.Qwen3_5RMSNorm,
         type(modeling_llama.apply_rotary_pos_emb),
+        modeling_qwen3_5_moe.Qwen3_5MoeTopKRouter,
+        modeling_gpt_oss.GptOssMLP,
     )
     assert [cls.kernel_layer_name for cls in asking] == list(hub.LAYERS)
 
@@ -225,11 +307,32 @@ NOT_OURS = {
     "MultiScaleDeformableAttention": "attention",
     "Qwen3_5GatedDeltaNet": "linear attention",
     "EsmFold2TriangleMultiplication": "of one model",
-    "MegaBlocksMoeMLP": "experts with a router",
-    "SoftmaxTopKRouter": "a router",
     **dict.fromkeys(
         ("SiLU", "GeLU", "NewGELU", "GeluTanh", "QuickGELU", "FastGELU"),
         "an activation alone; with its product it is `liger_kernel.patch`'s",
+    ),
+    **dict.fromkeys(
+        ("causal_conv1d_fn", "causal_conv1d_update"),
+        "a convolution without gates; with two of them it is `liger_kernel.patch`'s",
+    ),
+    **dict.fromkeys(
+        (
+            "chunk_gated_delta_rule",
+            "fused_recurrent_gated_delta_rule",
+            "chunk_kda",
+            "fused_recurrent_kda",
+        ),
+        "linear attention",
+    ),
+    **dict.fromkeys(
+        (
+            "mamba_split_conv1d_scan_combined",
+            "mamba_chunk_scan_combined",
+            "mamba_inner_fn",
+            "selective_scan_fn",
+            "selective_state_update",
+        ),
+        "a state space",
     ),
 }
 
@@ -237,8 +340,10 @@ NOT_OURS = {
 def test_every_name_that_hf_attaches_is_served_or_known_to_be_not_ours() -> None:
     attached = set()
     for file in Path(transformers.__file__).parent.rglob("*.py"):
-        if "_from_hub(" in (text := file.read_text(encoding="utf-8")):
-            attached |= set(re.findall(r'^@use_kernel_\w+_from_hub\("(\w+)"\)', text, re.MULTILINE))
+        if "_from_hub" in (text := file.read_text(encoding="utf-8")):
+            attached |= set(
+                re.findall(r'^@use_kernel_\w+_from_hub\w*\("(\w+)"', text, re.MULTILINE)
+            )
     assert {"RMSNorm", "rotary_pos_emb"} <= attached
     assert attached <= {*hub.LAYERS, *NOT_OURS}
     assert not {*hub.LAYERS} & {*NOT_OURS}

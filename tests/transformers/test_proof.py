@@ -200,6 +200,16 @@ def test_the_rule() -> None:
     assert excess(high[:0], high[:0], low[:0], eps=eps) <= 1
 
 
+def test_the_luck_of_a_draw_is_no_verdict() -> None:
+    """Two orders of one sum: in one draw of a number either may be exact, and which one differs between processors."""
+    for seed in range(8):
+        x = torch.randn(1, 100, generator=torch.Generator().manual_seed(seed))
+        x = torch.cat([x, 0.01 - x.sum(-1, keepdim=True)], -1)
+        theirs = proof.Theirs(lambda _, x: sum(x.unbind(-1)), nn.Module(), [x])
+        assert theirs.agrees(lambda _, x: sum(x.unbind(-1)[::-1]))
+        assert not theirs.agrees(lambda _, x: sum(x.unbind(-1)).bfloat16().to(x.dtype))
+
+
 class InFloat32(BrokenMLP):
     """Whatever it is given: its own run in float64 would mix dtypes."""
 

@@ -35,6 +35,7 @@ def selftest(
         bool, "Run the kernels on the CPU, by Triton's interpreter, on small cases."
     ] = False,
     reset: Annotated[bool, "Remove the list of disabled ops and test nothing."] = False,
+    jobs: Annotated[int, "Processes that test; 0: up to 8 on a GPU, half as many as cores."] = 0,
 ) -> Answer:
     """Every op by every implementation that serves this machine, against its reference in float64.
 
@@ -43,7 +44,7 @@ def selftest(
     """
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the backends are imported
-    return _room("selftest").answer(op, dtype, interpret, reset)
+    return _room("selftest").answer(op, dtype, interpret, reset, jobs)
 
 
 _MODEL = "A folder, a config.json, a model type such as llama, or a model of the hub."

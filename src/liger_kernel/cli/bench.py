@@ -130,7 +130,7 @@ def answer(op: str, case: Sequence[str] | None, dtype: str, no_compile: bool) ->
     chosen = cases_of(spec, device_type, case)
     found = [
         measure(spec, one, DTYPES[dtype], device_type, not no_compile)
-        for one in track(chosen, f"bench {op}")
+        for one in track(chosen, f"bench {op}", len(chosen))
     ]
     device = backends.facts_of(backends.devices_of(device_type)[0]).name
     title = f"{op}, forward and backward, {dtype}, on {device}"

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from liger_kernel.cli.answer import Answer, Table
@@ -96,21 +96,24 @@ def _lines(part: Table, width: int) -> Iterator[str]:
             yield "  ".join(map(str.ljust, line, widths)).rstrip()
 
 
-def track(items: Sequence[_T], what: str) -> Iterator[_T]:
-    """`items`, while a bar on stderr shows how far they are; ten lines in all where stderr is no terminal."""
+def track(items: Iterable[_T], what: str, total: int) -> Iterator[_T]:
+    """`items`, while a bar on stderr shows how far they are; ten lines in all where stderr is no terminal.
+
+    There are `total` of them.
+    """
     if not sys.stderr.isatty():
         for i, item in enumerate(items, 1):
             yield item
-            if len(items) >= 100 and i * 10 % len(items) < 10:
-                print(f"{what}: {i} of {len(items)}", file=sys.stderr, flush=True)
+            if total >= 100 and i * 10 % total < 10:
+                print(f"{what}: {i} of {total}", file=sys.stderr, flush=True)
         return
     try:
         from rich.console import Console
         from rich.progress import track as bar
     except ImportError:
         for i, item in enumerate(items, 1):
-            print(f"\r{what}: {i} of {len(items)}", end="", file=sys.stderr, flush=True)
+            print(f"\r{what}: {i} of {total}", end="", file=sys.stderr, flush=True)
             yield item
         print(file=sys.stderr)
     else:
-        yield from bar(items, what, console=Console(stderr=True), transient=True)
+        yield from bar(items, what, total, console=Console(stderr=True), transient=True)

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
 from liger_kernel import backends, utils
 from liger_kernel.backends import disabled
-from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.backends.triton import DEVICE_TYPES, INTERPRET
 from liger_kernel.cli.answer import Answer, Table, UserError
 from liger_kernel.cli.models import DTYPES
 from liger_kernel.cli.present import track
@@ -51,6 +56,10 @@ class _Run:
     case: OpCase
     dtype: torch.dtype
     implementation: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.spec.name, self.implementation
 
     def __str__(self) -> str:
         return f"{self.case.id}, {str(self.dtype).removeprefix('torch.')}"
@@ -95,29 +104,81 @@ def runs(
 
 
 def test(
-    ops: Sequence[str], dtypes: Sequence[torch.dtype], device_type: str, small: bool
+    ops: Sequence[str], dtypes: Sequence[torch.dtype], device_type: str, small: bool, jobs: int
 ) -> list[Result]:
-    """A result for every op and implementation; stops where an op has made the device useless."""
+    """A result for every op and implementation.
+
+    One process stops where an op has made the device useless. Of many, the others go on, and a new one takes over.
+    """
     todo = runs(ops, dtypes, device_type, small)
+    results = {key: Result(*key) for key in dict.fromkeys(r.key for r in todo)}
+    with _all_enabled():
+        parts: Iterable[Result]
+        if jobs == 1:
+            parts = _tested(track(todo, "selftest", len(todo)), device_type)
+        else:
+            groups = dict.fromkeys((*r.key, r.dtype) for r in todo)
+            parts = _by_processes(list(groups), device_type, small, jobs)
+        for part in parts:
+            whole = results[part.op, part.implementation]
+            whole.passed += part.passed
+            whole.failed += part.failed
+            whole.why = whole.why or part.why
+    return list(results.values())
+
+
+def _tested(todo: Iterable[_Run], device_type: str) -> list[Result]:
     results: dict[tuple[str, str], Result] = {}
     for run in todo:
-        key = run.spec.name, run.implementation
-        results.setdefault(key, Result(*key))
-    with _all_enabled():
-        for run in track(todo, "selftest"):
-            result = results[run.spec.name, run.implementation]
-            try:
-                with backends.use_implementation(run.implementation):
-                    _compare(run, device_type, again=not result.failed)
-            except Exception as error:  # whatever a compiler or a driver raises is a verdict
-                result.failed += 1
-                text = " ".join(str(error).split()) or type(error).__name__
-                result.why = result.why or f"{run}: {text}"
-                if not _is_alive(device_type):
-                    break
-            else:
-                result.passed += 1
+        result = results.setdefault(run.key, Result(*run.key))
+        try:
+            with backends.use_implementation(run.implementation):
+                _compare(run, device_type, again=not result.failed)
+        except Exception as error:  # whatever a compiler or a driver raises is a verdict
+            result.failed += 1
+            text = " ".join(str(error).split()) or type(error).__name__
+            result.why = result.why or f"{run}: {text}"
+            if not _is_alive(device_type):
+                break
+        else:
+            result.passed += 1
     return list(results.values())
+
+
+_Group = tuple[str, str, torch.dtype]
+
+
+def _tested_group(group: _Group, device_type: str, small: bool) -> list[Result]:
+    """Nothing in a process that has lost its device before."""
+    op, implementation, dtype = group
+    if not _is_alive(device_type):
+        return []
+    todo = runs([op], [dtype], device_type, small)
+    return _tested([r for r in todo if r.implementation == implementation], device_type)
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # every process would say the same
+
+
+def _by_processes(
+    groups: list[_Group], device_type: str, small: bool, jobs: int
+) -> Iterator[Result]:
+    """Most of the time goes to compilers, which use one core each."""
+    todo = groups
+    while todo:
+        lost = []
+        with ProcessPoolExecutor(min(jobs, len(todo)), get_context("spawn"), _prepare) as pool:
+            futures = {pool.submit(_tested_group, g, device_type, small): g for g in todo}
+            for future in track(as_completed(futures), "selftest", len(todo)):
+                died = isinstance(future.exception(), BrokenProcessPool)
+                found = [] if died else future.result()
+                yield from found
+                lost += [] if found else [futures[future]]
+        if len(lost) == len(todo):
+            return
+        todo = lost
 
 
 def _compare(run: _Run, device_type: str, again: bool) -> None:
@@ -186,7 +247,7 @@ def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> lis
 
 
 def answer(
-    op: Sequence[str] | None, dtype: Sequence[str] | None, interpret: bool, reset: bool
+    op: Sequence[str] | None, dtype: Sequence[str] | None, interpret: bool, reset: bool, jobs: int
 ) -> Answer:
     if reset:
         path = disabled.path()
@@ -204,18 +265,27 @@ def answer(
     ops = _chosen(op, list(specs()), "op")
     dtypes = [DTYPES[name] for name in _chosen(dtype, list(DTYPES), "dtype")]
     device_type = "cpu" if INTERPRET else utils.infer_device()
-    results = test(ops, dtypes, device_type, small=INTERPRET)
+    if jobs < 0:
+        raise UserError(f"--jobs {jobs}: a number of processes, or 0 for as many as fit")
+    if jobs == 0:
+        compiling = device_type in DEVICE_TYPES
+        jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if compiling else 1
+    started = time.monotonic()
+    results = test(ops, dtypes, device_type, INTERPRET, jobs)
     entries = record(results, device_type)
     failed = [r for r in results if r.failed]
-    complete = all(r.passed or r.failed for r in results)
+    missing = sorted({r.op for r in results if not (r.passed or r.failed)})
     names = sorted({backends.facts_of(d).name for d in backends.devices_of(device_type)})
     rows = [[r.op, r.implementation, str(r.passed + r.failed), r.verdict] for r in results]
     parts: list[Table | str] = [
         Table(f"selftest on {', '.join(names)}", ["op", "computed by", "cases", "verdict"], rows),
-        f"{len(results) - len(failed)} of {len(results)} are right.",
+        f"{len(results) - len(failed) - len(missing)} of {len(results)} are right, "
+        f"after {time.monotonic() - started:.0f} s.",
     ]
-    if not complete:
-        parts.append(f"The device does not answer after {failed[-1].op}; the rest was not run.")
+    if missing:
+        parts.append(
+            f"Not run, since the device does not answer any more or a process died: {', '.join(missing)}."
+        )
     if entries:
         wrong = ", ".join(sorted({e.op for e in entries}))
         parts.append(
@@ -227,4 +297,4 @@ def answer(
         "disabled": [asdict(e) for e in entries],
         "file": str(disabled.path()),
     }
-    return Answer(data, parts, status=int(bool(failed) or not complete))
+    return Answer(data, parts, status=int(bool(failed or missing)))

@@ -70,7 +70,7 @@ def autograd_function(name: str, call: Callable[..., Any]) -> Any:
 
     def init_subclass(cls: Any) -> None:
         if "apply" not in vars(cls):
-            cls.apply = classmethod(torch.autograd.Function.apply.__func__)  # type: ignore[attr-defined]
+            cls.apply = vars(torch.autograd.Function)["apply"]
 
     members = {
         "__doc__": call.__doc__,

@@ -11,14 +11,16 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
 
 from liger_kernel.backends.triton import DEVICE_TYPES
-from liger_kernel.transformers.patching.plans import call, marker, ours_runs
-from liger_kernel.transformers.patching.sites import norms, rope
+from liger_kernel.transformers.patching import routers
+from liger_kernel.transformers.patching.plans import MethodPlan, marker, ours_runs
+from liger_kernel.transformers.patching.sites import experts, norms, rope
 
 #: `kernels` calls AMD GPUs by their own name
 DEVICES = (*DEVICE_TYPES, "rocm")
@@ -43,14 +45,53 @@ class RMSNormGated(nn.Module):
 
 
 def _norm(module: Any, *given: Tensor) -> Tensor:
-    kind = norms.NormPlan.kind
-    if ours_runs():
-        if marker(kind) not in module.__dict__:
-            found = norms.find_plan(module)
-            module.__dict__[marker(kind)] = None if isinstance(found, str) else found
-        if module.__dict__[marker(kind)] is not None:
-            return call(module, kind, *given)
-    return type(module).forward(module, *given)
+    plan = _plan(module, norms.NormPlan.kind, norms.find_plan)
+    found: Tensor = (plan.call if plan else type(module).forward)(module, *given)
+    return found
+
+
+def _plan(
+    module: nn.Module, kind: str, find: Callable[[nn.Module], MethodPlan | str]
+) -> MethodPlan | None:
+    """What computes a call made now in a module's place; sought once for each module."""
+    if not ours_runs():
+        return None
+    if marker(kind) not in module.__dict__:
+        found = find(module)
+        module.__dict__[marker(kind)] = None if isinstance(found, str) else found
+    plan: MethodPlan | None = module.__dict__[marker(kind)]
+    return plan if plan is not None and plan.holds(module) else None
+
+
+class TopKRouter(nn.Module):
+    """Bound to routers that choose by softmax and by sigmoid; `hidden_states` is (..., H)."""
+
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan = _plan(self, routers.RouterPlan.kind, routers.find_plan)
+        found: Any = (plan.call if plan else type(self).forward)(self, hidden_states)
+        return found
+
+
+class MoEMLP(nn.Module):
+    """Bound to a router with its experts: its own forward, in which our op computes the experts."""
+
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        own, inner = type(self).forward, self._modules.get("experts")
+        # with a forward of its own it is patched already, or somebody else's
+        if inner is None or "forward" in vars(inner):
+            return own(self, hidden_states)
+        plan = _plan(inner, experts.ExpertsPlan.kind, experts.found_here)
+        if plan is None:
+            return own(self, hidden_states)
+        vars(inner)["forward"] = partial(plan.call, inner)
+        try:
+            return own(self, hidden_states)
+        finally:
+            vars(inner).pop("forward", None)
 
 
 class RotaryEmbedding(nn.Module):
@@ -83,6 +124,8 @@ LAYERS: dict[str, type[nn.Module]] = {
     "RMSNormGated": RMSNormGated,
     "RMSNormZeroCentered": RMSNorm,
     "rotary_pos_emb": RotaryEmbedding,
+    "SoftmaxTopKRouter": TopKRouter,
+    "MegaBlocksMoeMLP": MoEMLP,
 }
 
 
@@ -97,7 +140,9 @@ class Repository:
 
 
 def register_kernels(devices: str | Sequence[str] = DEVICES) -> None:
-    """Let `from_pretrained(..., use_kernels=True)` and `set_use_kernels(True)` use our norms and rotary embedding.
+    """Let `from_pretrained(..., use_kernels=True)` and `set_use_kernels(True)` use our layers.
+
+    These are norms, rotary embeddings, the routers of Qwen3.5-MoE and Laguna, and the experts of GPT-OSS.
 
     HF's default for these names is code downloaded from its hub. The setting is process-wide, for training and
     inference; models kernelized before take it up when they next switch between the two, and all models of a modeling

@@ -291,8 +291,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 #: with a cache its convolutions are HF's
 _LFM2 = {"layer_types": ["conv", "full_attention"], "use_cache": False}
+#: the larger ones have experts beside the MLP of every layer
+_GEMMA4_MOE = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
 #: model type -> dotted path -> value, set after shrinking
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "afmoe": {"num_dense_layers": 1},
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_index": 150},
     "blt": {  # the global model sees cross_attn_k = 2 byte states side by side
@@ -332,6 +340,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": _GEMMA3N,
+    "gemma4_text": _GEMMA4_MOE,
     "glm46v": _MROPE,
     "glm4v": _MROPE,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 3, 3]},
@@ -352,7 +361,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config.rope_parameters.mrope_section": [4, 4, 4, 4]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2": _LFM2,
-    "lfm2_moe": _LFM2,
+    "lfm2_moe": {**_LFM2, "num_dense_layers": 1},
     "lfm2_vl": {f"text_config.{path}": value for path, value in _LFM2.items()},
     "lfm3": {"use_cache": False},
     "mamba2": {"num_heads": 8},

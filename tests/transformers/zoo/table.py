@@ -29,7 +29,8 @@ same way.
 {types} types, {built} of them can be built here; of these the loss is fused in {loss}, norms in
 {norm}, residual sums in {residual}, MLPs in {mlp}, experts in {experts}, rotary embeddings in
 {rope}, hyper-connections in {hyper_connection}, attention residuals in {attention_residual},
-short convolutions in {short_conv}. A type marked *image* was also checked with pixels as input.
+short convolutions in {short_conv}. A type marked *image* was also checked with pixels as input. What is left alone
+computes something else than our ops, unless a reason stands behind it.
 
 | model type | class | loss | norms | sums | MLPs | experts | rope | streams, convolutions | left alone |
 |---|---|---|---|---|---|---|---|---|---|
@@ -65,7 +66,7 @@ _DETAILS = {
 #: what every reason of its kind says
 _USUAL = (
     " computes something else| computes with .*, which may change"
-    "| is not run by transformers' experts registry|: its rotary function"
+    "|: its rotary function"
     "| cannot be run alone: .*"  # in the words of torch, which change from release to release
 )
 
@@ -86,7 +87,10 @@ def _cell(result: dict[str, Any], kinds: tuple[str, ...]) -> str:
 
 def row(result: dict[str, Any], image: bool = False) -> str:
     """The line of one model type."""
-    alone = {re.sub(_USUAL, "", reason) for reason in result["skipped"]}
+    alone = {
+        re.sub(_USUAL, "", reason).replace(" is not run by", ": not of")
+        for reason in result["skipped"]
+    }
     cells = [
         f"`{result['entry']}`{' *image*' if image else ''}",
         result["class_name"],

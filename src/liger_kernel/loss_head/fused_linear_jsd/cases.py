@@ -34,7 +34,7 @@ CASES = (
     case("odd", "the usual call", _heads(7, (16, 24), (301, 301)), chunk_size=3),
     case("ignored", "rows left out", _heads(9, (16, 8), SAME, 0.4), chunk_size=4, jsd_beta=0.1),
     case("beta-0", "forward", _heads(5, (16, 8), SAME, 0.3), jsd_beta=0.0, temperature=2.0),
-    case("beta-1", "reverse", _heads(5, (16, 8), SAME), jsd_beta=1.0, temperature=0.5),
+    case("beta-1", "reverse", _heads(5, (16, 8), SAME), jsd_beta=1.0, temperature=0.8),
     case("classes-more", "logits of 0", _heads(5, (16, 8), (61, 70)), temperature=2.0),
     case("classes-less", "likewise", _heads(5, (16, 8), (70, 61)), jsd_beta=0.0),
     case("logits", "of the teacher", _heads(7, (16, 0), SAME, 0.4), chunk_size=2),

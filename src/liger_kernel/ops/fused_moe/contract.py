@@ -43,8 +43,8 @@ class Kernels(Backward, Protocol):
         needs: Needs,
     ) -> tuple[Tensor, Saved]:
         """The output (T, H) like x, and what `backward` is given: the tensors without the index, the output of the
-        first product and that of `gate_up_a`, if somebody needs them, and three tensors of `pipeline.Routing`;
-        `library.py` hands them on."""
+        first product and those of `gate_up_a` and `down_a`, if somebody needs them, and three tensors of
+        `pipeline.Routing`; `library.py` hands them on."""
 
     def backward_over(
         self, grads: Grads, saved: Saved, *, options: MoEOptions, needs: Needs

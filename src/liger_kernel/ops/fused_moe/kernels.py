@@ -201,19 +201,22 @@ def combine(
     n_cols,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ALL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert. One program owns one tile."""
+    """out[t] = sum_k weights[t, k] y[row of (t, k)], without the pairs of no expert, unless ALL. One program owns one
+    tile."""
     col_tiles = tl.cdiv(n_cols, COLS)
     token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
     inside = token < n_tokens
-    n_live = tl.load(live_ptr)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0)
-        live = inside & (row < n_live)
+        live = inside
+        if not ALL:
+            live &= row < tl.load(live_ptr)
         mask = live[:, None] & (cols < n_cols)
         y = tl.load(y_ptr + row.to(tl.int64)[:, None] * n_cols + cols, mask=mask, other=0.0)
         y = y.to(tl.float32)
@@ -225,3 +228,26 @@ def combine(
     mask = inside[:, None] & (cols < n_cols)
     out_ptrs = out_ptr + token[:, None] * n_cols + cols
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def relaid(
+    source_ptr,
+    out_ptr,
+    n_rows,
+    n_cols,
+    source_row_stride,
+    source_col_stride,
+    out_row_stride,
+    out_col_stride,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out = source, of other strides. One program owns one tile."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    rows = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (tl.program_id(0) % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+    source = source_ptr + rows * source_row_stride + cols * source_col_stride
+    found = tl.load(source, mask=mask).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * out_row_stride + cols * out_col_stride, found, mask=mask)

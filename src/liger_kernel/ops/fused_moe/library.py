@@ -34,10 +34,10 @@ def call(options: MoEOptions, *tensors: Tensor | None) -> Tensor:
     "liger_kernel::fused_moe",
     mutates_args=(),
     schema=f"({_TENSORS.format(' top_k_index, Tensor')}, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({', '.join(['Tensor'] * 7)})",
 )
 def _op(*args: Any) -> tuple[Tensor, ...]:
-    """The output, and the last five of what is saved (`contract.py`)."""
+    """The output, and the last six of what is saved (`contract.py`)."""
     tensors, needs, options = args[:11], args[11], MoEOptions(*args[12:])
     check_index(tensors[3], tensors[1].shape[0])
     kernels = kernels_for("fused_moe", options, *tensors)
@@ -47,27 +47,27 @@ def _op(*args: Any) -> tuple[Tensor, ...]:
 
 @_op.register_fake
 def _(x: Tensor, gate_up_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    index, gate_up_a, needs, options = rest[1], rest[5], rest[9], MoEOptions(*rest[10:])
+    index, needs, options = rest[1], rest[9], MoEOptions(*rest[10:])
     n_rows, n_experts = index.numel(), gate_up_weight.shape[0]
     features = gate_up_weight.shape[2 if options.transposed else 1]
-    hidden, low = x.new_empty(0), x.new_empty(0)
-    if keeps_hidden(needs):
-        hidden = x.new_empty(n_rows, features)
-    if gate_up_a is not None and needs[8]:
-        low = x.new_empty(n_rows, gate_up_a.shape[1])
+    hidden = x.new_empty(n_rows, features) if keeps_hidden(needs) else x.new_empty(0)
+    low = (
+        x.new_empty(n_rows, a.shape[1]) if a is not None and needs[i] else x.new_empty(0)
+        for a, i in ((rest[5], 8), (rest[7], 10))
+    )
     counts = [index.new_empty(n, dtype=torch.int32) for n in (n_rows, n_experts + 1)]
-    return torch.empty_like(x), hidden, low, index.new_empty(n_rows, dtype=torch.int64), *counts
+    return torch.empty_like(x), hidden, *low, index.new_empty(n_rows, dtype=torch.int64), *counts
 
 
 @torch.library.custom_op(
     "liger_kernel::fused_moe_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, {_TENSORS.format('')}, Tensor? hidden, Tensor? low, Tensor slots, Tensor rows, Tensor starts, "
-    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * len(_NEEDS))})",
+    schema=f"(Tensor dy, {_TENSORS.format('')}, Tensor? hidden, Tensor? gate_up_low, Tensor? down_low, Tensor slots, "
+    f"Tensor rows, Tensor starts, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(_NEEDS))})",
 )
 def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """A gradient for each of `_NEEDS`; an empty tensor where there is none."""
-    saved, needs, options = args[:15], args[15], MoEOptions(*args[16:])
+    saved, needs, options = args[:16], args[16], MoEOptions(*args[17:])
     kernels = kernels_for("fused_moe", options, saved[0])
     grads = kernels.backward((dy,), saved, options=options, needs=needs)
     return tuple(dy.new_empty(0) if grads[i] is None else grads[i] for i in _NEEDS)
@@ -75,11 +75,14 @@ def _backward_op(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @_backward_op.register_fake
 def _(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs = args[15]
-    found = zip(args[:10], _NEEDS, strict=True)
-    return tuple(
-        t.new_empty(t.shape) if t is not None and needs[i] else dy.new_empty(0) for t, i in found
-    )
+    needs = args[16]
+    found = []
+    for t, i in zip(args[:10], _NEEDS, strict=True):
+        if t is None or not needs[i]:
+            found.append(dy.new_empty(0))
+        else:  # low ranks have gradients with their strides
+            found.append(torch.empty_like(t) if i > 6 else t.new_empty(t.shape))
+    return tuple(found)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,8 +99,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         if not keeps_hidden(ctx.needs):
             saved[10] = None
-        if not ctx.needs[8]:
-            saved[11] = None
+        for at, i in ((11, 8), (12, 10)):
+            if not ctx.needs[i]:
+                saved[at] = None
         some = _backward_op(grads[0], *saved, ctx.needs, *ctx.options)
         for i, grad in zip(_NEEDS, some, strict=True):
             found[i] = grad if ctx.needs[i] else None

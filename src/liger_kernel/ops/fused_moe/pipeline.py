@@ -82,20 +82,18 @@ class Steps(Protocol):
     ) -> tuple[Tensor | None, Tensor]:
         """The `product` with the rows of tokens, which nobody reads unless `keep`, and its activation, (S, I)."""
 
-    def activated_backward(
+    def activate_backward(
         self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
+        da: Tensor,
         hidden: Tensor,
         weights: Tensor,
+        routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of da, the `product` with the rows of tokens: dh (S, N), which may take the memory of `into`, w act (S, I),
-        and dw (T, K) in fp32, zero for no expert."""
+        """dh (S, N), which may take the memory of `into`, w act (S, I), which may take that of da, and dw (T, K) in
+        fp32, zero for no expert."""
 
     def weight_gradient(
         self,
@@ -125,27 +123,17 @@ class Steps(Protocol):
     ) -> Tensor:
         """out[t] = sum_k weights[t, k] y[row of (t, k)], (T, H); `shape` is (T, K)."""
 
+    def copy(self, source: Tensor, out: Tensor) -> Tensor:
+        """`out`, of the shape of `source` and strides of its own."""
+
 
 class Separately:
-    """The parts of `Steps` that can be fused, one after the other."""
+    """`Steps.activated`, one after the other."""
 
     product: Callable[..., Tensor]
 
     def activate(self, hidden: Tensor, routing: Routing, options: MoEOptions) -> Tensor:
         """(S, I)"""
-        raise NotImplementedError
-
-    def activate_backward(
-        self,
-        da: Tensor,
-        hidden: Tensor,
-        weights: Tensor,
-        routing: Routing,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`Steps.activated_backward`; w act may take the memory of da."""
         raise NotImplementedError
 
     def activated(
@@ -160,21 +148,6 @@ class Separately:
     ) -> tuple[Tensor | None, Tensor]:
         hidden = self.product(a, weight, bias, routing, True, low)
         return hidden, self.activate(hidden, routing, options)
-
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        da = self.product(dy, weight, None, routing, True, low)
-        return self.activate_backward(da, hidden, weights, routing, options, needs, into)
 
 
 #: of the number of rows, x and the weights
@@ -228,17 +201,18 @@ def forward(
     if not can_look(top_k_index):  # or it was checked
         top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
     routing = _routing(steps, sort_by_expert(top_k_index, w1.shape[0]), top_k_index.shape[1])
-    first = _Pair.of(gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
-    second = _Pair.of(down_a, down_b, options.down_scaling, x.dtype)
+    first = _Pair.of(steps, gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
+    second = _Pair.of(steps, down_a, down_b, options.down_scaling, x.dtype)
     n_rows = weights.numel()
     low = first and first.beside(n_rows, needs[8])
     keep = keeps_hidden(needs)
     hidden, act = steps.activated(x, w1, gate_up_bias, routing, low, options, keep)
-    low_rows = low and low.rows
+    first_u = low and low.rows
     if not keep:
         hidden = None
-    low = second and second.beside(n_rows, False)
+    low = second and second.beside(n_rows, needs[10])
     y = steps.product(act, w2, down_bias, routing, False, low)  # (S, H)
+    second_u = low and low.rows
     del act, low
     out = steps.combine(y, weights, routing, weights.shape, x.dtype)
     return out, (
@@ -253,7 +227,8 @@ def forward(
         down_a,
         down_b,
         hidden,
-        low_rows,
+        first_u,
+        second_u,
         *routing[:3],
     )
 
@@ -275,14 +250,14 @@ def backward(
     """`overwrites`: dh may take the memory of h."""
     given: Any = (*saved, grads[0])
     x, gate_up_weight, down_weight, weights, gate_up_bias, down_bias, a1, b1, *given = given
-    a2, b2, hidden, low_rows, *routed, dy = given
+    a2, b2, hidden, first_u, second_u, *routed, dy = given
     n_rows = weights.numel()
     steps = steps_for(n_rows, x, gate_up_weight, down_weight)
     routing = _routing(steps, routed, weights.shape[1])
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
-    first = _Pair.of(a1, b1, options.gate_up_scaling, x.dtype)
-    second = _Pair.of(a2, b2, options.down_scaling, x.dtype)
+    first = _Pair.of(steps, a1, b1, options.gate_up_scaling, x.dtype)
+    second = _Pair.of(steps, a2, b2, options.down_scaling, x.dtype)
     of_first, of_second = (needs_dw1, *needs_low[:2]), (needs_dw2, *needs_low[2:])
     dy = dy.contiguous()  # (T, H)
     dx = dw = db1 = db2 = None
@@ -295,14 +270,13 @@ def backward(
     low = second and second.behind(n_rows, of_second[1])
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
-    dhidden, act, dw = steps.activated_backward(
-        dy, w2.mT, routing, low, hidden, weights, options, wanted, into
-    )
+    da = steps.product(dy, w2.mT, None, routing, True, low)
+    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
+    del da
     if act is not None:
-        u = None
-        if second and of_second[2]:
-            u = steps.product(act, second.a, None, routing, False, scale=second.scale)
-        between = (u, low and low.rows)
+        if second_u is not None:  # of act, where the gradient is that of w act
+            second_u = (second_u * weights.view(-1, 1)[routing.slots]).to(x.dtype)
+        between = (second_u, low and low.rows)
         gathered = (False, True)
         seconds = _of_weight(steps, act, dy, routing, gathered, options, second, between, of_second)
         del act
@@ -321,7 +295,7 @@ def backward(
             v = low and low.rows
         elif first and of_first[1]:
             v = steps.product(dhidden, first.b.mT, None, routing, False, scale=first.scale)
-        between = (low_rows, v)
+        between = (first_u, v)
         gathered = (True, False)
         firsts = _of_weight(steps, x, dhidden, routing, gathered, options, first, between, of_first)
     return dx, firsts[0], seconds[0], None, dw, db1, db2, *firsts[1:], *seconds[1:]
@@ -333,13 +307,15 @@ class _Pair(NamedTuple):
     a: Tensor  # (E, R, in)
     b: Tensor  # (E, out, R)
     scale: float
-    dtypes: tuple[torch.dtype, torch.dtype]  # of the gradients
+    given: tuple[Tensor, Tensor]  # a and b, as the gradients are to be
 
     @staticmethod
-    def of(a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> _Pair | None:
+    def of(
+        steps: Steps, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype
+    ) -> _Pair | None:
         if a is None or b is None:
             return None
-        return _Pair(_dense(a, dtype), _dense(b, dtype), scale, (a.dtype, b.dtype))
+        return _Pair(_dense(steps, a, dtype), _dense(steps, b, dtype), scale, (a, b))
 
     def beside(self, n_rows: int, keep: bool) -> LowRank:
         """For the product with the weight. `keep`: u."""
@@ -354,11 +330,13 @@ class _Pair(NamedTuple):
         return self.a.new_empty(n_rows, self.a.shape[1])
 
 
-def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """In one pass: PEFT keeps the B of all experts in one matrix, where an expert's numbers lie far apart."""
-    if t.dtype == dtype and t.is_contiguous():
-        return t
-    return torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
+def _dense(steps: Steps, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """PEFT keeps the B of all experts in one matrix, where an expert's numbers lie far apart."""
+    turned = t.stride(1) < t.stride(2)
+    t = t.mT if turned else t
+    if t.dtype != dtype or not t.is_contiguous():
+        t = steps.copy(t, torch.empty(t.shape, dtype=dtype, device=t.device))
+    return t.mT if turned else t
 
 
 #: of W, A and B
@@ -382,10 +360,18 @@ def _of_weight(
     if needs[0]:
         dw = _weight_gradient(steps, inputs, outputs, routing, gathered, options.transposed)
     if pair and v is not None and needs[1]:
-        da = steps.weight_gradient(v, inputs, routing, (False, of_inputs), pair.dtypes[0])
+        da = steps.weight_gradient(v, inputs, routing, (False, of_inputs), pair.given[0].dtype)
+        da = _laid_out(steps, da, pair.given[0])
     if pair and u is not None and needs[2]:
-        db = steps.weight_gradient(outputs, u, routing, (of_outputs, False), pair.dtypes[1])
+        db = steps.weight_gradient(outputs, u, routing, (of_outputs, False), pair.given[1].dtype)
+        db = _laid_out(steps, db, pair.given[1])
     return dw, da, db
+
+
+def _laid_out(steps: Steps, grad: Tensor, like: Tensor) -> Tensor:
+    """With the strides of `like`, lest autograd copies it into a matrix of all experts."""
+    out = torch.empty_like(like)
+    return grad if grad.stride() == out.stride() else steps.copy(grad, out)
 
 
 def _as_linear(options: MoEOptions, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -144,6 +144,9 @@ class Portable(pipeline.Separately):
         no_expert = (routing.rows >= routing.starts[-1]).view(*shape, 1)
         return wide.masked_fill(no_expert, 0.0).sum(1).to(dtype)
 
+    def copy(self, source: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(source)
+
 
 class _Activation:
     """`reference.activate` of rows in fp32 or wider, and its gradient, without autograd."""

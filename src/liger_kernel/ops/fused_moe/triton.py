@@ -21,9 +21,8 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine
+from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine, relaid
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
-from liger_kernel.ops.fused_moe.portable import rows_of
 from liger_kernel.ops.fused_moe.products.kernels import (
     bias_gradient,
     grouped_product,
@@ -99,8 +98,8 @@ class Config:
         100 us where 40 would do, at 4096 tokens and rank 16. Not measured.
     made_rank: up to which the product with a weight also makes what it adds for a low rank, in its own pass over rows.
     halves: the last rows of an expert take half a tile, if they fit in.
-    fused_forward, fused_backward: the products that are activated end with it. Forward saves .03 of .90 ms on an H100
-        (512 rows of Qwen3-30B-A3B), backward loses as much: it spills.
+    fused_forward: the product that is activated ends with it, which saves .03 of .90 ms on an H100 (512 rows of
+        Qwen3-30B-A3B). At the end of da, backward lost as much as it saved: it spilled.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
         the gradients of weights, of which an expert's rows are read again for each tile.
     """
@@ -113,7 +112,6 @@ class Config:
     made_rank: int = 0
     halves: bool = False
     fused_forward: bool = False
-    fused_backward: bool = False
     group: int = 8
 
     @staticmethod
@@ -122,7 +120,7 @@ class Config:
         """`even`: all features are multiples of 64. Where they are not, loads are narrow, and their addresses many."""
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
-            fused: Any = dict.fromkeys(("halves", "fused_forward", "fused_backward"), True)
+            fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
             return Config(tile, tile, low_rows=16, low_inner=32, made_rank=16, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
@@ -175,7 +173,7 @@ def _of_activation(options: MoEOptions) -> tuple[tuple[float, ...], dict[str, An
 #: of a product without an activation: `limit`, `alpha`, `up_shift`, and constants
 _PLAIN: tuple[tuple[float, ...], dict[str, Any]] = (
     (0.0, 0.0, 0.0),
-    {"ACTIVATION": "silu", "GATED": False, "INTERLEAVED": False, "LIMITED": False},
+    {"ACTIVATION": "none", "GATED": False, "INTERLEAVED": False, "LIMITED": False},
 )
 
 
@@ -215,7 +213,7 @@ class Kernels(pipeline.Separately):
         # what is added would be added to rounded rows, and rounded again
         alone = bias is None and low is None and scale is None
         if alone and (self._gathers(weight) if gathered else self.library.plain):
-            return _grouped_mm(rows_of(a, routing, gathered), weight.mT, routing)
+            return _grouped_mm(_sorted(a, routing, gathered), weight.mT, routing)
         out = a.new_empty(routing.slots.shape[0], weight.shape[1])
         self._launch(a, weight, bias, routing, gathered, low, scale, out=out)
         return out
@@ -234,22 +232,18 @@ class Kernels(pipeline.Separately):
         low: LowRank | None,
         scale: float | None = None,
         *,
-        end: str = "store",
-        out: Tensor | None = None,
-        hidden: Tensor | None = None,
+        out: Tensor | None,
         act: Tensor | None = None,
-        weights: Tensor | None = None,
-        dw: Tensor | None = None,
-        features: int = 0,
         options: MoEOptions | None = None,
     ) -> None:
-        """A product, and what is made of it: the arguments behind `scale` are those of `grouped_product`."""
+        """A product, `out`, and its activation by `options`, `act`. Either is made if there is a tensor for it."""
         n_cols, n_inner = weight.shape[1:]
         tile = self.config.product.fitted(self.config.product.rows, n_cols)
         if scale is not None:
             tile = self.config.of_low_rank(n_cols)
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
+        features = 0 if act is None else act.shape[1]
         numbers, constants = _PLAIN if options is None else _of_activation(options)
         low_tensors, low_numbers, low_constants = self._beside(low, a, routing, gathered)
         launch(
@@ -260,16 +254,11 @@ class Kernels(pipeline.Separately):
             None if bias is None else bias.contiguous(),
             *low_tensors,
             out,
-            hidden,
             act,
-            weights,
-            routing.slots,
-            dw,
             routing.tokens,
             routing.starts,
             routing.tiles,
             n_tiles,
-            routing.slots.shape[0],
             n_cols,
             n_inner,
             *weight.stride(),
@@ -281,10 +270,7 @@ class Kernels(pipeline.Separately):
             HAS_BIAS=bias is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
-            END=end,
-            NEEDS_DH=out is not None,
-            NEEDS_ACT=act is not None,
-            NEEDS_DW=dw is not None,
+            KEEP=out is not None,
             **constants,
             **low_constants,
             EVEN=n_inner % tile.inner == 0,
@@ -326,43 +312,10 @@ class Kernels(pipeline.Separately):
         if not self.config.fused_forward or self._gathers(weight):
             return super().activated(a, weight, bias, routing, low, options, keep)
         n_rows, n_cols = routing.slots.shape[0], weight.shape[1]
-        features = n_cols // (1 + options.gated)
         hidden = a.new_empty(n_rows, n_cols) if keep else None
-        act = a.new_empty(n_rows, features)
-        made: Any = {"out": hidden, "act": act, "features": features, "options": options}
-        self._launch(a, weight, bias, routing, True, low, end="activate", **made)
+        act = a.new_empty(n_rows, n_cols // (1 + options.gated))
+        self._launch(a, weight, bias, routing, True, low, out=hidden, act=act, options=options)
         return hidden, act
-
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not self.config.fused_backward or self._gathers(weight) or not any(needs):
-            given = (hidden, weights, options, needs, into)
-            return super().activated_backward(dy, weight, routing, low, *given)
-        n_rows, features = routing.slots.shape[0], weight.shape[1]
-        dhidden = act = dw = None
-        if needs[0]:
-            dhidden = torch.empty_like(hidden) if into is None else into
-        if needs[1]:
-            act = hidden.new_empty(n_rows, features)
-        if needs[2]:  # of each tile of columns
-            parts = cdiv(
-                features, self.config.product.fitted(self.config.product.rows, features).cols
-            )
-            dw = weights.new_zeros(parts, *weights.shape, dtype=torch.float32)
-        made: Any = {"out": dhidden, "hidden": hidden, "act": act, "weights": weights, "dw": dw}
-        made.update(features=features, options=options)
-        self._launch(dy, weight, None, routing, True, low, end="backward", **made)
-        return dhidden, act, None if dw is None else dw.sum(0)
 
     def weight_gradient(
         self,
@@ -374,7 +327,7 @@ class Kernels(pipeline.Separately):
     ) -> Tensor:
         least, beside = self.library.gradients_from, (a if gathered[1] else b).shape[1]
         if least is not None and beside >= least and dtype is None:  # not of a low rank
-            a, b = (rows_of(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
+            a, b = (_sorted(t, routing, n) for t, n in zip((a, b), gathered, strict=True))
             return _grouped_mm(a.t(), b, routing)
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
         out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
@@ -486,25 +439,65 @@ class Kernels(pipeline.Separately):
         shape: torch.Size,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        (n_tokens, top_k), n_cols = shape, y.shape[1]
-        out = y.new_empty(n_tokens, n_cols, dtype=dtype)
-        tile = _pass(n_cols, warps=4, most=2048)
-        if n_tokens:
-            launch(
-                combine,
-                (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
-                y,
-                weights,
-                routing.rows,
-                routing.starts[-1:],
-                out,
-                n_tokens,
-                n_cols,
-                TOP_K=top_k,
-                WEIGHTED=weights is not None,
-                **tile,
-            )
+        return _sum_of_rows(y, weights, routing.rows, routing.starts[-1:], shape, dtype)
+
+    def copy(self, source: Tensor, out: Tensor) -> Tensor:
+        """Of a matrix of all experts and (E, N, R): a transposition, which PyTorch's copy does at .5 TB/s."""
+        ours = source.stride(0) == 1 or out.stride(0) == 1
+        if not ours or any(t.stride(1) != t.shape[2] * t.stride(2) for t in (source, out)):
+            return out.copy_(source)
+        n_experts, n_cols = source.shape[0], source[0].numel()
+        strides = (n for t in (source, out) for n in (t.stride(0), t.stride(2)))
+        launch(
+            relaid,
+            (cdiv(n_experts, _SQUARE) * cdiv(n_cols, _SQUARE),),
+            source,
+            out,
+            n_experts,
+            n_cols,
+            *strides,
+            ROWS=_SQUARE,
+            COLS=_SQUARE,
+            num_warps=4,
+        )
         return out
+
+
+def _sum_of_rows(
+    y: Tensor,
+    weights: Tensor | None,
+    rows: Tensor,
+    live: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`Kernels.combine`; `live`: how many rows have an expert."""
+    (n_tokens, top_k), n_cols = shape, y.shape[1]
+    out = y.new_empty(n_tokens, n_cols, dtype=dtype)
+    tile = _pass(n_cols, warps=4, most=2048)
+    if n_tokens:
+        launch(
+            combine,
+            (cdiv(n_tokens, tile["ROWS"]) * cdiv(n_cols, tile["COLS"]),),
+            y,
+            weights,
+            rows,
+            live,
+            out,
+            n_tokens,
+            n_cols,
+            TOP_K=top_k,
+            WEIGHTED=weights is not None,
+            ALL=live is None,
+            **tile,
+        )
+    return out
+
+
+def _sorted(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
+    """The rows of tokens as sorted ones; `index_select` writes them at 1.7 TB/s."""
+    shape = torch.Size((routing.tokens.shape[0], 1))
+    return _sum_of_rows(a, None, routing.tokens, None, shape) if gathered else a
 
 
 def _grouped_mm(a: Tensor, b: Tensor, routing: Routing) -> Tensor:

@@ -105,7 +105,9 @@ def _short_conv_fwd(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_parts"]
+)  # of one part the compiler makes a loop that spills on Hopper
 def _short_conv_bwd(
     dy_ptr,
     bcx_ptr,

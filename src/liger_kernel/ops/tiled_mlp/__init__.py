@@ -151,9 +151,8 @@ def _checkpointed(
 ) -> Tensor:
     """`run(tile, weights)` of each tile by PyTorch's checkpointing; their gradients are summed in fp32."""
     tiles = x.chunk(num_tiles, -2)
-    if (
-        not torch.is_grad_enabled() or in_torch_func()
-    ):  # which would not let anything be computed again
+    # torch.func lets nothing be computed again, and before torch 2.13 a trace with checkpoints cannot be saved
+    if not torch.is_grad_enabled() or in_torch_func() or torch.jit.is_tracing():
         return torch.cat([run(tile, weights) for tile in tiles], -2)
     summed = {
         name: (w.detach(), _Sum.apply(w))

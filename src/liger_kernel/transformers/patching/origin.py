@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from liger_kernel._core.autograd import autocast_dtype_of
 from liger_kernel.transformers.patching import heads
@@ -140,12 +141,28 @@ def _refuse_inside_function() -> None:
     """An autograd Function records tensors alone: what it makes of deferred logits would have no gradient."""
     frame: Any = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.forward":
-        if frame.f_code is _APPLY:
+        name = _function_of(frame)
+        if name is not None:
             raise RuntimeError(
-                f"{frame.f_locals['cls'].__name__}.apply() was given logits that are fused with the loss, and would "
-                "lose their gradient. Turn that off: liger_kernel.patch(model, fused_linear_cross_entropy=False)."
+                f"{name}.apply() was given logits that are fused with the loss, and would lose their gradient. "
+                "Turn that off: liger_kernel.patch(model, fused_linear_cross_entropy=False)."
             )
         frame = frame.f_back
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+def _function_of(frame: Any) -> str | None:
+    """The autograd Function whose forward runs in this frame; of `apply` there is none since torch 2.14.
+
+    It is known by its ctx, and one whose forward takes none by its code.
+    """
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(first, FunctionCtx):
+        return type(first).__name__.removesuffix("Backward")
+    todo = [torch.autograd.Function] if code.co_name == "forward" else []
+    for cls in todo:  # which grows
+        forward = getattr(vars(cls).get("forward"), "__func__", None)
+        if getattr(forward, "__code__", None) is code:
+            return cls.__name__
+        todo += cls.__subclasses__()
+    return None

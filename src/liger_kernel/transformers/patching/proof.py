@@ -13,6 +13,7 @@ import collections
 import contextlib
 import copy
 import functools
+import math
 import random
 import sys
 from collections import OrderedDict
@@ -178,15 +179,17 @@ class Theirs:
         modes: Sequence[bool] = (True, False),
     ):
         """Raises: CannotRunAlone."""
-        self._given = (twin, inputs)
+        self._function, self._twin, self._inputs = function, twin, inputs
         self._in_float64 = (_widened(twin), [t.double() for t in inputs])
-        self._backward, self._runs = backward, {}
+        self._backward = backward
+        self._runs = {training: self._low_and_high(training, inputs) for training in modes}
+
+    def _low_and_high(self, training: bool, inputs: Sequence[Tensor]) -> tuple[_Run, _Run]:
         try:
-            for training in modes:
-                low = _Run(function, *self._given, training, backward)
-                with InFloat64():
-                    high = _Run(function, *self._in_float64, training, backward)
-                self._runs[training] = low, high
+            low = _Run(self._function, self._twin, inputs, training, self._backward)
+            wide = self._in_float64[0], [t.double() for t in inputs]
+            with InFloat64():
+                return low, _Run(self._function, *wide, training, self._backward)
         except Exception as error:  # foreign code may raise anything
             first, *_ = str(error).splitlines() or [""]
             raise CannotRunAlone(f"{type(error).__name__}: {first[:120]}") from error
@@ -198,7 +201,7 @@ class Theirs:
         own truth in another way. So in float64, where neither has an error, ours has to be that truth. Where theirs
         draws random numbers, ours has to draw the same.
         """
-        return self.is_computed_by(ours) and self._rounds(ours, 2.0)
+        return self.is_computed_by(ours) and self._rounds(ours)
 
     def is_computed_by(self, ours: Callable[..., Any]) -> bool:
         """Whether `ours` is the same function, by outputs and gradients in float64, whatever it rounds otherwise."""
@@ -225,28 +228,68 @@ class Theirs:
         Stricter than the rule, which leaves room for one rounding more, so that Llama's norm would pass for Gemma's:
         no error is added to theirs but that of fp32 arithmetic.
         """
-        return self._rounds(ours, 1.0)
-
-    def _rounds(self, ours: Callable[..., Any], factor: float) -> bool:
         return all(
             _within(
-                _Run(ours, *self._given, training, self._backward).values,
+                _Run(ours, self._twin, self._inputs, training, self._backward).values,
                 high.values,
                 low.values,
-                factor,
+                1.0,
             )
             for training, (low, high) in self._runs.items()
         )
+
+    def _rounds(self, ours: Callable[..., Any]) -> bool:
+        """Whether the rule holds: by more draws where it is close, as `testing.assert_draws_no_worse` does.
+
+        The errors of a few numbers are luck, which differs between processors, and a verdict must not.
+        """
+        for training, (low, high) in self._runs.items():
+            inputs, draws = self._inputs, []
+            for seed in range(_DRAWS):
+                if seed:
+                    inputs = _shaken(self._inputs, seed)
+                    low, high = self._low_and_high(training, inputs)
+                found = _Run(ours, self._twin, inputs, training, self._backward)
+                draws.append([found.values, high.values, low.values])
+                if seed + 1 in (1, _DRAWS):
+                    a, b, c = map(_pooled, zip(*draws, strict=True))
+                    ratio = _excess(a, b, c, 2.0)
+                    if not _CLOSE[0] < ratio < _CLOSE[1]:
+                        break
+            if ratio > 1:
+                return False
+        return True
+
+
+#: ratios of error to allowed error between which so many draws are taken; one more rounding to 16 bits gives thousands
+_CLOSE, _DRAWS = (0.7, 100.0), 16
+
+
+def _shaken(inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """The same inputs but for their last digits, so that all roundings are others."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn(t.shape, generator=generator) for t in inputs)
+    return [(t * (1 + 0.01 * n)).to(t.dtype) for t, n in zip(inputs, noise, strict=True)]
+
+
+def _pooled(runs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(values) for values in zip(*runs, strict=True)]
+
+
+def _excess(
+    ours: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], factor: float
+) -> float:
+    if len(ours) != len(low):
+        return math.inf
+    eps = torch.finfo(torch.float32).eps
+    triples = zip(ours, high, low, strict=True)
+    return max((excess(*tensors, eps=eps, factor=factor) for tensors in triples), default=0.0)
 
 
 def _within(
     ours: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], factor: float
 ) -> bool:
-    eps = torch.finfo(torch.float32).eps
-    return len(ours) == len(low) and all(
-        excess(a, b, c, eps=eps, factor=factor) <= 1
-        for a, b, c in zip(ours, high, low, strict=True)
-    )
+    return _excess(ours, high, low, factor) <= 1
 
 
 def within(ours: Sequence[Tensor], high: Sequence[Tensor]) -> bool:

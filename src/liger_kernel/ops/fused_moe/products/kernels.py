@@ -10,9 +10,6 @@ from liger_kernel.ops.fused_moe.kernels import activation_of, places
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
-_PART = tl.constexpr(
-    64
-)  # columns of which the end of a product backward has three operands in registers
 
 
 @triton.jit
@@ -124,96 +121,6 @@ def _end_activated(
 
 
 @triton.jit
-def _end_backward(
-    da,
-    hidden_ptr,
-    dhidden_ptr,
-    act_ptr,
-    w,
-    rows,
-    live,
-    first_col,
-    features,
-    limit,
-    alpha,
-    up_shift,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-):
-    """Of da, from column `first_col` on, store dh and w act; sum da act over the columns. Part after part, for the
-    sake of registers."""
-    if da.shape[1] > _PART:
-        left, right = _halves(da, False)
-        total = _end_backward(
-            left,
-            hidden_ptr,
-            dhidden_ptr,
-            act_ptr,
-            w,
-            rows,
-            live,
-            first_col,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-        )
-        total += _end_backward(
-            right,
-            hidden_ptr,
-            dhidden_ptr,
-            act_ptr,
-            w,
-            rows,
-            live,
-            first_col + left.shape[1],
-            features,
-            limit,
-            alpha,
-            up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-        )
-        return total
-    else:
-        cols = first_col + tl.arange(0, da.shape[1])[None, :]
-        mask = live[:, None] & (cols < features)
-        gate_at, up_at = places(rows[:, None], cols, features, GATED, INTERLEAVED)
-        gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0)
-        up = gate
-        if GATED:
-            up = tl.load(hidden_ptr + up_at, mask=mask, other=0.0)
-        value, slope, factor, gate_in, up_in = activation_of(
-            gate, up, limit, alpha, up_shift, ACTIVATION, GATED, LIMITED
-        )
-        act = value * factor
-        if NEEDS_DH:
-            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
-            tl.store(dhidden_ptr + gate_at, dgate.to(gate.dtype), mask=mask)
-            if GATED:
-                dup = tl.where(up_in, w * da * value, 0.0)
-                tl.store(dhidden_ptr + up_at, dup.to(gate.dtype), mask=mask)
-        if NEEDS_ACT:
-            at = act_ptr + rows[:, None] * features + cols
-            tl.store(at, (w * act).to(gate.dtype), mask=mask)
-        return tl.sum(tl.where(mask, da * act, 0.0), 1)
-
-
-@triton.jit
 def _product_tile(
     a_ptr,
     weight_ptr,
@@ -222,17 +129,12 @@ def _product_tile(
     low_b_ptr,
     low_ptr,
     out_ptr,
-    hidden_ptr,
     act_ptr,
-    weights_ptr,
-    slots_ptr,
-    dw_ptr,
     tokens_ptr,
     expert,
     first_row,
     end,
     col_tile,
-    n_rows,
     n_cols,
     n_inner,
     expert_stride,
@@ -256,10 +158,7 @@ def _product_tile(
     RANK: tl.constexpr,
     LOW: tl.constexpr,
     KEEPS_LOW: tl.constexpr,
-    END: tl.constexpr,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
+    KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -275,7 +174,7 @@ def _product_tile(
     live = rows < end
     own = tl.arange(0, COLS)
     cols = col_tile * COLS + own
-    if END == "activate" and GATED and not INTERLEAVED:  # gates, and the ups that go with them
+    if ACTIVATION != "none" and GATED and not INTERLEAVED:  # gates, and the ups that go with them
         one = col_tile * (COLS // 2) + own % (COLS // 2)
         inside = _inside(one, features, ALIGNED) + own // (COLS // 2) * features
         if ALIGNED:
@@ -335,7 +234,7 @@ def _product_tile(
             acc = _dot(low, low_b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
-    if END == "activate":
+    if ACTIVATION != "none":
         first_col = col_tile * (COLS // 2) if GATED else col_tile * COLS
         _end_activated(
             acc,
@@ -348,44 +247,19 @@ def _product_tile(
             limit,
             alpha,
             up_shift,
-            NEEDS_DH,
+            KEEP,
             ACTIVATION,
             GATED,
             INTERLEAVED,
             LIMITED,
         )
-    elif END == "backward":
-        slot = tl.load(slots_ptr + rows, mask=live, other=0)
-        w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
-        dw = _end_backward(
-            acc,
-            hidden_ptr,
-            out_ptr,
-            act_ptr,
-            w,
-            rows,
-            live,
-            col_tile * COLS,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-        )
-        if NEEDS_DW:
-            tl.store(dw_ptr + col_tile.to(tl.int64) * n_rows + slot, dw, mask=live)
     else:
         out_ptrs = out_ptr + rows[:, None] * n_cols + cols[None, :]
         mask = live[:, None] & (cols < n_cols)[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tiles", "n_rows"])
+@triton.jit(do_not_specialize=["n_tiles"])
 def grouped_product(
     a_ptr,
     weight_ptr,
@@ -394,16 +268,11 @@ def grouped_product(
     low_b_ptr,
     low_ptr,
     out_ptr,
-    hidden_ptr,
     act_ptr,
-    weights_ptr,
-    slots_ptr,
-    dw_ptr,
     tokens_ptr,
     starts_ptr,
     tiles_ptr,
     n_tiles,
-    n_rows,
     n_cols,
     n_inner,
     expert_stride,
@@ -429,10 +298,7 @@ def grouped_product(
     KEEPS_LOW: tl.constexpr,
     PARTS: tl.constexpr,
     HALVES: tl.constexpr,
-    END: tl.constexpr,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
+    KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -451,7 +317,7 @@ def grouped_product(
     multiple of INNER. LOW: low is "given" and has any rank, or "made" here of low_scale sum_m a[p, m] low_a[e, r, m]
     and rounded, by all programs of a row, one of which may keep it, or there is "none"; RANK: a step over it. PARTS: of
     a tile of the table, each of ROWS rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows
-    are there. END: what becomes of the sums, "store", or one of `_end_activated` and `_end_backward`.
+    are there. ACTIVATION: "none" stores the sums, others end as `_end_activated` does.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -467,125 +333,60 @@ def grouped_product(
     if first_row >= end:
         return
     col_tile = within // size
-    few = False
+    few = 0
     if HALVES:
-        few = end - first_row <= ROWS // 2
-    if few:
-        _product_tile(
-            a_ptr,
-            weight_ptr,
-            bias_ptr,
-            low_a_ptr,
-            low_b_ptr,
-            low_ptr,
-            out_ptr,
-            hidden_ptr,
-            act_ptr,
-            weights_ptr,
-            slots_ptr,
-            dw_ptr,
-            tokens_ptr,
-            expert,
-            first_row,
-            end,
-            col_tile,
-            n_rows,
-            n_cols,
-            n_inner,
-            expert_stride,
-            col_stride,
-            inner_stride,
-            rank,
-            low_a_expert_stride,
-            low_a_rank_stride,
-            low_a_inner_stride,
-            low_b_expert_stride,
-            low_b_col_stride,
-            low_b_rank_stride,
-            low_scale,
-            scale,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            GATHERED,
-            HAS_BIAS,
-            RANK,
-            LOW,
-            KEEPS_LOW,
-            END,
-            NEEDS_DH,
-            NEEDS_ACT,
-            NEEDS_DW,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-            EVEN,
-            ALIGNED,
-            PRECISION,
-            ROWS // 2,
-            COLS,
-            INNER,
-        )
-    else:
-        _product_tile(
-            a_ptr,
-            weight_ptr,
-            bias_ptr,
-            low_a_ptr,
-            low_b_ptr,
-            low_ptr,
-            out_ptr,
-            hidden_ptr,
-            act_ptr,
-            weights_ptr,
-            slots_ptr,
-            dw_ptr,
-            tokens_ptr,
-            expert,
-            first_row,
-            end,
-            col_tile,
-            n_rows,
-            n_cols,
-            n_inner,
-            expert_stride,
-            col_stride,
-            inner_stride,
-            rank,
-            low_a_expert_stride,
-            low_a_rank_stride,
-            low_a_inner_stride,
-            low_b_expert_stride,
-            low_b_col_stride,
-            low_b_rank_stride,
-            low_scale,
-            scale,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            GATHERED,
-            HAS_BIAS,
-            RANK,
-            LOW,
-            KEEPS_LOW,
-            END,
-            NEEDS_DH,
-            NEEDS_ACT,
-            NEEDS_DW,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-            EVEN,
-            ALIGNED,
-            PRECISION,
-            ROWS,
-            COLS,
-            INNER,
-        )
+        few = (end - first_row <= ROWS // 2).to(tl.int32)
+    for half in tl.static_range(1 + HALVES):
+        if few == half:
+            _product_tile(
+                a_ptr,
+                weight_ptr,
+                bias_ptr,
+                low_a_ptr,
+                low_b_ptr,
+                low_ptr,
+                out_ptr,
+                act_ptr,
+                tokens_ptr,
+                expert,
+                first_row,
+                end,
+                col_tile,
+                n_cols,
+                n_inner,
+                expert_stride,
+                col_stride,
+                inner_stride,
+                rank,
+                low_a_expert_stride,
+                low_a_rank_stride,
+                low_a_inner_stride,
+                low_b_expert_stride,
+                low_b_col_stride,
+                low_b_rank_stride,
+                low_scale,
+                scale,
+                features,
+                limit,
+                alpha,
+                up_shift,
+                GATHERED,
+                HAS_BIAS,
+                RANK,
+                LOW,
+                KEEPS_LOW,
+                KEEP,
+                ACTIVATION,
+                GATED,
+                INTERLEAVED,
+                LIMITED,
+                EVEN,
+                ALIGNED,
+                PRECISION,
+                ROWS // (1 + half),
+                COLS,
+                INNER,
+            )
 
 
 @triton.jit
@@ -635,9 +436,8 @@ def weight_gradient(
         b_ptrs = b_ptr + b_row[:, None] * b_cols + b_at
         row += INNER
         token = row
-        if (
-            GATHERED_A or GATHERED_B
-        ):  # a step ahead: the compiler has as many steps of a and b under way as it is told
+        # a step ahead: the compiler has as many steps of a and b under way as it is told
+        if GATHERED_A or GATHERED_B:
             token = tl.load(tokens_ptr + row, mask=row < end, other=0)
         a = tl.load(a_ptrs, mask=live[:, None], other=0.0)
         b = tl.load(b_ptrs, mask=live[:, None], other=0.0)

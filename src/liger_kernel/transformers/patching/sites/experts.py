@@ -28,7 +28,6 @@ from liger_kernel.transformers.patching import facts, proof
 from liger_kernel.transformers.patching.plans import MethodPlan, marker
 from liger_kernel.transformers.patching.site import Site, modules
 from liger_kernel.transformers.patching.sites.mlps import MLP, far
-from liger_kernel.transformers.patching.state import State
 
 NAME = "liger_kernel"
 _FIRST, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -240,7 +239,7 @@ def experts_forward(
     key = marker("registered")
     plan = vars(self).get(key)
     if plan is None or not plan.holds(self):
-        plan = _left_alone(self) or find_plan(self)
+        plan = found_here(self)
         if isinstance(plan, str):
             raise ValueError(f"{plan}. Use model.set_experts_implementation('grouped_mm').")
         vars(self)[key] = plan
@@ -248,7 +247,8 @@ def experts_forward(
     return found
 
 
-def _prove(module: nn.Module, state: State) -> ExpertsPlan | str:
+def found_here(module: nn.Module) -> ExpertsPlan | str:
+    """`find_plan` for any module, with the reasons to leave it alone."""
     return _left_alone(module) or find_plan(module)
 
 
@@ -285,5 +285,5 @@ SITE = Site(
     options=(MLP,),
     kind="experts",
     candidates=modules(is_candidate),
-    prove=_prove,
+    prove=lambda module, state: found_here(module),
 )
