@@ -18,8 +18,9 @@ from liger_kernel.backends.triton import INTERPRET
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
-#: programs that are wanted: the fewer, the less is added up afterwards
-PROGRAMS = 512
+#: programs that are wanted: the fewer, the less is added up afterwards (H100, 8192x14336: 0.122 ms, 512: 0.132; two
+#: matrix products: 0.165)
+PROGRAMS = 256
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The gated feed-forward block of frozen Linears with low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685).
 
-What the adapters add to gate and up, and to the gradient of their product, is added by the kernel that reads these
-anyway: as the beta of a matrix product it is a pass over memory, and makes that product a tenth slower. Adapters that
-read the same input are one thin product with it. As in `ops/gated_mlp`, the product `f(gate) * up` is not kept.
+Adapters that read the same input are one thin product with it. What they add to gate and up, and to the gradient of
+their product, is the beta of a matrix product, or added by the kernel that reads these anyway (`IN_KERNEL`). As in `ops/gated_mlp`, the product `f(gate) * up` is not kept.
 """
 
 from __future__ import annotations
@@ -39,6 +38,11 @@ from liger_kernel.ops.lora_linear import (
     of_a,
 )
 from liger_kernel.ops.lora_mlp import reference
+
+
+#: whether the kernel of the gated product adds what adapters do, where it can. With tiles of 64x128 that takes 0.57 ms
+#: forward and 0.94 backward (H100, 8192x14336; 0.23 and 0.48 without), and GEMMs that add 7 ms less in a step of 32 layers
+IN_KERNEL = False
 
 
 class Layer(NamedTuple):
@@ -128,7 +132,8 @@ def adapted(
     wide = dtype if autocast is not None else thin[0].lora_a.dtype
     impl = kernels_for("glu", options, x, None)
     in_kernel = (
-        up is not None
+        IN_KERNEL
+        and up is not None
         and dtype.itemsize == 2
         and hasattr(impl, "forward_thin")
         and all(len(la.adapters) < 2 for la in layers)
