@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -40,40 +40,3 @@ class Kernels(Backward, Protocol):
 
         The gradients may take the memory of `into`, which may be `saved`.
         """
-
-
-class Thin(NamedTuple):
-    """`scaling * a @ b` of a (R, r), with rows of unit stride, and b (r, F), of any strides, in one dtype."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-class AddsThin(Protocol):
-    """What a file may add: thin products, each of which may be None, are added to what is read, and not rounded."""
-
-    def forward_thin(
-        self,
-        gate: Tensor,
-        up: Tensor,
-        gate_thin: Thin | None,
-        up_thin: Thin | None,
-        *,
-        options: GLUOptions,
-    ) -> Tensor:
-        """y (R, F), of rows."""
-
-    def backward_thin(
-        self,
-        dy: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        gate_thin: Thin | None,
-        up_thin: Thin | None,
-        dy_thin: Thin | None,
-        *,
-        options: GLUOptions,
-        into: Grads | None = None,
-    ) -> Grads:
-        """The gradients of gate and up; `into` and the memory of dy as in `backward_with_output`."""

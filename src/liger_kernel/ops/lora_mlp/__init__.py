@@ -1,7 +1,7 @@
 """The gated feed-forward block of frozen Linears with low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685).
 
-Adapters that read the same input are one thin product with it. What they add to gate and up, and to the gradient of
-their product, is the beta of a matrix product, or added by the kernel that reads these anyway (`IN_KERNEL`). As in `ops/gated_mlp`, the product `f(gate) * up` is not kept.
+Adapters that read the same input are one thin product with it. As in `ops/gated_mlp`, the product `f(gate) * up` is not
+kept.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from liger_kernel._core.autograd import (
 from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops.glu import gate_options, glu
-from liger_kernel.ops.glu.contract import GLUOptions, Thin
+from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.lora_linear import (
-    THIN,
     Adapter,
     Base,
     Products,
@@ -38,11 +37,6 @@ from liger_kernel.ops.lora_linear import (
     of_a,
 )
 from liger_kernel.ops.lora_mlp import reference
-
-
-#: whether the kernel of the gated product adds what adapters do, where it can. With tiles of 64x128 that takes 0.57 ms
-#: forward and 0.94 backward (H100, 8192x14336; 0.23 and 0.48 without), and GEMMs that add 7 ms less in a step of 32 layers
-IN_KERNEL = False
 
 
 class Layer(NamedTuple):
@@ -131,19 +125,11 @@ def adapted(
     thin = [a for layer in layers for a in layer.adapters]
     wide = dtype if autocast is not None else thin[0].lora_a.dtype
     impl = kernels_for("glu", options, x, None)
-    in_kernel = (
-        IN_KERNEL
-        and up is not None
-        and dtype.itemsize == 2
-        and hasattr(impl, "forward_thin")
-        and all(len(la.adapters) < 2 for la in layers)
-        and max(a.lora_a.shape[0] for a in thin) <= THIN
-    )
     bases = [
         Base(dtype, x.dtype, la.weight) if isinstance(la.weight, Quantised) else Base(dtype, dtype)
         for la in layers
     ]
-    block = _Block(impl, options, layers, bases, wide, in_kernel, read, norm_of(x))
+    block = _Block(impl, options, layers, bases, wide, read, norm_of(x))
     nodes: list[Any] = []  # `_Product` puts there what `_Down` needs of it
     product = _Product.apply(block, nodes, x, *(t for a in thin for t in a[:2]))
     y: Tensor = _Down.apply(block, *nodes, product)
@@ -152,17 +138,13 @@ def adapted(
 
 @dataclass(frozen=True)
 class _Block:
-    """wide: dtype of the adapters' products. in_kernel: whether the gated product's kernel adds what they do.
-
-    norm: the node of the norm that made x, see `norm_of`.
-    """
+    """wide: dtype of the adapters' products. norm: the node of the norm that made x, see `norm_of`."""
 
     impl: Any
     options: GLUOptions
     layers: tuple[Layer, ...]
     bases: list[Base]
     wide: torch.dtype
-    in_kernel: bool
     read: bool
     norm: Any
 
@@ -224,17 +206,13 @@ class _Product(Op):
         products = block.products(first, middle, lora_bs[:n])
         outs, kept = [], []
         for i, (layer, base) in enumerate(zip(first, block.bases, strict=False)):
-            of_layer = () if block.in_kernel else products[i]
-            out, weight = base.forward(rows, block.weight(i), layer.bias, of_layer)
+            out, weight = base.forward(rows, block.weight(i), layer.bias, products[i])
             kept.append(weight if base.keeps(weight, rows, out) else None)
             outs.append(out)
         gate, up = outs[0], outs[1] if len(outs) > 1 else None
-        if block.in_kernel:
-            product: Tensor = block.impl.forward_thin(
-                gate, up, *map(_thin, products), options=block.options
-            )
-        else:
-            product = block.impl.forward(gate, up, options=block.options, needs=(False, False))[0]
+        product: Tensor = block.impl.forward(gate, up, options=block.options, needs=(False, False))[
+            0
+        ]
         middle_down = block.middle(product, lora_as[n:])
         (of_down,) = block.products([down], middle_down, lora_bs[n:])
         keeps_x = block.norm is None and any(ctx.needs_input_grad[3 : 3 + 2 * n : 2])
@@ -285,18 +263,12 @@ class _Down(torch.autograd.Function):
         inner, dbs_down = block.gradients([(dy, of_down)])
         more = [] if inner is None else [(inner, block.stacked(lora_as[n:]), 1.0)]
         dense = weight if ctx.dense is None else ctx.dense
-        dproduct = block.bases[-1].backward(dy, dense, None, () if block.in_kernel else more)
+        dproduct = block.bases[-1].backward(dy, dense, None, more)
         into = (gate, up) if node.held_by_us_alone and not graph_is_kept() else None
-        options = {"options": block.options, "into": into}
-        if block.in_kernel:
-            thin = map(_thin, (*of_first, more))
-            dgate, dup = block.impl.backward_thin(dproduct, gate, up, *thin, **options)
-        else:
-            needs = (True, up is not None)
-            (dgate, dup), dproduct = block.impl.backward_with_output(
-                dproduct, (gate, up), needs=needs, **options
-            )
-        product = dproduct  # made again in its memory
+        needs = (True, up is not None)
+        (dgate, dup), product = block.impl.backward_with_output(
+            dproduct, (gate, up), options=block.options, needs=needs, into=into
+        )  # the product is made again, in the memory of its gradient
         das_down = _of_as(inner, product, lora_as[n:])
 
         pre = [d for d in (dgate, dup) if d is not None]
@@ -313,11 +285,6 @@ class _Down(torch.autograd.Function):
         pairs = zip((*das, *das_down), (*dbs, *dbs_down), strict=True)
         node.found = (dx, *(g for pair in pairs for g in pair))
         return None, None, None, product  # never read
-
-
-def _thin(products: Products) -> Thin | None:
-    """For the kernel, which takes one for each tensor."""
-    return Thin(*products[0]) if products else None
 
 
 def _of_as(

@@ -57,7 +57,7 @@ CASES = (
         frozen=tuple(range(1, 10)),
     ),
     _case("trained", "no weight is frozen", (9, 16), 24, (4, 4, 4), frozen=()),
-    _case("high-rank", "more than the kernel takes", (9, 16), 24, (65, 2, 4)),
+    _case("high-rank", "more than kernels take", (9, 16), 24, (65, 2, 4)),
     _case("gelu-tanh", "Gemma", (9, 16), 24, (4, 4, 4), activation="gelu_tanh"),
     _case("no-rows", "empty batch: gradients of zero, not of garbage", (0, 16), 24, (4, 4, 4)),
     _case("3d", "a batch of sequences", (2, 3, 16), 24, (1, 4, 4), scaling=2.0),
