@@ -269,6 +269,14 @@ ON_CPU: dict[str, tuple[str, Inputs]] = {
             *(m.randn(16, 512), m.randn(1408, 16)),
         ),
     ),
+    "lora_mlp": (
+        "512x256x704, rank 16",
+        lambda m: (
+            *(m.randn(512, 256), m.randn(704, 256), m.randn(704, 256), m.randn(256, 704)),
+            *(m.randn(16, 256), m.randn(704, 16), m.randn(16, 256), m.randn(704, 16)),
+            *(m.randn(16, 704), m.randn(256, 16)),
+        ),
+    ),
     "fused_moe": (
         "512x256, 2 of 16 experts of 256",
         lambda m: (

@@ -55,7 +55,7 @@ OPS_WITHOUT_KERNELS = frozenset(
     {
         "fused_neighborhood_attention",
         "gated_mlp",
-        "lora_linear",
+        "lora_mlp",
         "multi_token_attention",
         "tiled_mlp",
     }

@@ -36,6 +36,7 @@ from liger_kernel.ops.layer_norm import layer_norm
 from liger_kernel.ops.logprobs import logprobs
 from liger_kernel.ops.logprobs.contract import LogProbs
 from liger_kernel.ops.lora_linear import lora_linear
+from liger_kernel.ops.lora_mlp import lora_mlp
 from liger_kernel.ops.mhc_mix import mhc_mix, mhc_post_res, mhc_pre
 from liger_kernel.ops.mhc_project import mhc_project
 from liger_kernel.ops.mhc_sinkhorn import mhc_coeffs, mhc_sinkhorn
@@ -85,6 +86,7 @@ __all__ = [
     "load_balancing_loss",
     "logprobs",
     "lora_linear",
+    "lora_mlp",
     "mhc_coeffs",
     "mhc_mix",
     "mhc_post_res",

@@ -53,6 +53,7 @@ NATIVE: dict[str, dict[str, int]] = {
     "fused_add_rms_norm": {"npu_add_rms_norm": 1, "npu_rms_norm_backward": 1},
     "glu": {"npu_swiglu": 1, "npu_swiglu_backward": 1},
     "gated_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
+    "lora_mlp": {"npu_swiglu": 2, "npu_swiglu_backward": 1},
     "tiled_mlp": {"npu_swiglu": 10, "npu_swiglu_backward": 5},  # five tiles
     "rope": {"npu_rotary_mul": 4},
     "fused_moe": {"npu_grouped_matmul": 6},

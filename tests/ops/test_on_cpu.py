@@ -28,6 +28,7 @@ MEASURED = {
     "linear_logprobs",
     "logprobs",
     "lora_linear",
+    "lora_mlp",
     "moe_router",
     "scale_gradients",
     "sparsemax",

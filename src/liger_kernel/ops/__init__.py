@@ -44,6 +44,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("LigerLayerNormFunction", "layer_norm_backward", "layer_norm_forward"),
     "mm_int8int2": (),
     "lora_linear": (),
+    "lora_mlp": (),
     "logprobs": (),
     "mhc_mix": (
         "LigerMHCPostResFunction",
@@ -87,6 +88,7 @@ OPS: dict[str, tuple[str, ...]] = {
 COMPUTED_BY = {
     "fused_linear_cross_entropy": "cross_entropy",
     "gated_mlp": "glu",
+    "lora_mlp": "glu",
     "linear_logprobs": "logprobs",
     "fused_linear_jsd": "fused_ce_tvd",
     "fused_linear_kl_div": "fused_ce_tvd",

@@ -8,6 +8,7 @@ from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.ops.fused_add_rms_norm.contract import FusedAddRMSNormOptions
 from liger_kernel.ops.norms.kernels import norm_backward, norm_forward
+from liger_kernel.ops.rms_norm import triton as of_norm
 
 
 def forward(
@@ -23,6 +24,12 @@ def forward(
         s = x.detach()  # an output of its own, over the same memory
     # s itself and no view of it: autograd knows an output, while a view of it would keep its own graph alive
     return (y, s), (s, weight, rstd)
+
+
+def factors(saved: Saved, options: FusedAddRMSNormOptions) -> tuple[Tensor, Tensor, Tensor | None]:
+    s, *others = saved
+    assert s is not None
+    return of_norm.factors((as_rows(s), *others), options)
 
 
 def backward(grads: Grads, saved: Saved, *, options: FusedAddRMSNormOptions, needs: Needs) -> Grads:

@@ -6,7 +6,6 @@ and up makes it once more, over the memory of its own gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,47 +155,6 @@ class _Down(torch.autograd.Function):
         )
         node.found = (dx, *inner)
         return None, product, ddown  # the second is never read
-
-
-class _Gated(Op):
-    """f(gate) * up of tensors that others made. Its gradients are made where the product's is, as in `_Down`."""
-
-    @staticmethod
-    def forward(ctx: Any, impl: Any, options: GLUOptions, *tensors: Any) -> Tensor:
-        nodes, gate, up = tensors
-        product: Tensor = impl.forward(gate, up, options=options, needs=(False, False))[0]
-        ctx.save_for_backward(as_rows(gate), None if up is None else as_rows(up))
-        ctx.of_forward = impl, options, gate.shape
-        nodes.append(ctx)
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found, ctx.found = ctx.found, None
-        shape = ctx.of_forward[2]
-        return None, None, None, *(g if g is None else g.view(shape) for g in found)
-
-
-def product_to_make_again(
-    gate: Tensor, up: Tensor | None, options: GLUOptions
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`gated_product`, and a function for the backward of the one op that reads it, in the place of keeping it.
-
-    That takes the gradient of the product (T, F), whose memory it may use, and returns the product.
-    """
-    nodes: list[Any] = []
-    impl = kernels_for("glu", options, gate, up)
-    product = _Gated.apply(impl, options, nodes, gate, up)
-    (node,) = nodes
-
-    def again(grad: Tensor) -> Tensor:
-        impl, options, _ = node.of_forward
-        needs = node.needs_input_grad[3:]
-        saved = node.saved_tensors
-        node.found, made = impl.backward_with_output(grad, saved, options=options, needs=needs)
-        return made
-
-    return product, again
 
 
 def check_tensors(

@@ -15,17 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.autograd import (
+    Recompute,
     autocast_dtype,
     graph_task,
     is_checkpointed,
+    observes_saved_tensors,
     refuse_double_backward,
 )
 from liger_kernel._core.checks import check_floating, check_same_device
-from liger_kernel._core.shapes import as_rows
+from liger_kernel._core.shapes import as_rows, in_dtype
+from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.backends.dispatch import is_composed
 from liger_kernel.ops.lora_linear import reference
 
 _MET = "_liger_met"
+#: rank up to which kernels compute what an adapter adds
+THIN = 64
 
 
 class Adapter(NamedTuple):
@@ -70,7 +75,7 @@ def lora_linear(
     Under torch.compile and other transforms, and for DTensors, PyTorch's own ops compute.
     Raises: ValueError for shapes that do not fit, TypeError for integers and other mixes of dtypes.
     """
-    _check(x, weight, bias, lora_a, lora_b)
+    check(x, weight, bias, lora_a, lora_b)
     if is_composed(x, weight, bias, lora_a, lora_b):
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, float(scaling))
     return adapted(x, weight, bias, [Adapter(lora_a, lora_b, float(scaling))])
@@ -81,24 +86,16 @@ def adapted(
     weight: Tensor | Quantised,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
-    again: Callable[[Tensor], Tensor] | None = None,
-    read: bool = True,
 ) -> Tensor:
-    """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x.
-
-    again: takes the gradient of x (T, H), whose memory it may use, and returns x once more, which is not kept then; the
-        gradient goes no other way.
-    read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
-    """
+    """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x."""
     dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
-    meeting = None
-    if again is None:
-        x, meeting = _met(x, dtype)
+    norm = norm_of(x)
+    x, meeting = _met(x, dtype)
     flat = (t for a in adapters for t in (a.lora_a, a.lora_b, a.dropped))
     scalings = [a.scaling for a in adapters]
-    base = _Base(dtype, of_x, weight) if isinstance(weight, Quantised) else _Base(dtype, dtype)
+    base = Base(dtype, of_x, weight) if isinstance(weight, Quantised) else Base(dtype, dtype)
     own = None if isinstance(weight, Quantised) else weight
-    y: Tensor = _Adapted.apply((base, scalings, again, read), meeting, x, own, bias, *flat)
+    y: Tensor = _Adapted.apply((base, scalings, norm), meeting, x, own, bias, *flat)
     return y
 
 
@@ -106,7 +103,7 @@ def adapted(
 Products = Sequence[tuple[Tensor, Tensor, float]]
 
 
-class _Base(NamedTuple):
+class Base(NamedTuple):
     """What lies beneath the adapters. dtype: of its products and of the gradient of x, but where `quantised` says more.
 
     out: dtype of the result.
@@ -125,7 +122,7 @@ class _Base(NamedTuple):
         if self.quantised is not None and weight is None:
             return self.quantised.dense(self.product)
         assert weight is not None
-        return weight.to(self.product)
+        return in_dtype(weight, self.product)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, products: Products
@@ -135,21 +132,23 @@ class _Base(NamedTuple):
         The thin products come first, where that of the base can add them as its GEMM writes: they are a pass over
         the output then, and would be two.
         """
-        bias = None if bias is None else bias.to(self.product)
+        bias = None if bias is None else in_dtype(bias, self.product)
         if self.quantised is not None and self.quantised.forward is not None:
             y = self.quantised.forward(x).to(self.out)
             _add_products(y.view(-1, y.shape[-1]), products)
             return y, None
         dense = self.dense(weight)
         kept = weight if self.quantised is None else dense
-        if self.out != self.product or bias is not None:
-            y = F.linear(x.to(self.product), dense, bias).to(self.out)
+        if not products or self.out != self.product or bias is not None:
+            y = in_dtype(F.linear(in_dtype(x, self.product), dense, bias), self.out)
             _add_products(y.view(-1, y.shape[-1]), products)
             return y, kept
-        rows = as_rows(x).to(self.product)
-        y = rows.new_empty(rows.shape[0], dense.shape[0])
-        _add_products(y, products, fresh=True)
-        return y.addmm_(rows, dense.t()).view(*x.shape[:-1], dense.shape[0]), kept
+        rows = in_dtype(as_rows(x), self.product)
+        y = rows.new_empty(*x.shape[:-1], dense.shape[0])  # no view: HF may change it in place
+        flat = y.view(-1, dense.shape[0])
+        _add_products(flat, products, fresh=True)
+        flat.addmm_(rows, dense.t())
+        return y, kept
 
     def keeps(self, dense: Tensor | None, x: Tensor, y: Tensor) -> bool:
         """Whether backward is given the weight, rather than to make it again.
@@ -165,12 +164,12 @@ class _Base(NamedTuple):
         self, dy: Tensor, weight: Tensor | None, total: Tensor | None, products: Products = ()
     ) -> Tensor:
         """dy @ weight (T, H), added to `total` in place; with `products`, where there is no total yet."""
-        dense, dy = self.dense(weight), dy.to(self.product)
+        dense, dy = self.dense(weight), in_dtype(dy, self.product)
         if total is None and self.product == self.dtype and products:
             total = dy.new_empty(dy.shape[0], dense.shape[1])
             _add_products(total, products, fresh=True)
         elif total is None:
-            total = torch.mm(dy, dense).to(self.dtype)
+            total = in_dtype(torch.mm(dy, dense), self.dtype)
             _add_products(total, products)
             return total
         if self.product == self.dtype:
@@ -217,7 +216,7 @@ def _of_now(node: Any) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]
     return tuple(found) if task == graph_task() else (None, [])
 
 
-def _add_to(node: Any, base: _Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
+def _add_to(node: Any, base: Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
     """The gradient of one product: its thin ones begin the sum, or are added with those of the others, at its end."""
     total, later = _of_now(node)
     if total is None:
@@ -243,14 +242,14 @@ def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 class _Adapted(torch.autograd.Function):
-    """options: the base, the scalings, `again`, `read`.
+    """options: the base, the scalings, and the norm that made x.
 
     Then where gradients of x meet, x, weight, bias, and (A, B, dropped) of each adapter.
     """
 
     @staticmethod
     def forward(ctx: Any, options: Any, meeting: Tensor | None, *tensors: Any) -> Tensor:
-        base, scalings, again, is_read = options
+        base, scalings, norm = options
         x, weight, bias, *flat = tensors
         ctx.set_materialize_grads(False)
         autocast = autocast_dtype(x) is not None
@@ -261,20 +260,17 @@ class _Adapted(torch.autograd.Function):
         for i, scaling in enumerate(scalings):
             lora_a, lora_b, dropped = flat[3 * i : 3 * i + 3]
             wide = base.dtype if autocast else lora_a.dtype
-            read = (rows if dropped is None else as_rows(dropped)).to(wide)
+            read = in_dtype(rows if dropped is None else as_rows(dropped), wide)
             if dropped is not None and needs[3 + 3 * i]:
                 reads[i] = read
-            middle = torch.mm(read, lora_a.to(wide).t())  # (T, r)
+            middle = torch.mm(read, in_dtype(lora_a, wide).t())  # (T, r)
             middles.append(middle)
-            products.append((middle, lora_b.to(wide).t(), scaling))
-        if is_read:
-            y, weight = base.forward(x, weight, bias, products)
-        else:
-            y = x.new_zeros((), dtype=base.out).expand(*x.shape[:-1], flat[1].shape[0])
+            products.append((middle, in_dtype(lora_b, wide).t(), scaling))
+        y, weight = base.forward(x, weight, bias, products)
         drops = [dropped is not None for dropped in flat[2::3]]
         ctx.of_forward = options, drops, x.shape, None if meeting is None else meeting.grad_fn
         reads_x = zip(needs[3::3], drops, strict=True)  # frozen weights ask for no x
-        kept = again is None and (needs[1] or any(need and not drop for need, drop in reads_x))
+        kept = needs[1] or (norm is None and any(need and not drop for need, drop in reads_x))
         weight = weight if base.keeps(weight, x, y) else None
         ctx.save_for_backward(
             rows if kept else None, weight, *flat[0::3], *flat[1::3], *reads, *middles
@@ -284,7 +280,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
-        (base, scalings, again, _), drops, shape, meeting = ctx.of_forward
+        (base, scalings, norm), drops, shape, meeting = ctx.of_forward
         needs = ctx.needs_input_grad[2:]
         if grads[0] is None:
             return (None,) * (2 + len(needs))
@@ -295,35 +291,69 @@ class _Adapted(torch.autograd.Function):
         found: list[Tensor | None] = [None] * (3 * n)
         inner, products = [], []
         for i, scaling in enumerate(scalings):
-            wide = dy.to(middles[i].dtype)
-            lora_a, lora_b = lora_as[i].to(wide.dtype), lora_bs[i].to(wide.dtype)
-            g = torch.mm(wide, lora_b).mul_(scaling)  # (T, r)
+            wide = in_dtype(dy, middles[i].dtype)
+            lora_a, lora_b = in_dtype(lora_as[i], wide.dtype), in_dtype(lora_bs[i], wide.dtype)
+            g, db = gradients(wide, middles[i], lora_b, scaling, needs[4 + 3 * i])
             inner.append(g)
             if needs[5 + 3 * i]:
                 found[3 * i + 2] = torch.mm(g, lora_a).view(shape)
             elif not drops[i]:
                 products.append((g, lora_a, 1.0))
-            if needs[4 + 3 * i]:
-                found[3 * i + 1] = torch.mm(wide.t(), middles[i]).mul_(scaling)
-        dx = None
-        if meeting is not None:
+            found[3 * i + 1] = db
+        if meeting is not None:  # else x needs no gradient
             _add_to(meeting, base, dy, weight, products)
-        elif needs[0]:
-            dx = base.backward(dy, weight, None, products)
-        del weight
-        if again is not None:
-            rows = again(dx)
         for i, g in enumerate(inner):
             if needs[3 + 3 * i]:
-                read = reads[i] if drops[i] else rows.to(g.dtype)
-                found[3 * i] = torch.mm(g.t(), read)
+                read, made_by = (reads[i], None) if drops[i] else (rows, norm)
+                found[3 * i] = of_a(g, read, made_by)
         dw = torch.mm(dy.t(), rows.to(base.dtype)) if needs[1] else None
         db = dy.sum(0) if needs[2] else None
-        if meeting is not None:
-            dx = None
-        elif dx is not None:
-            dx = dx.new_zeros(()).expand(shape)  # never read
-        return None, None, dx, dw, db, *found
+        return None, None, None, dw, db, *found
+
+
+def gradients(
+    dy: Tensor, middle: Tensor, lora_b: Tensor, scaling: float, needs_db: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """scaling dy B (T, r), and the gradient of B, scaling dy^T middle (O, r), of tensors in one dtype."""
+    large = dy.dtype.itemsize == 2 and lora_b.shape[1] <= THIN and not host_bound(dy, 2**22)
+    if needs_db and large and middle.shape[0]:
+        kernels = kernels_of("lora_linear", dy)
+        if not isinstance(kernels, Recompute):
+            found: tuple[Tensor, Tensor] = kernels.thin_gradients(dy, middle, lora_b, scaling)
+            return found
+    db = scaled(dy.t(), middle, scaling) if needs_db else None
+    return scaled(dy, lora_b, scaling), db
+
+
+def scaled(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """scaling * a @ b, in one pass."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return out.addmm_(a, b, beta=0, alpha=scaling)
+
+
+def norm_of(x: Tensor) -> Any:
+    """The node of the norm that made x, if backward can do with what that keeps; nobody else keeps it then.
+
+    Its input times 1 / rms may exceed what float16 holds, and hooks on saved tensors may hand out each of them once. A
+    small x is no memory to speak of, and two more launches.
+    """
+    node: Any = x.grad_fn
+    impl = getattr(node, "of_forward", (None,))[0]
+    if not hasattr(impl, "factors") or x.output_nr or x.dtype == torch.float16:
+        return None
+    return None if observes_saved_tensors() or host_bound(x, 2**23) else node
+
+
+def of_a(inner: Tensor, rows: Tensor | None, norm: Any = None) -> Tensor:
+    """inner.T @ x (R, H), the gradient of A; of x as `rows`, or of what the norm keeps that made it."""
+    if norm is None or rows is not None:
+        assert rows is not None
+        return torch.mm(inner.t(), in_dtype(rows, inner.dtype))
+    impl, options, _ = norm.of_forward
+    rows, rstd, weight = impl.factors(norm.saved_tensors, options)
+    scaled_rows = torch.mul(inner, rstd[:, None], out=torch.empty_like(inner))
+    found = torch.mm(scaled_rows.t(), in_dtype(rows, inner.dtype))
+    return found if weight is None else found.mul_(weight)
 
 
 def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None:
@@ -332,12 +362,13 @@ def _add_products(into: Tensor, products: Products, fresh: bool = False) -> None
     Thin factors that are wider than `into` (T, O) are rounded first, which adds less than the rounding of the sum: a
     product in fp32 beside a sum in 16 bits would be four passes over memory.
     """
+    dtype = into.dtype
     for i, (a, b, scaling) in enumerate(products):
         beta = 0 if fresh and i == 0 else 1
-        into.addmm_(a.to(into.dtype), b.to(into.dtype), beta=beta, alpha=scaling)
+        into.addmm_(in_dtype(a, dtype), in_dtype(b, dtype), beta=beta, alpha=scaling)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     named = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
     check_floating(**named)
     check_same_device(**named)

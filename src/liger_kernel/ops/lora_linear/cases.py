@@ -39,6 +39,7 @@ def _case(
 
 CASES = (
     _case("odd", "odd sizes", (37, 24), 41, 3, scaling=2.0),
+    _case("tiles", "several spans of rows, and tiles of columns", (130, 16), 300, 5),
     _case("bias", "Qwen2's attention", (9, 16), 24, 4, bias=True, scaling=0.5),
     _case("wide-adapter", "PEFT's default for a base of 16 bits", (9, 16), 24, 4, wide=True),
     _case("one-row", "one row, rank 1", (1, 16), 24, 1),

@@ -23,3 +23,12 @@ class Kernels(Backward, Protocol):
         self, x: Tensor, weight: Tensor | None, *, options: RMSNormOptions, needs: Needs
     ) -> tuple[Tensor, Saved]:
         """y (..., N) of x (..., N), and what `backward` is given as `saved`."""
+
+
+class Factors(Protocol):
+    """What a file of this norm, or of one with a residual, may add, for who would keep y beside what the norm keeps."""
+
+    def factors(
+        self, saved: Saved, options: RMSNormOptions
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of what `forward` saved: rows (R, N), rstd (R,) and weight (N,), whose product is y but for its rounding."""

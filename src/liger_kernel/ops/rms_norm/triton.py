@@ -20,3 +20,11 @@ def backward(grads: Grads, saved: Saved, *, options: RMSNormOptions, needs: Need
     rows, weight, rstd = saved
     dx, dw, _ = norm_backward(grads[0], rows, options, needs, weight, rstd)
     return dx, dw
+
+
+def factors(saved: Saved, options: RMSNormOptions) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of what `forward` saved: rows (R, N), rstd (R,) and weight (N,), whose product is y but for its rounding."""
+    rows, weight, rstd = saved
+    assert rows is not None
+    assert rstd is not None
+    return rows, rstd, weight if weight is None or not options.offset else weight + options.offset

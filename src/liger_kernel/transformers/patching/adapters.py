@@ -201,16 +201,17 @@ def verdict_of_class(
     find: Callable[[nn.Module], _P | None],
 ) -> Callable[[nn.Module], _P | str]:
     """As `proof.verdict`, of the class alone: what an instance holds is looked up in every call."""
-    #: class of PEFT -> its code when it was proven, and the verdict
-    kept: dict[type, tuple[Reading, _P | str]] = {}
+    #: class of PEFT, or of ours on top -> that of PEFT, its code when it was proven, and the verdict
+    kept: dict[type, tuple[type, Reading, _P | str]] = {}
 
     @functools.wraps(find)
     def found(module: nn.Module) -> _P | str:
-        cls = without(type(module))
-        known = kept.get(cls)
-        if known is None or not known[0].holds(cls):
-            known = kept[cls] = Reading(None, cls, "forward"), proof.proven(find, module)
-        return known[1]
+        known = kept.get(type(module))
+        if known is None or not known[1].holds(known[0]):
+            cls = without(type(module))
+            known = cls, Reading(None, cls, "forward"), proof.proven(find, module)
+            kept[type(module)] = known
+        return known[2]
 
     found.cache_clear = kept.clear  # type: ignore[attr-defined]
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -37,10 +38,10 @@ _WRAPPERS = (
     FunctionType, MethodType, staticmethod, classmethod, property, functools.partial,
     functools.partialmethod, type(functools.lru_cache(len)),
 )
-#: what nobody changes in place, and what somebody may
+#: what nobody changes in place, or to other numbers (a log), and what somebody may
 _FIXED = (
     NoneType, bool, int, float, complex, str, bytes, Enum, type, BuiltinFunctionType,
-    torch.dtype, torch.device, *_WRAPPERS,
+    torch.dtype, torch.device, logging.Logger, *_WRAPPERS,
 )
 # fmt: on
 #: of a layer's forward that begins its own checkpoint: the same numbers, so no facts
@@ -88,9 +89,14 @@ class Reading:
 
     def holds(self, cls: type) -> bool:
         """Whether `cls`, of which this was read, is what it was."""
-        now = ((getattr(cls, name, _NOWHERE), value) for name, value in self.members.items())
-        # `__dict__` is another object each time
-        return all(a is b or a == b for a, b in now) and unchanged(self.globals)
+        for (
+            name,
+            value,
+        ) in self.members.items():  # no generator: every Linear with adapters comes here
+            now = getattr(cls, name, _NOWHERE)
+            if now is not value and now != value:  # `__dict__` is another object each time
+                return False
+        return unchanged(self.globals)
 
     def _enter(self, function: FunctionType, cls: type) -> Iterator[Any]:
         """Note what one function names, and what is to be read next."""
@@ -146,7 +152,9 @@ def _is_fixed(value: Any) -> bool:
     """Whether a value never changes in place."""
     if isinstance(value, tuple):
         return all(map(_is_fixed, value))
-    return isinstance(value, _FIXED) and not getattr(value, "keywords", None)  # of a partial
+    return isinstance(value, _FIXED) and not (
+        isinstance(value, functools.partial) and value.keywords
+    )
 
 
 def _held(function: FunctionType) -> Iterator[Any]:
@@ -266,7 +274,7 @@ class Part:
             overridable=frozenset(members) - read.keys() - {"forward"},
             inherited=tuple(reading.inherited),
             globals=tuple(found.items()),
-            shared=tuple((f, n, _pinned(v, names)) for f, n, v in changing),
+            shared=tuple((f, n, p) for f, n, v in changing if (p := _pinned(v, names)) is not v),
             absent=tuple(n for n, p in module._parameters.items() if p is None and n in names),
             tensors=tuple(tensors),
         )

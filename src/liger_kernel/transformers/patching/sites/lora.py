@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liger_kernel.backends import host_bound
-from liger_kernel.ops import gated_mlp as gated_mlp_op
-from liger_kernel.ops import lora_linear as op
+from liger_kernel.backends.dispatch import is_composed
+from liger_kernel.ops import lora_mlp
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.transformers.patching import adapters, plans, quantised
 from liger_kernel.transformers.patching.adapters import LoRAPlan
@@ -27,27 +26,37 @@ from liger_kernel.transformers.patching.state import State
 LORA = Option("lora", True, "Linears and embeddings with LoRA adapters of PEFT.")
 
 
-def down_of_product(
-    down: nn.Module, gate: Tensor, up: Tensor | None, options: GLUOptions, read: bool
+def block(
+    x: Tensor,
+    gate: nn.Module,
+    up: nn.Module | None,
+    down: nn.Module,
+    options: GLUOptions,
+    read: bool,
 ) -> Tensor | None:
-    """`down(f(gate) * up)` without keeping the product, where `down` is a Linear with adapters of ours; else None.
+    """`down(f(gate(x)) * up(x))` of Linears with adapters of ours as one op, where nothing is dropped; else None.
 
-    read: as in `op.adapted`.
+    read: as in `lora_mlp.adapted`.
     """
-    plan = down.__dict__.get(plans.marker(LoRAPlan.kind))
-    if not isinstance(plan, LoRAPlan) or not plans.runs_bare(down, plan):
+    first, last = _layer(gate, x), _layer(down, x)
+    second = None if up is None else _layer(up, x)
+    if first is None or last is None or (up is not None and second is None) or is_composed(x):
         return None
-    found = adapters.read(down, gate)
+    if not lora_mlp.is_served(x, first, second, last):
+        return None
+    return lora_mlp.adapted(x, first, second, last, options, read)
+
+
+def _layer(linear: nn.Module, x: Tensor) -> lora_mlp.Layer | None:
+    """A Linear with whatever adapters it has now; None where it, or somebody who watches it, has to be called."""
+    plan = linear.__dict__.get(plans.marker(LoRAPlan.kind))
+    if not isinstance(plan, LoRAPlan):
+        plain = weight_and_bias(linear)
+        return None if plain is None else lora_mlp.Layer(*plain)
+    found = adapters.read(linear, x) if plans.runs_bare(linear, plan) else None
     if found is None or any(dropout is not None for *_, dropout in found[2]):
         return None
-    if not (gate.requires_grad and torch.is_grad_enabled()) or gate.dtype != adapters.dtype_of(
-        found[0], gate
-    ):
-        return None
-    if host_bound(gate, 4 * adapters.SMALL):
-        return None
-    product, again = gated_mlp_op.product_to_make_again(gate, up, options)
-    return op.adapted(product, *found[:2], adapters.with_inputs(product, found[2]), again, read)
+    return lora_mlp.Layer(*found[:2], adapters.with_inputs(x, found[2]))
 
 
 def draws(linear: nn.Module) -> bool:

@@ -142,12 +142,12 @@ class MLPPlan(MethodPlan):
         children: Any = module.__dict__["_modules"]
         up = None if self.up is None else children[self.up]
         gate, down = children[self.gate], children[self.down]
+        fused = lora.block(x, gate, up, down, options, read) if inner is None else None
+        if fused is not None:
+            return fused
         ups = up(x) if up is not None and self.up_first else None
         gated = gate(x)
         ups = up(x) if up is not None and not self.up_first else ups
-        fused = lora.down_of_product(down, gated, ups, options, read) if inner is None else None
-        if fused is not None:
-            return fused
         product = glu_op.gated_product(gated, ups, **options.named())
         y: Tensor = down(product if inner is None else inner(product))
         return y
