@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -106,9 +107,11 @@ def test_it_stops_where_the_device_is_lost(run: Run, monkeypatch: pytest.MonkeyP
 
 def test_by_processes(run: Run) -> None:
     """By two, of the reference and of the kernels."""
-    found = run(*ONE, "--jobs", "2", "--json").data["results"]
-    assert [r["implementation"] for r in found] == ["reference", "triton"]
-    assert found[0]["passed"] == found[1]["passed"] > 5
+    results = run(*ONE, "--jobs", "2", "--json").data["results"]
+    found = {
+        r["implementation"]: r["passed"] for r in results
+    }  # and the tests' own, if one has imported it
+    assert found["reference"] == found["triton"] > 5
 
 
 def test_a_process_that_died(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +135,9 @@ def test_a_process_that_died(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     dies += [("relu_squared", "reference"), ("tvd", "triton")]
     done = run(*every)
     assert done.status == 1
-    assert "3 of 4 are right" in done.out
+    right_of = re.search(r"(\d+) of (\d+) are right", done.out)
+    assert right_of is not None
+    assert int(right_of[1]) == int(right_of[2]) - 1
     assert "a process died: tvd" in done.out
 
 

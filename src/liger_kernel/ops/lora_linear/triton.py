@@ -35,7 +35,9 @@ class Config:
     @staticmethod
     @functools.cache
     def of(n_cols: int, facts: DeviceFacts) -> Config:
-        cols = min(256, max(16, next_power_of_2(n_cols)))
+        # the sums (cols, rank) and b stay in registers; where no unit multiplies matrices, wider ones spill
+        widest = 128 if facts.architecture.startswith("rdna") else 256
+        cols = min(widest, max(16, next_power_of_2(n_cols)))
         return Config(64, cols, 8, facts.stages(3, 64 * cols * 2))
 
 

@@ -29,6 +29,7 @@ from liger_kernel._core.tolerance import excess
 from liger_kernel.backends import use_implementation
 from liger_kernel.transformers.patching.facts import Facts, Part, is_equal, parts_of
 from liger_kernel.transformers.patching.linears import is_inert, maps_features
+from liger_kernel.transformers.patching.mixins import without
 from liger_kernel.transformers.patching.plans import MethodPlan
 
 
@@ -371,7 +372,7 @@ def proven(
     find: Callable[[nn.Module], _P | None], module: nn.Module, parts: Sequence[Part] = ()
 ) -> _P | str:
     """The plan for a module of these facts, or why there is none; `find` runs in the sandbox."""
-    name = type(module).__name__
+    name = without(type(module)).__name__
     tensors = sorted(name for part in parts for name in part.tensors)
     if tensors:
         return f"{name} computes with {', '.join(tensors)}, which may change"
