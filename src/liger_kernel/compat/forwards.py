@@ -172,7 +172,7 @@ def _forward(module: str, name: str, arguments: str) -> Callable[..., Any]:
 
         if len(args) > len(names):
             raise TypeError(f"{name}() takes {len(names)} arguments, got {len(args)}.")
-        given = dict(zip(names, args, strict=False))
+        given = dict(zip(names, args))  # noqa: B905 (torch 2.6 traces no strict=)
         if twice := given.keys() & kwargs.keys():
             raise TypeError(
                 f"{name}() got {', '.join(sorted(twice))} twice: by position and by name."

@@ -6,7 +6,6 @@ and it ends on every way out of HF's forward, KeyboardInterrupt included.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import operator
@@ -182,6 +181,8 @@ class ForwardCall:
         """`value` with real logits, or those that an output of HF makes later; containers keep their types."""
         if type(value) is DeferredLogits:
             return value.materialize() if top else self._value(value, may_wait=False)
+        if value is None or isinstance(value, Tensor):
+            return value
         if isinstance(value, dict) and hasattr(value, "to_tuple"):
             return self._output(value)
         if isinstance(value, tuple):
@@ -194,7 +195,9 @@ class ForwardCall:
                 outside = self._outside(item, top=False)
                 if outside is not item:
                     value[key] = outside
-        elif dataclasses.is_dataclass(value) or (top and not isinstance(value, Tensor)):
+        elif top or hasattr(
+            value, "__dataclass_fields__"
+        ):  # torch 2.6 does not trace `is_dataclass`
             for name, item in list(getattr(value, "__dict__", {}).items()):
                 outside = self._outside(item, top=False)
                 if outside is not item:
