@@ -254,6 +254,7 @@ def normed_rope(batch: int, heads: int, tokens: int, head_dim: int) -> Huge:
 NORM = {"eps": 1e-6, "offset": 0.0, "casting_mode": "llama"}
 GLU = {"activation": "silu", "gate_multiplier": 1.0, "down_multiplier": 1.0}
 ROPE = {"unsqueeze_dim": 1, "rotary_dim": None, "interleaved": False}
+ADAPTED = ((128, 129), (128, 129), (129, 128), *((8, 129), (128, 8)) * 2, (8, 128), (129, 8))
 HUGE = (
     rows_of("rms_norm", WIDE, 1, **NORM),
     rows_of("rms_norm", TALL, 1, **NORM),
@@ -281,6 +282,7 @@ HUGE = (
     gated_mlp(16_777_221, 129, 128),
     tiled_mlp(16_777_221, 129, 128),
     lora_linear(16_777_221, 129, 128, 8),
+    parts("lora_mlp", (16_777_221, 129), *ADAPTED, scaling=2.0, activation="silu"),
     rope("tokens", 1, 32, 524_291, 128, axis=2),
     rope("batch", 65_541, 4, 64, 128, axis=0),
     rope("heads", 1, 262_148, 64, 128, axis=1),
