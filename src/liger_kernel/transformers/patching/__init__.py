@@ -33,8 +33,8 @@ def patch(model: nn.Module, **options: Any) -> PatchReport:
         chunk_size, memory_budget, accum_dtype, strict: see `PatchOptions`.
 
     Returns: a `PatchReport`; print it for a table. A model that is patched already with the same options is left as it
-        is, unless something was put in the place of ours since, or adapters came; with other options it is unpatched
-        first.
+        is, unless something was put in the place of ours since, adapters came, or a module was left alone beside
+        others of its class: then all is tried anew. With other options it is unpatched first.
     Raises: TypeError for something that is no module or an unknown option; ValueError for options that exclude each
         other, and with `strict=True` if nothing could be replaced; whatever one of our ops raises in a proof. The
         model is then not patched.
