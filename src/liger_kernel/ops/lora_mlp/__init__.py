@@ -177,8 +177,7 @@ class _Block:
         return found
 
     def gradients(
-        self,
-        products: Sequence[tuple[Tensor, Products]],
+        self, products: Sequence[tuple[Tensor, Products]]
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Of (dy, products) of layers that read the same rows: dy @ B (T, R), side by side, and the gradients of B."""
         gs: list[Tensor] = []
@@ -210,9 +209,8 @@ class _Product(Op):
             kept.append(weight if base.keeps(weight, rows, out) else None)
             outs.append(out)
         gate, up = outs[0], outs[1] if len(outs) > 1 else None
-        product: Tensor = block.impl.forward(gate, up, options=block.options, needs=(False, False))[
-            0
-        ]
+        forward = block.impl.forward
+        product: Tensor = forward(gate, up, options=block.options, needs=(False, False))[0]
         middle_down = block.middle(product, lora_as[n:])
         (of_down,) = block.products([down], middle_down, lora_bs[n:])
         keeps_x = block.norm is None and any(ctx.needs_input_grad[3 : 3 + 2 * n : 2])

@@ -89,10 +89,8 @@ class Reading:
 
     def holds(self, cls: type) -> bool:
         """Whether `cls`, of which this was read, is what it was."""
-        for (
-            name,
-            value,
-        ) in self.members.items():  # no generator: every Linear with adapters comes here
+        # no generator: every Linear with adapters comes here
+        for name, value in self.members.items():
             now = getattr(cls, name, _NOWHERE)
             if now is not value and now != value:  # `__dict__` is another object each time
                 return False
