@@ -151,6 +151,10 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="torch 2.6 cannot tell who holds what a node saves: nothing is written over",
+)
 @pytest.mark.usefixtures("on_the_kernels_device")
 def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
     """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""
