@@ -131,7 +131,7 @@ class Saving:
 
     def tiny(self) -> Saving:
         """The same in small: fewer tokens, a vocabulary still far larger than everything else."""
-        return replace(self, vocab=self.vocab // 64, hidden=64, batch=2, seq=96)
+        return replace(self, vocab=max(self.vocab // 64, 2000), hidden=64, batch=2, seq=96)
 
 
 SAVINGS = (

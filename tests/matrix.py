@@ -5,7 +5,8 @@
     python -m tests.matrix -- tests/test_frameworks.py         all rows, one file
 
 A row runs what depends on releases, of each parametrised test one case in six (MATRIX_EVERY=1: all). Environments
-are made in .venv/matrix when they are needed, and kept. A row without its Python fails, and says so; put it on PATH.
+are made in .venv/matrix when they are needed, and kept: remove those of "newest" when there is something newer. A row
+without its Python fails, and says so; put it on PATH.
 """
 
 from __future__ import annotations
@@ -82,10 +83,11 @@ class NotRun(Exception):
 
 
 def environment(row: Row, base: Path) -> Path:
-    """Its interpreter; made, or made again where the row has changed."""
-    folder = base / row.name
+    """Its interpreter, made where there is none yet; rows of the same releases share it."""
+    releases = (row.python, row.torch, row.triton, row.transformers)
+    folder = base / "-".join("here" if release == SAME else release for release in releases)
     python, ready = folder / "bin" / "python", folder / ".ready"
-    if ready.exists() and ready.read_text() == str(row):
+    if ready.exists():
         return python
     shutil.rmtree(folder, ignore_errors=True)
     beside = row.python == SAME
@@ -113,7 +115,7 @@ def environment(row: Row, base: Path) -> Path:
             subprocess.run([*pip, "install", "--upgrade", *wanted], check=True)
     except subprocess.CalledProcessError as error:
         raise NotRun(f"its environment could not be made: {error}") from error
-    ready.write_text(str(row))
+    ready.touch()
     return python
 
 

@@ -18,6 +18,7 @@ from liger_kernel.loss_head.stripes import Layout, Stripes
 from liger_kernel.ops.logprobs.contract import NUMBERS
 from liger_kernel.testing import Make, assert_draws_no_worse
 from tests.loss_head.test_fused_linear_cross_entropy import Watch
+from tests.who_keeps import where_torch_tells
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY: dict[str, Any] = dict.fromkeys(NUMBERS[1:], True)
@@ -142,6 +143,7 @@ def test_rows_that_count(used: list[Stripes]) -> None:
     assert dx.any(1).tolist() == (ids >= 0).tolist()
 
 
+@where_torch_tells
 def test_a_checkpoint_keeps_nothing(used: list[Stripes]) -> None:
     states, weight, _, ids = drawn(16, 8, 50)
     loss = checkpoint(lambda x: total(linear_logprobs(x, weight, ids)), states, use_reentrant=False)

@@ -17,6 +17,7 @@ from liger_kernel.ops.fused_moe.cases import SPEC
 from liger_kernel.testing import Make, OpCase, assert_no_worse
 from liger_kernel.testing.calls import assert_as_exact, call, drawn, leaves, wanted_inputs
 from liger_kernel.transformers import LigerExperts
+from tests.who_keeps import where_torch_tells
 
 CASES = {case.id: case for case in SPEC.cases if not case.large}
 
@@ -151,6 +152,7 @@ def test_under_autocast_the_products_are_narrow() -> None:
     assert all(t.grad.dtype == t.dtype for t in inputs if t is not None and t.requires_grad)
 
 
+@where_torch_tells
 @pytest.mark.usefixtures("on_the_kernels_device")
 def test_backward_writes_over_what_it_saved_but_not_over_what_somebody_holds() -> None:
     """The output of the first product is the largest of all: its gradient takes its place, unless it is seen."""

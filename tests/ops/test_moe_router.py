@@ -65,6 +65,7 @@ def test_the_router_of_deepseek(implementation: str) -> None:
     config = SimpleNamespace(
         num_experts_per_tok=3,
         num_local_experts=8,
+        n_routed_experts=8,  # its name in transformers 4
         hidden_size=12,
         routed_scaling_factor=2.5,
         n_group=4,
@@ -77,19 +78,24 @@ def test_the_router_of_deepseek(implementation: str) -> None:
     x = make.randn(21, 12)
     results = []
     for dtype in (torch.float64, torch.float32):
-        logits = (x.to(dtype) @ router.weight.detach().to(dtype).t()).requires_grad_()
+        given = x.to(dtype).requires_grad_()
+        logits = given @ router.weight.detach().to(dtype).t()
         bias = router.e_score_correction_bias
         with backends.use_implementation("reference" if dtype == torch.float64 else implementation):
             weights, index = moe_router(logits, bias, 3, "sigmoid", 4, 2, scale=2.5)
-        results.append((weights, index, torch.autograd.grad(weights.square().sum(), logits)[0]))
-    logits, weights, index = router(x)
-    low = weights, index, torch.autograd.grad(weights.square().sum(), logits)[0]
+        results.append((weights, index, torch.autograd.grad(weights.square().sum(), given)[0]))
+    x.requires_grad_()
+    found = [t for t in router(x) if t.shape == (21, 3)]  # transformers 4: index first, no logits
+    if not found:
+        pytest.skip("this release of transformers chooses experts elsewhere")
+    weights, index = sorted(found, key=lambda t: not t.is_floating_point())
+    low = weights, index, torch.autograd.grad(weights.square().sum(), x)[0]
     (high, ours), order = results, low[1].argsort(-1)  # HF's are in no order
     assert torch.equal(ours[1], high[1])
     assert torch.equal(ours[1].sort(-1).values, low[1].gather(-1, order))
     by_expert = [w.gather(-1, i.argsort(-1)) for w, i, _ in (ours, high, low)]
     assert_no_worse("weights", *by_expert)
-    assert_no_worse("dlogits", ours[2], high[2], low[2])
+    assert_no_worse("dx", ours[2], high[2], low[2])
 
 
 def test_router_and_experts_together() -> None:

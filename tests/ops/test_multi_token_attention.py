@@ -68,11 +68,11 @@ def test_autocast() -> None:
 
 def test_settings_of_the_process_stay() -> None:
     weight = torch.ones(1, 1, 1, 1, requires_grad=True)
-    y = multi_token_attention(torch.ones(1, 1, 3, 3), weight)
+    y = multi_token_attention(torch.ones(1, 1, 2, 2), weight)  # rows (1, 0) and (1/2, 1/2): exact
     before = torch.backends.cudnn.deterministic
     y.sum().backward()
     assert torch.backends.cudnn.deterministic == before
-    assert weight.grad.item() == 3.0
+    assert weight.grad.item() == 2.0
 
 
 def test_refused() -> None:

@@ -45,15 +45,21 @@ def test_is_the_op_of_torch_bit_by_bit(op: str) -> None:
     assert all(torch.equal(grads[i], expected_grads[i]) for i in range(3))
 
 
+_VIEWS = {
+    getattr(torch.ops.aten, name)
+    for name in ("alias", "detach", "slice", "split_with_sizes", "t", "transpose", "view")
+}
+
+
 class Count(TorchDispatchMode):
-    """How many of PyTorch's ops ran."""
+    """How many of PyTorch's ops ran; views, which cost nothing, and of which releases take more or fewer, apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.calls += func.overloadpacket not in _VIEWS
         return func(*args, **(kwargs or {}))
 
 

@@ -18,11 +18,9 @@ from liger_kernel.backends import graphs as device_graphs
 from liger_kernel.backends import host_bound, host_is_free, on_paper
 from liger_kernel.backends.nvidia import ON_PAPER
 from tests.transformers.tiny import build
+from tests.who_keeps import where_torch_tells
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
-    reason="torch 2.6 cannot tell who sees what is saved for backward: no layer is captured",
-)
+pytestmark = where_torch_tells  # elsewhere no layer is captured
 COUNTS = {"captured": 0, "forward": 0, "backward": 0}
 WEIGHTS: set[int] = set()
 

@@ -383,7 +383,7 @@ def test_a_layer_that_writes_over_its_input(host: collections.Counter[str]) -> N
 def test_nested_checkpoints_copies_and_the_cpu(host: collections.Counter[str]) -> None:
     model = copy.deepcopy(offloaded(layers=3))
     expected = named_step(model, batch())
-    assert host.pop("to host") == 3
+    assert host.pop("to host") in (3, 6)  # old releases checkpoint the mask as well
     host.clear()
     outer = partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
     loss = outer(**batch()).loss

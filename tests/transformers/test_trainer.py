@@ -149,7 +149,9 @@ def test_training(setup: str, trainer: Make, calls: collections.Counter[str]) ->
         high = outcome(trained(trainer(False, torch.float64, seed, **exact)))
         low = outcome(trained(trainer(False, draw=seed, **plain)))
         assert not calls
-        ours = trained(trainer(True, draw=seed, **options))
+        ours = trainer(True, draw=seed, **options)
+        calls.clear()  # an old Trainer has patched already: the ops of proofs
+        trained(ours)
         batches = STEPS * ours.args.gradient_accumulation_steps
         assert fused_losses(calls) >= batches if setup in FUSED else not fused_losses(calls)
         assert not calls["rms_norm"] if compiled else calls["rms_norm"] >= batches

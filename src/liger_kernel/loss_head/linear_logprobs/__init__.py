@@ -7,7 +7,6 @@ distribution, and more, each with its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,9 +109,10 @@ def linear_logprobs_loss(
     """
     own = {**options, "temperature": 1.0}
     bias = own.pop("bias", None)
-    loss = LogProbsLoss(**own)
-    number, of_rows = split_temperature(options.get("temperature", 1.0), ids, loss.ignore_index)
-    loss = checked(replace(loss, temperature=number), weight.shape[0])
+    ignored = LogProbsLoss(**own).ignore_index
+    number, of_rows = split_temperature(options.get("temperature", 1.0), ids, ignored)
+    # torch.compile of 2.6 does not trace dataclasses.replace
+    loss = checked(LogProbsLoss(**{**own, "temperature": number}), weight.shape[0])
     _check_groups(ids, group_size, order)
     if loss.top1 or loss.top_k:
         raise ValueError(

@@ -22,10 +22,12 @@ def activation_of(
     """f(alpha gate) / alpha and its derivative, up + up_shift, and whether gate and up are within the limit. Without a
     gate the factor is 1."""
     gate = gate.to(tl.float32)
-    gate_in = tl.full(gate.shape, 1, tl.int1)
+    gate_in = (
+        tl.zeros(gate.shape, tl.int32) == 0
+    )  # Triton 3.2's interpreter knows no int1, and no ~ of one
     up_in = gate_in
     if LIMITED:  # a NaN stays one
-        gate_in = ~(gate > limit)
+        gate_in = (gate <= limit) | (gate != gate)
         gate = tl.where(gate_in, gate, limit)
     z = gate * alpha
     if ACTIVATION == "relu_squared":
@@ -38,7 +40,7 @@ def activation_of(
     if GATED:
         up = up.to(tl.float32)
         if LIMITED:
-            up_in = ~(tl.abs(up) > limit)
+            up_in = (tl.abs(up) <= limit) | (up != up)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         factor = up + up_shift
     return value / alpha, slope, factor, gate_in, up_in

@@ -67,7 +67,7 @@ def _router_fwd(
             at = tl.argmax(groups, 2)[:, :, None] == tl.arange(0, SIZE)[None, None, :]
             best += tl.max(tl.where(at, -float("inf"), groups), 2)
         group = tl.arange(0, GROUPS)[None, :]
-        kept = tl.zeros((ROWS, GROUPS), tl.int1)
+        kept = tl.zeros((ROWS, GROUPS), tl.int32) > 0  # Triton 3.2's interpreter knows no int1
         for _ in tl.static_range(KEPT):
             hit = group == tl.argmax(best, 1)[:, None]
             kept = kept | hit
@@ -114,7 +114,7 @@ def _router_bwd(
     mask = (rows < n_rows) & (cols < n_experts)
     scores = _scores(logits_ptr, rows, cols, mask, n_experts, SOFTMAX)
     ds = tl.zeros((ROWS, BLOCK), tl.float32)
-    chosen = tl.zeros((ROWS, BLOCK), tl.int1)
+    chosen = tl.zeros((ROWS, BLOCK), tl.int32) > 0
     for k in tl.static_range(TOP_K):
         at = rows * TOP_K + k
         hit = cols == tl.load(index_ptr + at, mask=rows < n_rows, other=0)
