@@ -152,12 +152,12 @@ def tiles_of(x: Tensor, outputs: int) -> int:
     return max(1, min(cdiv(needed, _tile_bytes(x.device)), n_rows // _MIN_ROWS))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _tile_bytes(device: torch.device) -> int:
     return facts_of(device).tile_bytes
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _by_torch(device_type: str) -> bool:
     """Whether no kernels compute the gated product there."""
     return serving("glu", device_type, requested())[0] in (REFERENCE, INDUCTOR.name)
