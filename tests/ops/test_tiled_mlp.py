@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernel import ops
-from liger_kernel.backends import facts_of, use_implementation
+from liger_kernel.backends import facts_of
 from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.functional import apply_tiled_mlp, tiled_mlp
 from liger_kernel.ops.tiled_mlp import reference
@@ -221,7 +222,9 @@ def test_the_default_number_of_tiles() -> None:
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_one_tile_by_default_computes_nothing_twice(native: bool) -> None:
+def test_one_tile_by_default_computes_nothing_twice(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without kernels, where it fits; tiles that were asked for save memory, be it one."""
     products: list[int] = []
 
@@ -249,7 +252,8 @@ def test_one_tile_by_default_computes_nothing_twice(native: bool) -> None:
     kept, again = (7, 9) if native else (5, 6)  # x requires no gradient
     assert products_of(None) == kept
     assert products_of(1) == again
-    with use_implementation("triton"):
+    with monkeypatch.context() as kernels:
+        kernels.setattr(sys.modules[tiled_mlp.__module__], "_by_torch", lambda device_type: False)
         assert products_of(None) == again
     torch._dynamo.reset()
     function = tiled_mlp if native else lambda x, *_: apply_tiled_mlp(call, block, x)
