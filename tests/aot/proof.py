@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.aot import build, record
 from tests.aot.build import Measured
@@ -62,13 +65,20 @@ def start_worker(vendor: str) -> None:
     record.pretend(vendor)
 
 
-def recorded(request: Request) -> Recorded:
-    """In a worker."""
+def ops_of(request: Request) -> list[str]:
+    """In a worker, as the next two."""
     specs = importlib.import_module(request.specs).specs()
     if unknown := sorted(set(request.ops) - specs.keys()):
         raise ValueError(f"Unknown ops {unknown}; known: {', '.join(specs)}.")
-    wanted = {name: spec for name, spec in specs.items() if not request.ops or name in request.ops}
-    found = record.launches(request.target, wanted)
+    return [name for name in specs if not request.ops or name in request.ops]
+
+
+def launches(request: Request, op: str, dtype: torch.dtype) -> dict[Variant, str]:
+    specs = importlib.import_module(request.specs).specs()
+    return record.launches(request.target, specs[op], dtype)
+
+
+def recorded(request: Request, found: dict[Variant, str]) -> Recorded:
     chosen = list(found) if request.everything else cover(found, request.target.meet)
     launches = [Launch(v, request.target, found[v], key_of(v, request.target)) for v in chosen]
     idle = [] if request.ops else record.never_launched(found)
@@ -178,7 +188,19 @@ def by_vendor(
     for vendor in sorted({r.target.vendor for r in requests}):
         here = [r for r in requests if r.target.vendor == vendor]
         with pool(vendor, workers) as executor:
-            found = list(zip(here, executor.map(recorded, here), strict=True))
+            ops = executor.map(ops_of, here)
+            parts = [
+                (request, op, dtype)
+                for request, names in zip(here, ops, strict=True)
+                for op, dtype in itertools.product(names, record.DTYPES)
+            ]
+            launched: dict[Request, dict[Variant, str]] = {request: {} for request in here}
+            for (request, *_), part in zip(
+                parts, executor.map(launches, *zip(*parts, strict=True)), strict=True
+            ):
+                launched[request] = part | launched[request]  # the first case of each
+            chosen = executor.map(recorded, here, launched.values())
+            found = list(zip(here, chosen, strict=True))
             for request, what in found:
                 tell(f"{request.target.name}: {len(what.launches)} of {what.variants} launches")
             yield executor, found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "hardware.md"
 NUMBERS = ROOT / "benchmark" / "compiled.json"
 BETWEEN = re.compile(r"(?<=<!-- aot -->\n).*?(?=<!-- /aot -->)", re.DOTALL)
-
-
-def commit() -> str:
-    """Of the source that was compiled; with a plus where the folder has changes that are not committed."""
-
-    def git(*args: str) -> str:
-        return subprocess.check_output(["git", *args], cwd=ROOT, text=True).strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "src")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def numbers(proofs: Sequence[Proof], triton: str, source: str) -> dict[str, Any]:

@@ -153,6 +153,6 @@ def test_what_is_unknown_is_refused() -> None:
     with pytest.raises(SystemExit):
         __main__.main(["--targets", "sm_91"])
     with pytest.raises(ValueError, match=r"Unknown ops \['rms'\]; known: .*rms_norm"):
-        proof.recorded(proof.Request(TARGETS["sm_80"], ("rms",)))
+        proof.ops_of(proof.Request(TARGETS["sm_80"], ("rms",)))
     with pytest.raises(SystemExit, match="whole library"):
         __main__.main(["--write", "--ops", "rms_norm"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernel import ops
+from liger_kernel.backends import facts_of
+from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.functional import apply_tiled_mlp, tiled_mlp
 from liger_kernel.ops.tiled_mlp import reference
 from liger_kernel.testing import Make, assert_draws_no_worse, assert_no_worse
@@ -201,9 +205,9 @@ def test_a_subclass_of_the_function_reaches_the_parameters() -> None:
 
 
 def test_the_default_number_of_tiles() -> None:
-    """256 MiB of outputs: here 64 bytes a token and 1024 tokens at least."""
+    """1 GiB of outputs on processors: here 4 MiB a token, but 1024 tokens at least."""
     seen: list[int] = []
-    block = nn.Linear(2, 2**18, bias=False, device="meta")
+    block = nn.Linear(2, 2**20, bias=False, device="meta")
 
     def fn(m: nn.Module, tile: Tensor) -> Tensor:
         seen.append(tile.shape[0])
@@ -214,6 +218,47 @@ def test_the_default_number_of_tiles() -> None:
         with torch.no_grad():
             apply_tiled_mlp(fn, block, torch.zeros(rows, 2))
         assert len(seen) == max(1, rows // 1024), rows
+    assert facts_of(torch.device("cpu")).tile_bytes == 4 * DeviceFacts().tile_bytes == 2**30
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_one_tile_by_default_computes_nothing_twice(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kernels, where it fits; tiles that were asked for save memory, be it one."""
+    products: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            products.append(op._opname in ("mm", "mm_", "addmm", "addmm_"))
+            return op(*args, **(kwargs or {}))
+
+    weights = [torch.ones(*s, requires_grad=True) for s in ((4, 8), (4, 8), (8, 4))]
+    block, x = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)), torch.ones(6, 8)
+
+    def products_of(tiles: int | None) -> int:
+        products.clear()
+        with Counting():
+            y = (
+                tiled_mlp(x, *weights, num_tiles=tiles)
+                if native
+                else apply_tiled_mlp(call, block, x, tiles)
+            )
+            y.sum().backward()
+        return sum(products)
+
+    kept, again = (7, 9) if native else (5, 6)  # x requires no gradient
+    assert products_of(None) == kept
+    assert products_of(1) == again
+    with monkeypatch.context() as kernels:
+        kernels.setattr(sys.modules[tiled_mlp.__module__], "_by_torch", lambda device_type: False)
+        assert products_of(None) == again
+    torch._dynamo.reset()
+    function = tiled_mlp if native else lambda x, *_: apply_tiled_mlp(call, block, x)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, *weights), function(x, *weights))
 
 
 def test_refused() -> None:

@@ -29,7 +29,7 @@ Found = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """33 tokens are five tiles, the last one shorter."""
-    monkeypatch.setattr(tiled_op, "_TILE_BYTES", 2**12)
+    monkeypatch.setattr(tiled_op, "_tile_bytes", lambda device: 2**12)
     monkeypatch.setattr(tiled_op, "_MIN_ROWS", 6)
 
 

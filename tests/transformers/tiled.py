@@ -127,7 +127,10 @@ def check_patched(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
         return {n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in grads.items()}
 
     model: Any = build("llama").to(ranks.device())
-    with patch.object(tiled_mlp, "_TILE_BYTES", 2**12), patch.object(tiled_mlp, "_MIN_ROWS", 6):
+    with (
+        patch.object(tiled_mlp, "_tile_bytes", lambda _: 2**12),
+        patch.object(tiled_mlp, "_MIN_ROWS", 6),
+    ):
         liger_kernel.patch(model, long_context=True)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ours = gradients(wrap(model), inputs[rank])

@@ -12,7 +12,8 @@
    is computed twice then; an autograd node of ours would run the reference again in backward. (It does for tensors
    without numbers: they stand for those of a GPU, whose memory is estimated, and keep for backward what kernels keep.)
 
-An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_composed` for 1 and 2.
+An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_composed` for 1 and 2,
+and `is_plain` for 5.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Dispatch:
             if found is not None:
                 return found
         kernels = kernels_for(self.name, options, *tensors)
-        if not isinstance(kernels, Recompute) or not has_numbers(x):
+        if not is_plain(kernels, x):
             return self.node.apply(kernels, options, *tensors)
         if self.native is not None and requested() != REFERENCE:
             found = self.native(options, *tensors)
@@ -102,6 +103,11 @@ def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
     if unserved is None or unserved(*tensors, options=options) is None:
         return found
     return reference_of(op, x)
+
+
+def is_plain(kernels: Any, x: Tensor) -> bool:
+    """Whether `kernels` compute by PyTorch's own operators, which best run under its autograd: see 5 above."""
+    return isinstance(kernels, Recompute) and has_numbers(x)
 
 
 def is_composed(*tensors: Tensor | None) -> bool:

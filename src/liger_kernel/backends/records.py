@@ -75,6 +75,8 @@ class DeviceFacts:
     #: makes the device current for the launches inside
     guard: Callable[[torch.device], AbstractContextManager[object]] = no_guard
     chunks: ChunkSizes = ChunkSizes()
+    #: bytes of the outputs of a block's products, of one tile of the tokens that such a block is computed in
+    tile_bytes: int = 256 * MIB
 
     def stages(self, most: int, tile_bytes: int) -> int:
         """Loads of `tile_bytes` in flight: one in registers, the others as far as they fit into shared memory."""

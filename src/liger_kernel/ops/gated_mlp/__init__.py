@@ -22,7 +22,7 @@ from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import host_bound
-from liger_kernel.backends.dispatch import is_composed, kernels_for
+from liger_kernel.backends.dispatch import is_composed, is_plain, kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gate_options, gated_product
@@ -52,7 +52,8 @@ def gated_mlp(
 
     Returns: (..., O) in the dtype of x, each matrix product and the gated product rounded once.
     For backward it keeps x, gate and up (T (H + 2F) elements for T tokens), where single ops keep another T F.
-    Under autocast and torch.compile, and for DTensors, it is composed of single ops.
+    Under autocast and torch.compile, for DTensors, and where PyTorch's own operators compute, as on processors, it is
+    composed of single ops.
     Raises: ValueError as `glu`, or for shapes that do not fit; TypeError for integers or other dtypes.
     """
     weights = (gate_weight, up_weight, down_weight)
@@ -71,16 +72,16 @@ def gated_mlp(
         "limit": glu.limit,
         "alpha": glu.alpha,
     }
+    # x stands for the gate, which has its dtype and as many rows
+    impl = None if composed or autocast else kernels_for("glu", glu, x, None)
     if (
-        composed
-        or autocast
+        impl is None
+        or is_plain(impl, x)
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in (x, gate_weight, up_weight))
     ):
         return reference.gated_mlp(x, *weights, **options, product=gated_product)
     nodes: list[Any] = []  # `_Product` puts its node here, for `_Down`
-    # x stands for the gate, which has its dtype and as many rows
-    impl = kernels_for("glu", glu, x, None)
     product = _Product.apply(impl, glu, nodes, x, *weights)
     return _Down.apply(nodes[0], product, down_weight)
 

@@ -11,21 +11,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from liger_kernel._core.autograd import autocast_dtype, in_torch_func
+from liger_kernel._core.autograd import autocast_dtype, has_numbers, in_torch_func
 from liger_kernel._core.checks import check_choice, check_floating
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import cdiv
+from liger_kernel.backends import REFERENCE, facts_of, requested, serving
 from liger_kernel.backends.dispatch import is_composed, kernels_for
+from liger_kernel.backends.inductor import INDUCTOR
 from liger_kernel.ops import OPS
-from liger_kernel.ops.gated_mlp import check_tensors
-from liger_kernel.ops.gated_mlp.reference import gated_mlp
+from liger_kernel.ops.gated_mlp import check_tensors, gated_mlp
+from liger_kernel.ops.gated_mlp import reference as gated
 from liger_kernel.ops.glu import ACTIVATIONS, gated_product
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.tiled_mlp.tiles import in_tiles
 
-#: bytes of the outputs of all products for one tile, and the rows below which products become slow
-_TILE_BYTES, _MIN_ROWS = 2**28, 1024
+#: rows of a tile below which products become slow
+_MIN_ROWS = 1024
 
 
 def tiled_mlp(
@@ -39,7 +41,9 @@ def tiled_mlp(
     """`gated_mlp` in tiles of tokens: backward keeps x alone, and computes gate and up once more.
 
     Args: x, the weights and the activation as in `gated_mlp`, but x of two dimensions or more. num_tiles: None for as
-        many as keep the outputs of the products within 256 MiB a tile, but for no less than 1024 tokens each.
+        many as keep the outputs of the products within 256 MiB a tile, 1 GiB on processors, but for no less than 1024
+        tokens each. One tile by default is `gated_mlp` where there are no kernels, as on processors: memory is less
+        scarce there, and nothing is computed twice.
 
     Returns: (..., O), as by `gated_mlp`. With more than two tiles the gradients of 16-bit weights are summed in fp32.
     Raises: as `gated_mlp`; ValueError for less than one tile.
@@ -48,13 +52,15 @@ def tiled_mlp(
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
     check_tensors(x, *weights, autocast)
-    num_tiles = _checked(x, num_tiles, weights)
+    num_tiles = _tiles(x, num_tiles, weights)
+    if num_tiles is None:
+        return gated_mlp(x, *weights, activation)
     if not autocast and not is_composed(x, *weights):
         return gated_tiles(x, *weights, GLUOptions(activation), num_tiles)
 
     def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
         gate, up, down = (of_tile.get(name) for name in names)
-        return gated_mlp(tile, gate, up, down, activation, 1.0, product=gated_product)  # type: ignore[arg-type]
+        return gated.gated_mlp(tile, gate, up, down, activation, 1.0, product=gated_product)  # type: ignore[arg-type]
 
     names = ("gate", "up", "down")
     named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
@@ -97,7 +103,9 @@ def apply_tiled_mlp(
     Raises: ValueError for less than one tile, or an x of one dimension; TypeError for an x of integers.
     """
     check_floating(x=x)
-    num_shards = _checked(x, num_shards, mlp_module.parameters())
+    num_shards = _tiles(x, num_shards, mlp_module.parameters())
+    if num_shards is None:
+        return fn(mlp_module, x)
     if torch.compiler.is_compiling():  # which does not follow the exchange of parameters
         return _checkpointed(lambda tile, _: fn(mlp_module, tile), x, num_shards, {})
     block = _Block(fn, mlp_module)
@@ -123,12 +131,13 @@ class _Block(nn.Module):
         return self.fn(self.module, x)
 
 
-def _checked(x: Tensor, num_tiles: int | None, weights: Iterable[Tensor | None]) -> int:
-    """`num_tiles`, or the default for a block whose products have these weights."""
+def _tiles(x: Tensor, num_tiles: int | None, weights: Iterable[Tensor | None]) -> int | None:
+    """`num_tiles`, or the default for a block whose products have these weights; None for all of x, computed once."""
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but tiles are cut along T of (..., T, H).")
     if num_tiles is None:
-        return tiles_of(x, sum(w.shape[0] for w in weights if w is not None and w.ndim == 2))
+        found = tiles_of(x, sum(w.shape[0] for w in weights if w is not None and w.ndim == 2))
+        return None if found == 1 and has_numbers(x) and _by_torch(x.device.type) else found
     if num_tiles < 1:
         raise ValueError(
             f"The number of tiles is {num_tiles}, but at least 1; pass None for the default."
@@ -140,7 +149,18 @@ def tiles_of(x: Tensor, outputs: int) -> int:
     """The default number of tiles of x (..., H), for products with so many columns in all."""
     n_rows = x.numel() // max(1, x.shape[-1])
     needed = n_rows * max(outputs, x.shape[-1]) * x.element_size()
-    return max(1, min(cdiv(needed, _TILE_BYTES), n_rows // _MIN_ROWS))
+    return max(1, min(cdiv(needed, _tile_bytes(x.device)), n_rows // _MIN_ROWS))
+
+
+@torch.compiler.assume_constant_result
+def _tile_bytes(device: torch.device) -> int:
+    return facts_of(device).tile_bytes
+
+
+@torch.compiler.assume_constant_result
+def _by_torch(device_type: str) -> bool:
+    """Whether no kernels compute the gated product there."""
+    return serving("glu", device_type, requested())[0] in (REFERENCE, INDUCTOR.name)
 
 
 def _checkpointed(
