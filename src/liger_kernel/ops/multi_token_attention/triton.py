@@ -42,7 +42,7 @@ class Tile:
     stages: int = 2
 
 
-CONVOLVE = Tile(4, 64, 16, warps=4)
+CONVOLVE = Tile(1, 128, 16, warps=4)
 WEIGH = Tile(1, 128, 16, warps=4)
 #: programs of the gradient of the weight
 PROGRAMS = 1056
@@ -57,15 +57,32 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _elements(step, planes, KERNEL: tl.constexpr, BY_TAP: tl.constexpr, INNER: tl.constexpr):
+    """Of a step, INNER elements of a neighbourhood: their planes, their taps, and which there are.
+
+    BY_TAP: of one tap, which spares the arithmetic of rows and columns that differ within a step: 16 planes or more.
+    """
+    if BY_TAP:
+        blocks = tl.cdiv(planes, INNER)
+        plane = step % blocks * INNER + tl.arange(0, INNER)
+        tap = step // blocks + tl.zeros((1,), tl.int32)
+    else:
+        k = step * INNER + tl.arange(0, INNER)
+        plane = k // KERNEL
+        tap = k % KERNEL
+    return plane, tap, plane < planes
+
+
+@triton.jit
 def _gather(
     x_ptr,
     n,
     rows,
     cols,
-    k,
-    n_k,
+    plane,
+    tap,
+    there,
     TRANSPOSED: tl.constexpr,
-    KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -74,9 +91,8 @@ def _gather(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
 ):
-    """(K, positions) of planes of n x n: for element k of a neighbourhood, plane k // (KH KW) where tap k % (KH KW)
-    of the convolution meets the position, or, if TRANSPOSED, the output to which that tap carries it."""
-    tap = k % (KH * KW)
+    """(elements, positions) of planes of n x n: where a tap of the convolution meets the position, or, if TRANSPOSED,
+    the output to which it carries the position."""
     down = (tap // KW * DILATION_H)[:, None]
     along = (tap % KW * DILATION_W)[:, None]
     if TRANSPOSED:
@@ -89,9 +105,9 @@ def _gather(
         row = rows[None, :] * STRIDE_H + (down - ABOVE)
         col = cols[None, :] * STRIDE_W + (along - BEFORE)
         met = (row >= 0) & (col >= 0)
-    met &= (k < n_k)[:, None] & (row < n) & (col <= row)
-    plane = (k // (KH * KW)).to(tl.int64) * n * n
-    return tl.load(x_ptr + plane[:, None] + (row.to(tl.int64) * n + col), mask=met, other=0.0)
+    met = met & (row < n) & (col <= row)
+    first = x_ptr + plane.to(tl.int64)[:, None] * n * n
+    return tl.load(first + (row.to(tl.int64) * n + col), mask=there[:, None] & met, other=0.0)
 
 
 @triton.jit
@@ -107,7 +123,7 @@ def _convolve(
     HAS_BIAS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     GROUPS: tl.constexpr,
-    KH: tl.constexpr,
+    KERNEL: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -116,6 +132,7 @@ def _convolve(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_TAP: tl.constexpr,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -138,24 +155,24 @@ def _convolve(
     rows = first_row + at // COLS
     cols = first_col + at % COLS
     out_mask = outs < planes_y
-    n_k = planes_x * KH * KW
+    n_k = planes_x * KERNEL
     acc = tl.zeros((OUTS, ROWS * COLS), tl.float32)
     if first_col < first_row + ROWS:
         x_ptr += image * planes_x * n_x * n_x
         # of the weight (planes out, planes in, taps)
-        w_ptr += group * planes_x * planes_y * (KH * KW)
-        for start in range(0, n_k, INNER):
-            k = start + tl.arange(0, INNER)
+        w_ptr += group * planes_x * planes_y * (KERNEL)
+        n_steps = KERNEL * tl.cdiv(planes_x, INNER) if BY_TAP else tl.cdiv(n_k, INNER)
+        for step in range(0, n_steps):
+            plane, tap, there = _elements(step, planes_x, KERNEL, BY_TAP, INNER)
             x = _gather(
-                x_ptr, n_x, rows, cols, k, n_k, TRANSPOSED,
-                KH, KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
+                x_ptr, n_x, rows, cols, plane, tap, there, TRANSPOSED,
+                KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
             )  # fmt: skip
             if TRANSPOSED:
-                k_at = k // (KH * KW) * (planes_y * KH * KW) + k % (KH * KW)
-                w_at = outs[:, None] * (KH * KW) + k_at[None, :]
+                w_at = outs[:, None] * KERNEL + (plane * (planes_y * KERNEL) + tap)[None, :]
             else:
-                w_at = outs[:, None] * n_k + k[None, :]
-            w = tl.load(w_ptr + w_at, mask=out_mask[:, None] & (k < n_k)[None, :], other=0.0)
+                w_at = outs[:, None] * n_k + (plane * KERNEL + tap)[None, :]
+            w = tl.load(w_ptr + w_at, mask=out_mask[:, None] & there[None, :], other=0.0)
             acc = _dot(w, x, acc, PRECISION)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + group * planes_y + outs, mask=out_mask, other=0.0)
@@ -181,7 +198,7 @@ def _weigh(
     n_parts,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
-    KH: tl.constexpr,
+    KERNEL: tl.constexpr,
     KW: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -190,6 +207,7 @@ def _weigh(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_TAP: tl.constexpr,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -197,18 +215,18 @@ def _weigh(
 ):
     """dw[o, k] = sum of dy[o, i, j] x[neighbour k of (i, j)] over images and j <= i; dbias[o] = sum of dy[o, i, j].
 
-    One program owns INNER columns k of OUTS rows of dw of a group, and part of the rows i, from both ends of an image
-    in turns: a late one is long. Tensor cores cut off what they add, so that sums of four tiles are added up in fp32.
+    One program owns a step of columns k of OUTS rows of dw of a group, and part of the rows i, from both ends of an
+    image in turns: a late one is long. Tensor cores cut off what they add, so that sums of four tiles are added up in fp32.
     """
-    n_k = planes_x * KH * KW
-    k_blocks = tl.cdiv(n_k, INNER)
+    n_k = planes_x * KERNEL
+    steps = KERNEL * tl.cdiv(planes_x, INNER) if BY_TAP else tl.cdiv(n_k, INNER)
     out_blocks = tl.cdiv(planes_y, OUTS)
     block = tl.program_id(0) // n_parts
     part = tl.program_id(0) % n_parts
-    k_block = block % k_blocks
-    outs = block // k_blocks % out_blocks * OUTS + tl.arange(0, OUTS)
-    group = block // (k_blocks * out_blocks)
-    k = k_block * INNER + tl.arange(0, INNER)
+    step = block % steps
+    plane, tap, element = _elements(step, planes_x, KERNEL, BY_TAP, INNER)
+    outs = block // steps % out_blocks * OUTS + tl.arange(0, OUTS)
+    group = block // (steps * out_blocks)
     at = tl.arange(0, ROWS * COLS)
     out_mask = outs < planes_y
     dw = tl.zeros((OUTS, INNER), tl.float32)
@@ -234,8 +252,8 @@ def _weigh(
                     dy_at + (rows.to(tl.int64) * n_y + cols)[None, :], mask=there, other=0.0
                 )
                 x = _gather(
-                    x_at, n_x, rows, cols, k, n_k, False,
-                    KH, KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
+                    x_at, n_x, rows, cols, plane, tap, element, False,
+                    KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
                 )  # fmt: skip
                 short = _dot(dy, tl.trans(x), short, PRECISION)
                 if HAS_BIAS:
@@ -243,10 +261,10 @@ def _weigh(
             dw += short
     n_outs = GROUPS * planes_y
     row = part.to(tl.int64) * n_outs + group * planes_y + outs
-    mask = out_mask[:, None] & (k < n_k)[None, :]
-    tl.store(dw_ptr + row[:, None] * n_k + k[None, :], dw, mask=mask)
+    at = row[:, None] * n_k + (plane * KERNEL + tap)[None, :]
+    tl.store(dw_ptr + at, dw, mask=out_mask[:, None] & element[None, :])
     if HAS_BIAS:
-        tl.store(dbias_ptr + row, dbias, mask=out_mask & (k_block == 0))
+        tl.store(dbias_ptr + row, dbias, mask=out_mask & (step == 0))
 
 
 def forward(
@@ -310,7 +328,7 @@ def _convolve_into(
         *(x, weight, bias, y, x.shape[-1], n, planes_x, planes_y),
         HAS_BIAS=bias is not None,
         TRANSPOSED=transposed,
-        **_constants(x, weight, options, outs, tile),
+        **_constants(x, weight, planes_x, options, outs, tile),
     )
 
 
@@ -322,7 +340,10 @@ def _gradient_of_weight(
     outs, n = _outs(planes_y), dy.shape[-1]
     n_tiles = dy.shape[0] * cdiv(n, tile.rows)
     n_outs, n_k = weight.shape[0], weight[0].numel()
-    blocks = groups * cdiv(planes_y, outs) * cdiv(n_k, tile.inner)
+    constants = _constants(x, weight, planes_x, options, outs, tile)
+    steps = cdiv(planes_x, tile.inner) * constants["KERNEL"]
+    steps = steps if constants["BY_TAP"] else cdiv(n_k, tile.inner)
+    blocks = groups * cdiv(planes_y, outs) * steps
     parts = max(1, min(n_tiles // 2, PROGRAMS // blocks))
     dw = x.new_empty(1, parts, n_outs * n_k, dtype=torch.float32)
     dbias = None if bias is None else dw.new_empty(1, parts, n_outs)
@@ -332,7 +353,7 @@ def _gradient_of_weight(
             (blocks * parts,),
             *(dy, x, dw, dbias, x.shape[-1], n, planes_x, planes_y, n_tiles, parts),
             HAS_BIAS=bias is not None,
-            **_constants(x, weight, options, outs, tile),
+            **constants,
         )
     return (
         column_sums(dw, [weight.dtype])[0].view(weight.shape),
@@ -345,12 +366,17 @@ def _outs(planes: int) -> int:
 
 
 def _constants(
-    x: Tensor, weight: Tensor, options: MultiTokenAttentionOptions, outs: int, tile: Tile
+    x: Tensor,
+    weight: Tensor,
+    planes: int,
+    options: MultiTokenAttentionOptions,
+    outs: int,
+    tile: Tile,
 ) -> dict[str, Any]:
     (above, _), (before, _) = options.geometry(0, (weight.shape[2], weight.shape[3]))
     return {
         "GROUPS": options.groups,
-        "KH": weight.shape[2],
+        "KERNEL": weight.shape[2] * weight.shape[3],
         "KW": weight.shape[3],
         "STRIDE_H": options.stride[0],
         "STRIDE_W": options.stride[1],
@@ -359,6 +385,7 @@ def _constants(
         "DILATION_H": options.dilation[0],
         "DILATION_W": options.dilation[1],
         "PRECISION": facts_of(x.device).exact_precision if x.dtype == torch.float32 else "ieee",
+        "BY_TAP": planes % tile.inner == 0 or planes > 2 * tile.inner,
         "OUTS": outs,
         "ROWS": tile.rows,
         "COLS": tile.cols,
