@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from liger_kernel.backends import use_implementation
 from liger_kernel.functional import multi_token_attention
-from liger_kernel.ops.multi_token_attention import reference
-from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.ops.multi_token_attention import reference, triton
+from liger_kernel.ops.multi_token_attention.cases import SPEC
+from liger_kernel.testing import Make, OpCase, assert_no_worse
+from liger_kernel.testing.calls import assert_as_exact
 from liger_kernel.transformers import LigerMultiTokenAttention
 from liger_kernel.transformers.functional import liger_multi_token_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_the_module() -> None:
@@ -78,6 +83,21 @@ def test_a_row_without_numbers_reaches_no_further_than_the_kernel(sparse: bool) 
     assert y[0, 0, 2, :3].isnan().all()
     assert not y[0, 0, 6].isnan()[6:].any()
     assert not y.triu(1).any()
+
+
+def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along rows, columns, sums and programs, of which those of a case are one."""
+    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(2, 16, 16, warps=4))
+    monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 16, 16, warps=4))
+    monkeypatch.setattr(triton, "PROGRAMS", 5)
+    with use_implementation("triton"):
+        for heads in 1, 16:
+            make = Make(torch.float32, DEVICE)
+            tensors = make.randn(1, heads, 70, 70), make.randn(2, heads, 1, 3), make.randn(2)
+            options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
+            grads = {0: make.randn(1, 2, 70, 70)}
+            case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
+            assert_as_exact(SPEC, case, tensors, grads)
 
 
 def test_refused() -> None:

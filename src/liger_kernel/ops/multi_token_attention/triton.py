@@ -216,7 +216,7 @@ def _weigh(
     """dw[o, k] = sum of dy[o, i, j] x[neighbour k of (i, j)] over images and j <= i; dbias[o] = sum of dy[o, i, j].
 
     One program owns a step of columns k of OUTS rows of dw of a group, and part of the rows i, from both ends of an
-    image in turns: a late one is long. Tensor cores cut off what they add, so that sums of four tiles are added up in fp32.
+    image in turns: a late one is long. Tensor cores cut off what they add: the sums of four tiles are added in fp32.
     """
     n_k = planes_x * KERNEL
     steps = KERNEL * tl.cdiv(planes_x, INNER) if BY_TAP else tl.cdiv(n_k, INNER)
@@ -230,7 +230,7 @@ def _weigh(
     at = tl.arange(0, ROWS * COLS)
     out_mask = outs < planes_y
     dw = tl.zeros((OUTS, INNER), tl.float32)
-    dbias = tl.zeros((OUTS,), tl.float32)
+    dbias = tl.zeros((OUTS, ROWS * COLS), tl.float32)
     down = tl.cdiv(n_y, ROWS)
     for tile in range(
         (part.to(tl.int64) * n_tiles // n_parts).to(tl.int32),
@@ -257,14 +257,14 @@ def _weigh(
                 )  # fmt: skip
                 short = _dot(dy, tl.trans(x), short, PRECISION)
                 if HAS_BIAS:
-                    dbias += tl.sum(dy.to(tl.float32), 1)
+                    dbias += dy.to(tl.float32)
             dw += short
     n_outs = GROUPS * planes_y
     row = part.to(tl.int64) * n_outs + group * planes_y + outs
     at = row[:, None] * n_k + (plane * KERNEL + tap)[None, :]
     tl.store(dw_ptr + at, dw, mask=out_mask[:, None] & element[None, :])
     if HAS_BIAS:
-        tl.store(dbias_ptr + row, dbias, mask=out_mask & (step == 0))
+        tl.store(dbias_ptr + row, tl.sum(dbias, 1), mask=out_mask & (step == 0))
 
 
 def forward(
