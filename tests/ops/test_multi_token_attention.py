@@ -87,15 +87,15 @@ def test_a_row_without_numbers_reaches_no_further_than_the_kernel(sparse: bool) 
 
 def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Along rows, columns, sums and programs, of which those of a case are one."""
-    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(2, 16, 16, warps=4))
-    monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 16, 16, warps=4))
+    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(2, 8, 16, warps=4))
+    monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 8, 16, warps=4))
     monkeypatch.setattr(triton, "PROGRAMS", 5)
     with use_implementation("triton"):
         for heads in 1, 16:
             make = Make(torch.float32, DEVICE)
-            tensors = make.randn(1, heads, 70, 70), make.randn(2, heads, 1, 3), make.randn(2)
+            tensors = make.randn(1, heads, 35, 35), make.randn(2, heads, 1, 3), make.randn(2)
             options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
-            grads = {0: make.randn(1, 2, 70, 70)}
+            grads = {0: make.randn(1, 2, 35, 35)}
             case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
             assert_as_exact(SPEC, case, tensors, grads)
 
