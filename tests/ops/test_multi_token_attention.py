@@ -91,13 +91,11 @@ def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 8, 16, warps=4))
     monkeypatch.setattr(triton, "PROGRAMS", 5)
     with use_implementation("triton"):
-        for heads in 1, 16:
-            make = Make(torch.float32, DEVICE)
-            tensors = make.randn(1, heads, 35, 35), make.randn(2, heads, 1, 3), make.randn(2)
-            options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
-            grads = {0: make.randn(1, 2, 35, 35)}
-            case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
-            assert_as_exact(SPEC, case, tensors, grads)
+        make = Make(torch.float32, DEVICE)
+        tensors = make.randn(1, 16, 35, 35), make.randn(2, 16, 1, 3), make.randn(2)
+        options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
+        case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
+        assert_as_exact(SPEC, case, tensors, {0: make.randn(1, 2, 35, 35)})
 
 
 def test_refused() -> None:
