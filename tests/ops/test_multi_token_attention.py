@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from liger_kernel.backends import use_implementation
 from liger_kernel.functional import multi_token_attention
-from liger_kernel.ops.multi_token_attention import reference
-from liger_kernel.testing import Make, assert_no_worse
+from liger_kernel.ops.multi_token_attention import reference, triton
+from liger_kernel.ops.multi_token_attention.cases import SPEC
+from liger_kernel.testing import Make, OpCase, assert_no_worse
+from liger_kernel.testing.calls import assert_as_exact
 from liger_kernel.transformers import LigerMultiTokenAttention
 from liger_kernel.transformers.functional import liger_multi_token_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_the_module() -> None:
@@ -66,13 +71,31 @@ def test_autocast() -> None:
         assert_no_worse(f"{i}", t, high[i], low[i])
 
 
-def test_settings_of_the_process_stay() -> None:
-    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
-    y = multi_token_attention(torch.ones(1, 1, 2, 2), weight)  # rows (1, 0) and (1/2, 1/2): exact
-    before = torch.backends.cudnn.deterministic
-    y.sum().backward()
-    assert torch.backends.cudnn.deterministic == before
-    assert weight.grad.item() == 2.0
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_row_without_numbers_reaches_no_further_than_the_kernel(sparse: bool) -> None:
+    """Of weights that are NaN, those right of the diagonal are 0 all the same; and so is what is returned there."""
+    make = Make(torch.float32)
+    scores, weight = make.randn(1, 1, 9, 9), make.randn(1, 1, 5, 3)
+    scores[..., 4, 1] = float("nan")
+    y = multi_token_attention(scores, weight, padding=(2, 1), sparse=sparse)
+    expected = reference.multi_token_attention(scores, weight, None, 1, (2, 1), 1, 1, sparse)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y[0, 0, 2, :3].isnan().all()
+    assert not y[0, 0, 6].isnan()[6:].any()
+    assert not y.triu(1).any()
+
+
+def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along rows, columns, sums and programs, of which those of a case are one."""
+    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(2, 8, 16, warps=4))
+    monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 8, 16, warps=4))
+    monkeypatch.setattr(triton, "PROGRAMS", 5)
+    with use_implementation("triton"):
+        make = Make(torch.float32, DEVICE)
+        tensors = make.randn(1, 16, 35, 35), make.randn(2, 16, 1, 3), make.randn(2)
+        options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
+        case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
+        assert_as_exact(SPEC, case, tensors, {0: make.randn(1, 2, 35, 35)})
 
 
 def test_refused() -> None:
@@ -81,5 +104,17 @@ def test_refused() -> None:
         multi_token_attention(scores, weight)
     with pytest.raises(ValueError, match=r"scores has shape \(1, 2, 5, 4\); pass \(B, C, L, L\)"):
         multi_token_attention(scores[..., :4], weight)
+    with pytest.raises(
+        ValueError, match=r"weight \(2, 2, 3, 5\), bias \(3,\) do not fit each other with groups=1"
+    ):
+        multi_token_attention(scores, weight, torch.ones(3), padding=(1, 2))
+    with pytest.raises(ValueError, match="do not fit each other with groups=2"):
+        multi_token_attention(scores, weight, groups=2)
+    with pytest.raises(ValueError, match=r"padding='same' with stride=\(2, 2\)"):
+        multi_token_attention(scores, weight, padding="same", stride=2)
+    with pytest.raises(ValueError, match="have to be 1 or more"):
+        multi_token_attention(scores, weight, padding=(-1, 0))
+    with pytest.raises(TypeError, match=r"weight torch\.bfloat16 differ; pass one dtype"):
+        multi_token_attention(scores, weight.bfloat16(), padding=(1, 2))
     with pytest.raises(TypeError, match="floating"):
         multi_token_attention(scores.long(), weight)

@@ -130,6 +130,18 @@ class RowTile:
 
 
 @triton.jit
+def reach_of(rows, n_cols, CAUSAL: tl.constexpr):
+    """How many columns each row is over; causal rows are those of (..., n_cols, n_cols)."""
+    return (rows % n_cols + 1)[:, None] if CAUSAL else n_cols
+
+
+@triton.jit
+def zero_beyond(y, inside, CAUSAL: tl.constexpr):
+    """A row with NaN in it is NaN, but not where it must not look."""
+    return tl.where(inside, y, 0.0) if CAUSAL else y
+
+
+@triton.jit
 def _column_sum(
     partial_ptr,
     first_ptr,

@@ -95,7 +95,6 @@ COMPUTED_BY = {
     "vocab_parallel_cross_entropy": "cross_entropy",
     "vocab_parallel_logprobs": "logprobs",
     "fused_neighborhood_attention": "softmax",
-    "multi_token_attention": "softmax",
     "tiled_mlp": "glu",
 }
 #: as in `OPS`, for the losses that live above the ops, in `liger_kernel.loss_head`

@@ -10,7 +10,9 @@ import os
 import queue
 import resource
 import sys
+import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +34,47 @@ def _child(entry: build.Entry, image: bool, dtype: str, memory_gib: int, answer:
     )
 
 
-def run_in_process(
-    entry: build.Entry, image: bool, dtype: str, seconds: float, memory_gib: int
-) -> check.Result:
-    """The result of one entry, from a forked process that may neither hang nor eat the memory."""
-    context = multiprocessing.get_context("fork")
-    answer = context.Queue()
-    process = context.Process(target=_child, args=(entry, image, dtype, memory_gib, answer))
-    process.start()
-    waited = 0.0
-    while True:
-        try:
-            result: check.Result = answer.get(timeout=1)
-            break
+class _Run:
+    """One entry in a forked process, that may neither hang nor eat the memory."""
+
+    def __init__(
+        self, entry: build.Entry, image: bool, dtype: str, seconds: float, memory_gib: int
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.failed = check.Result(str(entry), entry.class_name, "image" if image else "text")
+        self.answer = context.Queue()
+        self.until = time.monotonic() + seconds
+        self.process = context.Process(
+            target=_child, args=(entry, image, dtype, memory_gib, self.answer)
+        )
+        self.process.start()
+
+    def result(self) -> check.Result | None:
+        """What it found; None while it runs."""
+        alive, late = self.process.is_alive(), time.monotonic() > self.until
+        try:  # what a process that is gone has left is there within a second
+            found: check.Result = self.answer.get(timeout=0.02 if alive else 1)
         except queue.Empty:
-            waited += 1
-            if waited >= seconds or not process.is_alive():
-                result = check.Result(str(entry), entry.class_name, "image" if image else "text")
-                result.status, result.detail = (
-                    "raises",
-                    "timed out" if process.is_alive() else "the process died",
-                )
-                break
-    process.kill()
-    process.join()
-    return result
+            if alive and not late:
+                return None
+            found = self.failed
+            found.status, found.detail = "raises", "timed out" if alive else "the process died"
+        self.process.kill()
+        self.process.join()
+        return found
+
+
+def _results(entries: Sequence[build.Entry], workers: int, *how: Any) -> Iterator[check.Result]:
+    """Of `workers` entries at a time, in the order in which they end."""
+    waiting, running = [*entries], list[_Run]()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(_Run(waiting.pop(0), *how))
+        for run in [*running]:
+            found = run.result()
+            if found is not None:
+                running.remove(run)
+                yield found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--memory", type=int, default=12, metavar="GIB")
+    parser.add_argument("--workers", type=int, default=1, help="entries at a time")
     options = parser.parse_args(arguments)
     known = {str(entry): entry for entry in build.ENTRIES}
     unknown = sorted(set(options.types) - known.keys())
@@ -84,19 +103,19 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    merged = json.loads(options.json.read_text()) if options.json.exists() else {}
     results = []
-    for entry in chosen:
-        result = run_in_process(
-            entry, options.image, options.dtype, options.seconds, options.memory
-        )
-        if result.status == "unbuilt" and str(entry) in releases.unbuilt():
+    how = (options.image, options.dtype, options.seconds, options.memory)
+    for result in _results(chosen, options.workers, *how):
+        if result.status == "unbuilt" and result.entry in releases.unbuilt():
             result.status = "listed"
         print(result.line(), flush=True)
         results.append(result)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    merged = json.loads(options.json.read_text()) if options.json.exists() else {}
-    merged |= {f"{result.entry} {result.inputs}": result.as_dict() for result in results}
-    options.json.write_text(json.dumps(merged, indent=1))
+        merged[f"{result.entry} {result.inputs}"] = result.as_dict()
+        options.json.write_text(
+            json.dumps(merged, indent=1, sort_keys=True)
+        )  # a run may be cut off
     counts = collections.Counter(result.status for result in results)
     fused = sum(result.loss == "fused" for result in results)
     print(f"{len(results)} types: {dict(counts)}; loss fused in {fused}; results in {options.json}")

@@ -3,21 +3,29 @@ neighbouring queries, keys and heads by a convolution."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from liger_kernel._core.autograd import autocast_dtype, is_transformed, refuse_double_backward
+from liger_kernel._core.autograd import Op, autocast_dtype
 from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.lazy import compat_names
+from liger_kernel.backends.dispatch import Dispatch, no_shards
 from liger_kernel.ops import OPS
 from liger_kernel.ops.multi_token_attention import reference
-from liger_kernel.ops.softmax import softmax
-from liger_kernel.ops.sparsemax import sparsemax
+from liger_kernel.ops.multi_token_attention.contract import MultiTokenAttentionOptions
 
 Pair = int | tuple[int, int]
+
+
+class _MultiTokenAttention(Op):
+    pass
+
+
+_dispatch = Dispatch(
+    "multi_token_attention",
+    _MultiTokenAttention,
+    reference.multi_token_attention,
+    shards=no_shards("multi_token_attention", "call it on the local shards, .to_local()"),
+)
 
 
 def multi_token_attention(
@@ -25,7 +33,7 @@ def multi_token_attention(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
     sparse: bool = False,
@@ -40,54 +48,71 @@ def multi_token_attention(
 
     Returns: (B, O, L', L') in the dtype of scores. A key after the query weighs 0 before the convolution, and 0 in what
         is returned.
-    Raises: ValueError for scores that are not square, or that the convolution makes so; TypeError for integers.
+    Raises: ValueError for scores that are not square, or that the convolution makes so, and for sizes that do not fit
+        each other; TypeError for integers, and for parameters in another dtype than scores, outside of autocast.
     """
     check_floating(scores=scores, weight=weight, bias=bias)
     check_same_device(scores=scores, weight=weight, bias=bias)
     if scores.ndim != 4 or scores.shape[-2] != scores.shape[-1]:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; pass (B, C, L, L).")
-    probabilities = sparsemax if sparse else softmax
-    geometry = (stride, padding, dilation, groups)
-    return reference.multi_token_attention(
-        scores, weight, bias, *geometry, sparse, probabilities, _convolution
+    options = MultiTokenAttentionOptions(
+        _pair(stride),
+        padding if isinstance(padding, str) else _pair(padding),
+        _pair(dilation),
+        groups,
+        sparse,
     )
+    _check_sizes(options, scores, weight, bias)
+    computed = autocast_dtype(scores)
+    if computed is not None:
+        weight, bias = weight.to(computed), None if bias is None else bias.to(computed)
+    elif weight.dtype != scores.dtype or (bias is not None and bias.dtype != scores.dtype):
+        named = {"scores": scores, "weight": weight, "bias": bias}
+        found = ", ".join(f"{n} {t.dtype}" for n, t in named.items() if t is not None)
+        raise TypeError(f"{found} differ; pass one dtype.")
+    y: Tensor = _dispatch(options, scores, weight, bias)
+    return y
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    if is_transformed():
-        return F.conv2d(x, weight, bias, *geometry)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    found: Tensor = _Convolution.apply(x, weight, bias, *geometry)
-    return found
+def _check_sizes(
+    options: MultiTokenAttentionOptions, scores: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    fit = weight.ndim == 4 and options.groups > 0 and weight.shape[0] % options.groups == 0
+    fit = fit and weight.shape[1] * options.groups == scores.shape[1]
+    if not fit or (bias is not None and bias.shape != weight.shape[:1]):
+        named = {"scores": scores, "weight": weight, "bias": bias}
+        shapes = ", ".join(f"{n} {None if t is None else tuple(t.shape)}" for n, t in named.items())
+        raise ValueError(
+            f"{shapes} do not fit each other with groups={options.groups}; pass (B, C, L, L), (O, C / groups, kH, kW) "
+            f"and (O,) or None."
+        )
+    padding, taps = options.padding, weight.shape[2:]
+    if isinstance(padding, str) and (
+        padding != "valid" and (padding, options.stride) != ("same", (1, 1))
+    ):
+        raise ValueError(
+            f"padding={padding!r} with stride={options.stride}; pass numbers, 'valid' or, with stride 1, 'same'."
+        )
+    pads = (0,) if isinstance(padding, str) else padding
+    if min(*options.stride, *options.dilation, *taps) < 1 or min(pads) < 0:
+        raise ValueError(
+            f"stride={options.stride}, dilation={options.dilation} and a kernel of {tuple(taps)} have to be 1 or more, "
+            f"padding={padding} 0 or more."
+        )
+    (_, rows), (_, cols) = options.geometry(scores.shape[-1], (taps[0], taps[1]))
+    if rows != cols or rows < min(1, scores.shape[-1]):
+        raise ValueError(
+            f"The convolution makes {(scores.shape[0], weight.shape[0], rows, cols)} of scores {tuple(scores.shape)}, "
+            f"but the last two dimensions have to be equal for the causal mask, and no less than 1; choose stride and "
+            f"padding to fit the kernel."
+        )
 
 
-class _Convolution(torch.autograd.Function):
-    """`conv2d` with gradients that are the same in every run: cuDNN would add up those of the weight in any order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return F.conv2d(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        x, weight = ctx.saved_tensors
-        *sizes, groups = ctx.geometry
-        pairs = [[n, n] if isinstance(n, int) else [*n] for n in sizes]
-        cudnn: Any = torch.backends.cudnn
-        before, cudnn.deterministic = cudnn.deterministic, True
-        try:
-            found = torch.ops.aten.convolution_backward(
-                *(grads[0], x, weight, [weight.shape[0]], *pairs),
-                *(False, [0, 0], groups, ctx.needs_input_grad[:3]),
-            )
-        finally:
-            cudnn.deterministic = before
-        return *found, None, None, None, None
+def _pair(value: Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    rows, *rest = value  # of one number, as a list of it, too
+    return rows, (rest or [rows])[0]
 
 
 __getattr__ = compat_names(__name__, OPS["multi_token_attention"])

@@ -35,6 +35,26 @@ CASES = (
     case("one-token", "gradient 0 for the score", of(2, 2, 1, 2, 2, 1, 1)),
     case("no-batch", "empty", of(0, 2, 5, 2, 2, 3, 3), padding=1),
     case("transposed", "keys first", of(1, 2, 9, 2, 2, 3, 3, draw=Make.transposed), padding=1),
+    case(
+        "same",
+        "even kernel, more zeros behind than before",
+        of(1, 2, 9, 2, 2, 2, 4),
+        padding="same",
+    ),
+    case("valid", "fewer queries than were given", of(2, 1, 9, 2, 1, 3, 3), padding="valid"),
+    case(
+        "each-head",
+        "channels that are not mixed",
+        of(1, 3, 20, 3, 1, 5, 7),
+        padding=(2, 3),
+        groups=3,
+    ),
+    case(
+        "many-heads",
+        "several blocks of heads",
+        of(1, 34, 5, 70, 34, 3, 3),
+        padding=1,
+    ),
     case("16x1024", "16 heads", of(4, 16, 1024, 16, 16, 3, 3), padding=1, large=True),
 )
 SPEC = OpSpec(

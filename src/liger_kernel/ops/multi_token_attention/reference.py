@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,21 +20,10 @@ def multi_token_attention(
     dilation: Any,
     groups: int,
     sparse: bool,
-    probabilities: Callable[..., Tensor] | None = None,
-    convolution: Callable[..., Tensor] = F.conv2d,
 ) -> Tensor:
-    """tril(conv2d(softmax(scores where key <= query, else -inf))), each step rounded to the dtype of scores.
+    """tril(conv2d(softmax(scores of keys <= query), 0 for later ones)), each step rounded to the dtype of scores.
 
-    `probabilities` and `convolution` are what computes the two steps.
+    The convolution is in the dtype of weight, which autocast may have made another.
     """
-    length = scores.shape[-1]
-    later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    masked = scores.masked_fill(later, float("-inf"))
-    weights = (probabilities or (sparsemax if sparse else softmax))(masked)
-    found = convolution(weights, weight, bias, stride, padding, dilation, groups)
-    if found.shape[-2] != found.shape[-1]:
-        raise ValueError(
-            f"The convolution makes {tuple(found.shape)} of scores {tuple(scores.shape)}, but the last two dimensions "
-            f"have to be equal for the causal mask; choose stride and padding to fit the kernel."
-        )
-    return found.tril_()
+    weights = (sparsemax if sparse else softmax)(scores, causal=True).to(weight.dtype)
+    return F.conv2d(weights, weight, bias, stride, padding, dilation, groups).tril_()

@@ -14,7 +14,7 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile
+from liger_kernel.backends.kernels import RowTile, reach_of, zero_beyond
 from liger_kernel.ops.softmax.contract import SoftmaxOptions
 
 #: Backward holds two rows where forward holds one. While a long row is walked, STAGES blocks of it are in flight.
@@ -39,6 +39,7 @@ def _softmax_fwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y = exp(x - max) / sum(exp(x - max)). One program owns ROWS rows."""
@@ -48,13 +49,14 @@ def _softmax_fwd(
     x_at = x_ptr + (rows * x_stride)[:, None] + cols
     y_at = y_ptr + (rows * n_cols)[:, None] + cols
     dtype = y_ptr.dtype.element_ty
-    mask = row_mask & (cols < n_cols)
+    reach = reach_of(rows, n_cols, CAUSAL)
+    mask = row_mask & (cols < reach)
     first = tl.load(x_at, mask=mask, other=float("-inf")).to(tl.float32)
     top = tl.max(first, 1)
     total = _shifted(first, top)
     if LOOPED:
         for start in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             x = tl.load(x_at + start, mask=inside, other=float("-inf")).to(tl.float32)
             before = top
             top = tl.maximum(top, tl.max(x, 1))
@@ -64,11 +66,12 @@ def _softmax_fwd(
         end = tl.cdiv(n_cols, BLOCK) * BLOCK
         for back in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
             start = end - back
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             x = tl.load(x_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            y = _shifted(x.to(tl.float32), top) * scale
-            tl.store(y_at + start, y.to(dtype), mask=inside)
-    tl.store(y_at, (_shifted(first, top) * scale).to(dtype), mask=mask)
+            y = zero_beyond(_shifted(x.to(tl.float32), top) * scale, inside, CAUSAL)
+            tl.store(y_at + start, y.to(dtype), mask=row_mask & (start + cols < n_cols))
+    y = zero_beyond(_shifted(first, top) * scale, mask, CAUSAL)
+    tl.store(y_at, y.to(dtype), mask=row_mask & (cols < n_cols))
 
 
 @triton.jit
@@ -82,6 +85,7 @@ def _softmax_bwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx = y (dy - sum(dy y)). One program owns ROWS rows."""
@@ -91,13 +95,14 @@ def _softmax_bwd(
     dy_at = dy_ptr + (rows * dy_stride)[:, None] + cols
     y_at = (rows * n_cols)[:, None] + cols
     dtype = dx_ptr.dtype.element_ty
-    mask = row_mask & (cols < n_cols)
+    reach = reach_of(rows, n_cols, CAUSAL)
+    mask = row_mask & (cols < reach)
     first_dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
     first_y = tl.load(y_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
     products = first_dy * first_y
     if LOOPED:
         for start in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             dy = tl.load(dy_at + start, mask=inside, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + y_at + start, mask=inside, other=0.0).to(tl.float32)
             products += dy * y
@@ -106,18 +111,20 @@ def _softmax_bwd(
         end = tl.cdiv(n_cols, BLOCK) * BLOCK
         for back in tl.range(BLOCK, n_cols, BLOCK, num_stages=STAGES):
             start = end - back
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             dy = tl.load(dy_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
             y = tl.load(y_ptr + y_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            dx = y.to(tl.float32) * (dy.to(tl.float32) - total)
-            tl.store(dx_ptr + y_at + start, dx.to(dtype), mask=inside)
-    tl.store(dx_ptr + y_at, (first_y * (first_dy - total)).to(dtype), mask=mask)
+            dx = zero_beyond(y.to(tl.float32) * (dy.to(tl.float32) - total), inside, CAUSAL)
+            to = dx_ptr + y_at + start
+            tl.store(to, dx.to(dtype), mask=row_mask & (start + cols < n_cols))
+    dx = zero_beyond(first_y * (first_dy - total), mask, CAUSAL)
+    tl.store(dx_ptr + y_at, dx.to(dtype), mask=row_mask & (cols < n_cols))
 
 
 def forward(x: Tensor, *, options: SoftmaxOptions, needs: Needs) -> tuple[Tensor, tuple[Tensor]]:
     y = x.new_empty(x.shape)
     if x.numel():
-        _launch(_softmax_fwd, FORWARD, x.element_size(), as_rows(x), y)
+        _launch(_softmax_fwd, FORWARD, x.element_size(), as_rows(x), y, causal=options.causal)
     return y, (y,)
 
 
@@ -126,16 +133,21 @@ def backward(grads: Grads, saved: Saved, *, options: SoftmaxOptions, needs: Need
     dx = torch.empty_like(y)
     if y.numel():
         loaded = y.element_size() + grads[0].element_size()
-        _launch(_softmax_bwd, BACKWARD, loaded, as_rows(grads[0]), y, dx)
+        _launch(_softmax_bwd, BACKWARD, loaded, as_rows(grads[0]), y, dx, causal=options.causal)
     return (dx,)
 
 
 def _launch(
-    kernel: triton.JITFunction, sizes: dict[str, int], loaded: int, rows: Tensor, *others: Tensor
+    kernel: triton.JITFunction,
+    sizes: dict[str, int],
+    loaded: int,
+    rows: Tensor,
+    *others: Tensor,
+    causal: bool,
 ) -> None:
     """`loaded`: bytes that are read of a column."""
     (n_rows, n_cols), facts = rows.shape, facts_of(rows.device)
     tile = RowTile.of(n_cols, facts.most_warps, **sizes)
     stages = facts.stages(STAGES, tile.block * loaded) if tile.looped else 1
     arguments = (rows, *others, rows.stride(0), n_rows, n_cols)
-    tile.launch(kernel, n_rows, *arguments, STAGES=stages)
+    tile.launch(kernel, n_rows, *arguments, CAUSAL=causal, STAGES=stages)

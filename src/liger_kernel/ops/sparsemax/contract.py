@@ -13,7 +13,9 @@ from liger_kernel._core.options import OpOptions
 
 @dataclass(frozen=True)
 class SparsemaxOptions(OpOptions):
-    """None."""
+    """causal: row i of each matrix (..., L, L) is over columns 0 to i, and 0 beyond, whatever stands there."""
+
+    causal: bool = False
 
 
 class Kernels(Backward, Protocol):

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from liger_kernel.ops.softmax.reference import later_columns
 
-def sparsemax(x: Tensor) -> Tensor:
+
+def sparsemax(x: Tensor, causal: bool = False) -> Tensor:
     """y = max(x - tau, 0) over the last dimension, with the tau that makes it sum to 1, rounded once.
 
     All of it in fp32 (float64 for float64 input). tau is found among the sorted values, and summed again over those
@@ -12,6 +14,9 @@ def sparsemax(x: Tensor) -> Tensor:
     """
     if not x.numel():
         return x.clone()
+    if causal:
+        later = later_columns(x)
+        return sparsemax(x.masked_fill(later, float("-inf"))).masked_fill(later, 0)
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     z = z - z.detach().amax(-1, keepdim=True)
     falling = z.detach().sort(-1, descending=True).values

@@ -16,7 +16,7 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile
+from liger_kernel.backends.kernels import RowTile, reach_of, zero_beyond
 from liger_kernel.ops.sparsemax.contract import SparsemaxOptions
 
 #: A step waits for two reductions, so that rows share a program only where they are short. Backward holds two rows.
@@ -42,6 +42,7 @@ def _sparsemax_fwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """y = max(z - tau, 0) with z = x - max and sum(y) = 1. One program owns ROWS rows, and their max and tau."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -50,13 +51,14 @@ def _sparsemax_fwd(
     x_at = x_ptr + (rows * x_stride)[:, None] + cols
     y_at = y_ptr + (rows * n_cols)[:, None] + cols
     dtype = y_ptr.dtype.element_ty
-    mask = row_mask & (cols < n_cols)
+    reach = reach_of(rows, n_cols, CAUSAL)
+    mask = row_mask & (cols < reach)
     first = tl.load(x_at, mask=mask, other=float("-inf")).to(tl.float32)
     first = tl.where(row_mask, first, 0.0)  # rows beyond the last: numbers, not -inf less -inf
     top = tl.max(first, 1)
     if LOOPED:
         for start in range(BLOCK, n_cols, BLOCK):
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             x = tl.load(x_at + start, mask=inside, other=float("-inf")).to(tl.float32)
             top = tl.maximum(top, tl.max(x, 1))
     first -= top[:, None]
@@ -68,7 +70,7 @@ def _sparsemax_fwd(
         total = tl.where(above, first, 0.0)
         if LOOPED:
             for start in range(BLOCK, n_cols, BLOCK):
-                inside = row_mask & (start + cols < n_cols)
+                inside = row_mask & (start + cols < reach)
                 x = tl.load(x_at + start, mask=inside, other=float("-inf")).to(tl.float32)
                 z = x - top[:, None]
                 above = _above(z, tau)
@@ -81,13 +83,15 @@ def _sparsemax_fwd(
         end = tl.cdiv(n_cols, BLOCK) * BLOCK
         for back in range(BLOCK, n_cols, BLOCK):
             start = end - back
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             x = tl.load(x_at + start, mask=inside, other=0.0, eviction_policy="evict_first")
             z = x.to(tl.float32) - top[:, None]
             y = tl.where(_above(z, tau), z - tau[:, None], 0.0)
-            tl.store(y_at + start, y.to(dtype), mask=inside)
+            y = zero_beyond(y, inside, CAUSAL)
+            tl.store(y_at + start, y.to(dtype), mask=row_mask & (start + cols < n_cols))
     y = tl.where(_above(first, tau), first - tau[:, None], 0.0)
-    tl.store(y_at, y.to(dtype), mask=mask)
+    y = zero_beyond(y, mask, CAUSAL)
+    tl.store(y_at, y.to(dtype), mask=row_mask & (cols < n_cols))
     tl.store(top_ptr + rows, top, mask=rows < n_rows)
     tl.store(tau_ptr + rows, tau, mask=rows < n_rows)
 
@@ -115,6 +119,7 @@ def _sparsemax_bwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOPED: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """dx = dy less its mean over the support, and 0 outside. One program owns ROWS rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -124,7 +129,8 @@ def _sparsemax_bwd(
     x_at = x_ptr + (rows * x_stride)[:, None] + cols
     dx_at = dx_ptr + (rows * n_cols)[:, None] + cols
     dtype = dx_ptr.dtype.element_ty
-    mask = row_mask & (cols < n_cols)
+    reach = reach_of(rows, n_cols, CAUSAL)
+    mask = row_mask & (cols < reach)
     top = tl.load(top_ptr + rows, mask=rows < n_rows, other=0.0)
     tau = tl.load(tau_ptr + rows, mask=rows < n_rows, other=-1.0)
     first, first_above = _load_above(dy_at, x_at, top, tau, mask)
@@ -132,7 +138,7 @@ def _sparsemax_bwd(
     count = first_above.to(tl.float32)
     if LOOPED:
         for start in range(BLOCK, n_cols, BLOCK):
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             dy, above = _load_above(dy_at + start, x_at + start, top, tau, inside)
             total += dy
             count += above.to(tl.float32)
@@ -141,12 +147,12 @@ def _sparsemax_bwd(
         end = tl.cdiv(n_cols, BLOCK) * BLOCK
         for back in range(BLOCK, n_cols, BLOCK):
             start = end - back
-            inside = row_mask & (start + cols < n_cols)
+            inside = row_mask & (start + cols < reach)
             dy, above = _load_above(dy_at + start, x_at + start, top, tau, inside)
-            dx = tl.where(above, dy - mean, 0.0)
-            tl.store(dx_at + start, dx.to(dtype), mask=inside)
-    dx = tl.where(first_above, first - mean, 0.0)
-    tl.store(dx_at, dx.to(dtype), mask=mask)
+            dx = zero_beyond(tl.where(above, dy - mean, 0.0), inside, CAUSAL)
+            tl.store(dx_at + start, dx.to(dtype), mask=row_mask & (start + cols < n_cols))
+    dx = zero_beyond(tl.where(first_above, first - mean, 0.0), mask, CAUSAL)
+    tl.store(dx_at, dx.to(dtype), mask=row_mask & (cols < n_cols))
 
 
 def forward(
@@ -157,7 +163,7 @@ def forward(
         return y, (x, x, x)
     rows = as_rows(x)
     top, tau = (x.new_empty(rows.shape[0], dtype=torch.float32) for _ in range(2))
-    _launch(_sparsemax_fwd, FORWARD, rows.shape, rows, y, top, tau, rows.stride(0))
+    _launch(_sparsemax_fwd, FORWARD, options, rows.shape, rows, y, top, tau, rows.stride(0))
     return y, (rows, top, tau)
 
 
@@ -167,13 +173,17 @@ def backward(grads: Grads, saved: Saved, *, options: SparsemaxOptions, needs: Ne
     if dx.numel():
         dy = as_rows(grads[0])
         inputs = dy, rows, dx, top, tau, dy.stride(0), rows.stride(0)
-        _launch(_sparsemax_bwd, BACKWARD, rows.shape, *inputs)
+        _launch(_sparsemax_bwd, BACKWARD, options, rows.shape, *inputs)
     return (dx,)
 
 
 def _launch(
-    kernel: triton.JITFunction, sizes: dict[str, int], shape: torch.Size, *inputs: Tensor | int
+    kernel: triton.JITFunction,
+    sizes: dict[str, int],
+    options: SparsemaxOptions,
+    shape: torch.Size,
+    *inputs: Tensor | int,
 ) -> None:
     n_rows, n_cols = shape
     tile = RowTile.of(n_cols, facts_of(inputs[0].device).most_warps, **sizes)
-    tile.launch(kernel, n_rows, *inputs, n_rows, n_cols)
+    tile.launch(kernel, n_rows, *inputs, n_rows, n_cols, CAUSAL=options.causal)
