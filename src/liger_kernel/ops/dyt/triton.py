@@ -40,9 +40,15 @@ class Config:
 
 
 @triton.jit
-def _tanh(u):
-    """Within 2 ulp of every u; near 0 by the polynomial of least squares, as 1 - 2 / (1 + exp(2 u)) cancels there."""
+def _tanh(u, NARROW: tl.constexpr):
+    """Within 2 ulp of every u; near 0 by the polynomial of least squares, as 1 - 2 / (1 + exp(2 u)) cancels there.
+
+    NARROW: for results of 16 bits, within 3e-6, in half the instructions; arithmetic was what bounded both kernels.
+    """
     v = u * u
+    if NARROW:
+        far = 1.0 - 2.0 / (1.0 + tl.exp2(2.885390082 * u))
+        return tl.where(v < 0.00390625, u - u * v * 0.33333333, far)
     near = -0.006272560
     near = near * v + 0.02107022
     near = near * v - 0.05385186
@@ -75,7 +81,8 @@ def _dyt_fwd(
     mask = (rows < n_rows) & (cols < n_cols)
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    y = _tanh(tl.load(alpha_ptr).to(tl.float32) * x) * gamma
+    narrow: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    y = _tanh(tl.load(alpha_ptr).to(tl.float32) * x, narrow) * gamma
     if HAS_BETA:
         y += tl.load(beta_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -109,6 +116,7 @@ def _dyt_bwd(
     Program (r, c) owns COLS columns of every tile of ROWS rows, r modulo programs: row r of each of the (programs, N)
     tables in partial_ptr, fp32, first dgamma, then dbeta, where they are needed, and one element of dalpha_ptr.
     """
+    narrow: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     pid = tl.program_id(0) % n_programs
     cols = (tl.program_id(0) // n_programs) * COLS + tl.arange(0, COLS)
     alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -122,7 +130,7 @@ def _dyt_bwd(
         x = tl.load(x_ptr + rows * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + rows * dy_stride + cols[None, :], mask=mask, other=0.0)
         dy = dy.to(tl.float32)
-        t = _tanh(alpha * x)
+        t = _tanh(alpha * x, narrow)
         slope = dy * gamma * (1.0 - t * t)
         if NEEDS_DX:
             dx = (alpha * slope).to(dx_ptr.dtype.element_ty)

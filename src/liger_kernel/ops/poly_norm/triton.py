@@ -211,8 +211,6 @@ def backward(grads: Grads, saved: Saved, *, options: PolyNormOptions, needs: Nee
             NEEDS_SUMS=needs_dw or needs_db,
         )
         sums = partial.sum(0) if needs_dw or needs_db else sums
-    return (
-        dx,
-        sums[:3].to(weight.dtype) if needs_dw else None,
-        sums[3].to(bias.dtype).view(bias.shape) if needs_db else None,
-    )
+    dw = sums.to(weight.dtype)
+    db = dw if bias.dtype == weight.dtype else sums.to(bias.dtype)
+    return dx, dw[:3] if needs_dw else None, db[3].view(bias.shape) if needs_db else None
