@@ -42,7 +42,7 @@ class Config:
         block = next_power_of_2(n_cols)
         warps = max(1, min(_WARPS, facts.most_warps, block // _OF_WARP))
         on_each = max(1, _WARPS // warps)
-        stages = facts.stages(4, block * itemsize)
+        stages = facts.stages(6, block * itemsize)
         return Config(block, warps, facts.processors * on_each, stages)
 
 

@@ -18,6 +18,9 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.dyt.contract import DyTOptions
 
 
+STAGES = 3  # of backward
+
+
 @dataclass(frozen=True)
 class Config:
     """Tiles of (rows, cols) elements. In backward, a program walks the tiles of its columns, whose sums it holds.
@@ -26,17 +29,18 @@ class Config:
     them. `programs`: of all columns together, one wave.
     """
 
+    forward_rows: int
     rows: int
     cols: int
     programs: int
-    warps: int = 8
+    warps: int = 4
 
     @staticmethod
     @functools.cache
     def of(n_cols: int, facts: DeviceFacts) -> Config:
         cols = min(next_power_of_2(n_cols), 1024)  # most hidden sizes are multiples of 512
-        programs = max(1, 2 * facts.processors // cdiv(n_cols, cols))
-        return Config(rows=4096 // cols, cols=cols, programs=programs)
+        programs = max(1, 4 * facts.processors // cdiv(n_cols, cols))
+        return Config(4096 // cols, 2048 // cols, cols, programs)
 
 
 @triton.jit
@@ -167,11 +171,11 @@ def forward(
     if y.numel():
         launch(
             _dyt_fwd,
-            (cdiv(n_rows, config.rows) * cdiv(n_cols, config.cols),),
+            (cdiv(n_rows, config.forward_rows) * cdiv(n_cols, config.cols),),
             *(rows, alpha, gamma, None if beta is None else beta.contiguous(), y),
             *(rows.stride(0), n_rows, n_cols),
             HAS_BETA=beta is not None,
-            ROWS=config.rows,
+            ROWS=config.forward_rows,
             COLS=config.cols,
             num_warps=config.warps,
         )
@@ -203,7 +207,7 @@ def backward(grads: Grads, saved: Saved, *, options: DyTOptions, needs: Needs) -
         NEEDS_DBETA=needs_dbeta,
         ROWS=config.rows,
         COLS=config.cols,
-        STAGES=facts.stages(2, loaded),
+        STAGES=facts.stages(STAGES, loaded),
         num_warps=config.warps,
     )
     sums = [] if partial is None else column_sums(partial, dtypes)

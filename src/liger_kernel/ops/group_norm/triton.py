@@ -22,9 +22,9 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.group_norm.contract import GroupNormOptions
 
 #: elements of a tile at most: backward holds two, of x and of dy
-FORWARD_TILE, BACKWARD_TILE = 8192, 8192
+FORWARD_TILE, BACKWARD_TILE = 4096, 4096
 PER_THREAD = 16  # elements
-STAGES = 3  # tiles in flight while a group of several is walked
+STAGES = 4  # tiles in flight while a group of several is walked
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ class BackwardConfig:
     def of(n_cols: int, shared: bool, bytes_per_column: int, facts: DeviceFacts) -> BackwardConfig:
         """`shared`: several rows of x have one of scale, and may share a tile."""
         block = next_power_of_2(n_cols)
-        rows = max(1, 4096 // block) if shared else 1
-        warps = min(facts.most_warps, max(4, rows * block // 512))
-        programs = facts.processors * max(1, 16 // warps)
+        rows = max(1, (8192 if shared else 1) // block)
+        warps = min(facts.most_warps, max(4, rows * block // (1024 if shared else 512)))
+        programs = facts.processors * max(1, (8 if shared else 16) // warps)
         stages = facts.stages(STAGES, rows * block * bytes_per_column)
         return BackwardConfig(rows, block, warps, programs, stages)
 
