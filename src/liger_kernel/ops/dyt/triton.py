@@ -17,7 +17,6 @@ from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.dyt.contract import DyTOptions
 
-
 STAGES = 3  # of backward
 
 
