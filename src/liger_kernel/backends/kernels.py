@@ -36,21 +36,6 @@ else:
         return tl.log2(x)
 
 
-@triton.jit
-def prefetch(row_ptr, n_cols, BLOCK: tl.constexpr):
-    """Ask for a row, of at most BLOCK elements, to be brought into the L2 of an NVIDIA GPU; nobody waits for it."""
-    step: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth  # a line of 128 bytes
-    at = row_ptr + tl.minimum(tl.arange(0, BLOCK // step) * step, n_cols - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def _hooked() -> bool:
     """Whether somebody, a profiler for one, asked Triton to be told of launches."""
     hook = triton.knobs.runtime.launch_enter_hook

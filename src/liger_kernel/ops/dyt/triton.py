@@ -28,7 +28,6 @@ class Config:
     them. `programs`: of all columns together, one wave.
     """
 
-    forward_rows: int
     rows: int
     cols: int
     programs: int
@@ -39,7 +38,7 @@ class Config:
     def of(n_cols: int, facts: DeviceFacts) -> Config:
         cols = min(next_power_of_2(n_cols), 1024)  # most hidden sizes are multiples of 512
         programs = max(1, 4 * facts.processors // cdiv(n_cols, cols))
-        return Config(4096 // cols, 2048 // cols, cols, programs)
+        return Config(2048 // cols, cols, programs)
 
 
 @triton.jit
@@ -170,11 +169,11 @@ def forward(
     if y.numel():
         launch(
             _dyt_fwd,
-            (cdiv(n_rows, config.forward_rows) * cdiv(n_cols, config.cols),),
+            (cdiv(n_rows, config.rows) * cdiv(n_cols, config.cols),),
             *(rows, alpha, gamma, None if beta is None else beta.contiguous(), y),
             *(rows.stride(0), n_rows, n_cols),
             HAS_BETA=beta is not None,
-            ROWS=config.forward_rows,
+            ROWS=config.rows,
             COLS=config.cols,
             num_warps=config.warps,
         )

@@ -20,10 +20,10 @@ from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.group_norm.contract import GroupNormOptions
 
-TILE = 4096  # elements
-STAGES = 4  # tiles in flight
+STAGES = 3  # tiles in flight
 #: positions that a warp reads of a channel at once: sums over them need no other warp
 OF_WARP = 256
+LEAST = 1024  # elements of a tile
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,13 @@ class Config:
     @functools.cache
     def of(channels: int, size: int, bytes_per_element: int, facts: DeviceFacts) -> Config:
         """Of groups of `channels`, each of `size` positions."""
+        # groups of 128 KB want few programs, whose groups together fit the L2
+        tile, of_warp = (8192, 1024) if channels * size >= 2**16 else (2048, 512)
+        most = next_power_of_2(size)
         whole = channels & -channels  # the largest power of 2 that divides it
-        block = min(next_power_of_2(size), max(OF_WARP, TILE // whole))
-        rows = min(next_power_of_2(channels), TILE // block)
-        warps = max(1, rows * block // 512)
+        block = min(most, max(OF_WARP, tile // whole))
+        rows = min(whole if whole * block >= LEAST else next_power_of_2(channels), tile // block)
+        warps = max(1, rows * block // of_warp)
         return Config(rows, block, warps, facts.stages(STAGES, rows * block * bytes_per_element))
 
 

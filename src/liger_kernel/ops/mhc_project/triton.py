@@ -65,6 +65,10 @@ class Config:
     def dw(facts: DeviceFacts, itemsize: int, m: int, split: bool) -> Config:
         if _is_rdna(facts):
             return Config.rdna(4 * facts.processors, m)
+        if split and SPLIT_DW:
+            k = min(128, 4096 // m)
+            stages = facts.stages(4, 64 * (k + 4 * m) * itemsize)
+            return Config(64, k, 2 * facts.processors, stages, warps=8)
         # the sums (k, m) stay in registers, twice: 4096 are 32 in each thread, half where fp32 takes as many; `tl.dot`
         # wants 16 columns. H100, likewise: 0.41 ms; of 64 columns 0.76
         widest = 128 if split else 64

@@ -18,7 +18,7 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs
 from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import column_sums, launch, prefetch
+from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.backends.records import DeviceFacts
 
 LONGEST = 8192  # columns of a tile that is loaded ahead
@@ -76,7 +76,6 @@ class BackwardConfig:
     reload: bool = False
     two_kernels: bool = False
     dx_warps: int = 16  # with two kernels
-    prefetch: bool = False  # the next row into the L2, while one is read again
 
     @staticmethod
     @functools.cache
@@ -95,7 +94,8 @@ class BackwardConfig:
             return BackwardConfig(1, block, 16, processors, 1)
         # two sums of more than 16384 numbers spill up to 3 KiB a thread as compiled for sm_80, 0.4 KiB for others
         most_sums = 40960 if facts.architecture in ("hopper", "") else 32768
-        if n_cols <= 24576 and 0 < n_sums * n_cols <= most_sums:
+        longest = 32768 if facts.architecture == "hopper" else 24576
+        if n_cols <= longest and 0 < n_sums * n_cols <= most_sums:
             warps = facts.most_warps if n_sums * n_cols <= 16384 else 16
             return BackwardConfig(1, block, warps, processors, 1, reload=True)
         # of the sums: a row has a dozen blocks of columns, each with programs of its own
@@ -274,7 +274,6 @@ def _norm_bwd(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     RELOAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """dx = rstd (m - n mean(m n) - mean(m)) + ds, dw = sum over rows of dy n, db = sum over rows of dy,
     with n = (x - mean) rstd and m = dy (offset + w); without CENTERED both means of values are left out.
@@ -298,10 +297,6 @@ def _norm_bwd(
         dy_at = (rows * dy_stride)[:, None] + cols
         dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-        if PREFETCH:
-            ahead = tl.minimum(tile + n_programs, n_rows - 1).to(tl.int64)
-            prefetch(x_ptr + ahead * x_stride, N, BLOCK)
-            prefetch(dy_ptr + ahead * dy_stride, N, BLOCK)
         if NEEDS_DX:
             normed = x * rstd[:, None]
             if HAS_WEIGHT and RELOAD:
@@ -549,7 +544,6 @@ def _backward_by_one(
         BLOCK=config.block,
         STAGES=config.stages,
         RELOAD=config.reload,
-        PREFETCH=config.prefetch,
         num_warps=config.warps,
     )
 

@@ -18,8 +18,8 @@ from liger_kernel.backends.kernels import RowTile
 from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 
 #: as for softmax: one row in forward, two in backward
-FORWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 16}
-BACKWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 16}
+FORWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 32}
+BACKWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 32}
 
 
 @triton.jit
