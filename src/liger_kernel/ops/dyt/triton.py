@@ -192,7 +192,7 @@ def backward(grads: Grads, saved: Saved, *, options: DyTOptions, needs: Needs) -
     grid = (programs * cdiv(n_cols, config.cols),)  # the second axis ends at 65,535
     dtypes = [p.dtype for p, need in ((gamma, needs_dgamma), (beta, needs_dbeta)) if need]
     partial = dy.new_empty((len(dtypes), programs, n_cols), dtype=torch.float32) if dtypes else None
-    dalpha = dy.new_empty(grid, dtype=torch.float32) if needs_dalpha else None
+    dalpha = dy.new_empty((1, *grid, 1), dtype=torch.float32) if needs_dalpha else None
     loaded = config.rows * config.cols * (rows.element_size() + dy.element_size())
     launch(
         _dyt_bwd,
@@ -211,7 +211,7 @@ def backward(grads: Grads, saved: Saved, *, options: DyTOptions, needs: Needs) -
     sums = [] if partial is None else column_sums(partial, dtypes)
     return (
         dx,
-        None if dalpha is None else dalpha.sum().to(alpha.dtype).view(alpha.shape),
+        None if dalpha is None else column_sums(dalpha, [alpha.dtype])[0].view(alpha.shape),
         sums[0] if needs_dgamma else None,
         sums[-1] if needs_dbeta else None,
     )
