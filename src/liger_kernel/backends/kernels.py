@@ -170,11 +170,17 @@ def _column_sum(
         tl.store(second_ptr + cols, out.to(second_ptr.dtype.element_ty), mask=mask)
 
 
+#: rows, columns and warps of a tile: so many rows that one or two loads of a thread wait for all of them. Wide are sums
+#: of matrices, of a few rows each. The interpreter pays per program.
+_SUMS = (64, 1024, 4) if INTERPRET else (256, 16, 8)
+_WIDE_SUMS = (16, 1024, 4) if INTERPRET else (16, 256, 4)
+
+
 def column_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Deterministic sums over R of an fp32 (K, R, N) tensor, K one or two, each rounded once; one launch."""
     n_sums, n_rows, n_cols = partial.shape
     outs = [partial.new_empty(n_cols, dtype=dtype) for dtype in dtypes]
-    block_cols = 1024 if INTERPRET else 32  # the interpreter pays per program
+    block_rows, block_cols, warps = _WIDE_SUMS if n_cols >= 2**16 else _SUMS
     launch(
         _column_sum,
         (cdiv(n_cols, block_cols), n_sums),
@@ -184,8 +190,8 @@ def column_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         n_rows,
         n_cols,
         PAIR=n_sums == 2,
-        BLOCK_ROWS=64,
+        BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        num_warps=4,
+        num_warps=warps,
     )
     return outs

@@ -111,7 +111,8 @@ class OpSpec:
     `defaults`: options of every case that has no others. `differentiable`: positions of the inputs that may require a
     gradient. `outputs_without_grad`: positions of outputs that carry none.
     `elementwise`: positions of outputs compared element by element. `traffic`: how often forward and backward together
-    must move the elements of the inputs at these positions (0: not meaningful).
+    must move the elements of the inputs at these positions (0: not meaningful), or a function of the inputs that says
+    how many bytes.
     """
 
     name: str
@@ -122,13 +123,15 @@ class OpSpec:
     outputs_without_grad: tuple[int, ...] = ()
     elementwise: tuple[int, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    traffic: tuple[float, tuple[int, ...]] = (0, ())
+    traffic: tuple[float, tuple[int, ...]] | Callable[..., int] = (0, ())
 
     def __post_init__(self) -> None:
         cases = (replace(c, options={**self.defaults, **c.options}) for c in self.cases)
         object.__setattr__(self, "cases", tuple(cases))
 
     def bytes_moved(self, inputs: Sequence[Tensor | None]) -> int:
+        if callable(self.traffic):
+            return self.traffic(*inputs)
         times, positions = self.traffic
         moved = (t for i in positions if (t := inputs[i]) is not None)
         return round(times * sum(t.numel() * t.element_size() for t in moved))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from liger_kernel.ops.attn_res import attn_res, reference
 from liger_kernel.testing import Inputs, Make, OpSpec, case
 
@@ -15,6 +17,11 @@ def of(*shape: int, draw: Any = Make.randn, scale: float = 1.0) -> Inputs:
         make.randn(size, scale=size**-0.5),
         make.randn(size, scale=0.5, shift=1.0),
     )
+
+
+def _bytes(blocks: Tensor, *_: Tensor) -> int:
+    """The blocks are read twice, and their gradients written; the sum is written, and its gradient read."""
+    return (3 * len(blocks) + 2) * blocks[0].numel() * blocks.element_size()
 
 
 CASES = (
@@ -40,5 +47,5 @@ SPEC = OpSpec(
     cases=CASES,
     differentiable=(0, 1, 2),
     defaults={"eps": 1e-6, "normed": False},
-    traffic=(3, (0,)),
+    traffic=_bytes,
 )

@@ -1,7 +1,6 @@
 """GroupNorm kernels. Forward moves 2 n elements (x in, y out), backward 3 n (dy and x in, dx out).
 
-A group is walked in tiles of (channels, positions); its first tile stays in registers, the others are read again from
-the last one on, from the L2.
+A group is walked in tiles of (channels, positions), twice: the second time from the last tile on, from the L2.
 """
 
 from __future__ import annotations
@@ -15,40 +14,39 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_kernel._core.contract import Grads, Needs, Saved
-from liger_kernel._core.shapes import cdiv, next_power_of_2
+from liger_kernel._core.shapes import next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import column_sums, launch
 from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.group_norm.contract import GroupNormOptions
 
-#: elements of a tile at most: backward holds two, of x and of dy
-FORWARD_TILE, BACKWARD_TILE = 8192, 8192
-PER_THREAD = 16  # elements
-STAGES = 3  # tiles in flight while a group of several is walked
+STAGES = 3  # tiles in flight
+#: positions that a warp reads of a channel at once: sums over them need no other warp
+OF_WARP = 256
+LEAST = 1024  # elements of a tile
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of (channels, block): all positions of a channel if they fit, and then as many channels as do."""
+    """Tiles of (channels, block): no channel is there in vain, and where there are few, more of their positions are."""
 
     channels: int
     block: int
     warps: int
     stages: int
-    looped: bool
 
     @staticmethod
     @functools.cache
-    def of(
-        channels: int, size: int, elements: int, bytes_per_element: int, facts: DeviceFacts
-    ) -> Config:
+    def of(channels: int, size: int, bytes_per_element: int, facts: DeviceFacts) -> Config:
         """Of groups of `channels`, each of `size` positions."""
-        block = min(next_power_of_2(size), elements)
-        rows = min(next_power_of_2(channels), elements // block)
-        looped = channels > rows or size > block
-        warps = min(facts.most_warps, max(1, rows * block // (32 * PER_THREAD)))
-        stages = facts.stages(STAGES, rows * block * bytes_per_element) if looped else 1
-        return Config(rows, block, warps, stages, looped)
+        # groups of 128 KB want few programs, whose groups together fit the L2
+        tile, of_warp = (8192, 1024) if channels * size >= 2**16 else (2048, 512)
+        most = next_power_of_2(size)
+        whole = channels & -channels  # the largest power of 2 that divides it
+        block = min(most, max(OF_WARP, tile // whole))
+        rows = min(whole if whole * block >= LEAST else next_power_of_2(channels), tile // block)
+        warps = max(1, rows * block // of_warp)
+        return Config(rows, block, warps, facts.stages(STAGES, rows * block * bytes_per_element))
 
 
 @triton.jit
@@ -87,7 +85,6 @@ def _group_norm_fwd(
     HAS_BIAS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y = (x - mean) rstd w + b. One program owns a group of `n_channels` channels, each of `size` positions.
@@ -100,21 +97,18 @@ def _group_norm_fwd(
     y_ptr += group * n_channels * size
     first_channel = (group % n_groups).to(tl.int32) * n_channels
     n_elements = 1.0 * n_channels * size
-    dtype = y_ptr.dtype.element_ty
-    channels, at, mask = _tile(0, n_channels, size, CHANNELS, BLOCK)
+    _, at, mask = _tile(0, n_channels, size, CHANNELS, BLOCK)
     first = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     shift = tl.sum(tl.sum(first, 1), 0) / tl.sum(tl.sum(mask.to(tl.float32), 1), 0)
-    first = tl.where(mask, first - shift, 0.0)
-    total = first
-    squares = first * first
-    if LOOPED:
-        tiles = tl.cdiv(n_channels, CHANNELS) * tl.cdiv(size, BLOCK)
-        for t in tl.range(1, tiles, num_stages=STAGES):
-            _, t_at, inside = _tile(t, n_channels, size, CHANNELS, BLOCK)
-            x = tl.load(x_ptr + t_at, mask=inside, other=0.0).to(tl.float32)
-            x = tl.where(inside, x - shift, 0.0)
-            total += x
-            squares += x * x
+    total = tl.zeros((CHANNELS, BLOCK), tl.float32)
+    squares = tl.zeros((CHANNELS, BLOCK), tl.float32)
+    tiles = tl.cdiv(n_channels, CHANNELS) * tl.cdiv(size, BLOCK)
+    for t in tl.range(0, tiles, num_stages=STAGES):
+        _, at, mask = _tile(t, n_channels, size, CHANNELS, BLOCK)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - shift, 0.0)
+        total += x
+        squares += x * x
     mean = tl.sum(tl.sum(total, 1), 0) / n_elements
     variance = tl.sum(tl.sum(squares, 1), 0) / n_elements - mean * mean
     rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
@@ -124,16 +118,12 @@ def _group_norm_fwd(
         w_ptr += first_channel
     if HAS_BIAS:
         b_ptr += first_channel
-    if LOOPED:
-        for back in tl.range(1, tiles, num_stages=STAGES):
-            c, t_at, inside = _tile(tiles - back, n_channels, size, CHANNELS, BLOCK)
-            x = tl.load(x_ptr + t_at, mask=inside, other=0.0, eviction_policy="evict_first")
-            n = (x.to(tl.float32) - shift - mean) * rstd
-            y = _affine(n, w_ptr, b_ptr, c, c < n_channels, HAS_WEIGHT, HAS_BIAS)
-            tl.store(y_ptr + t_at, y.to(dtype), mask=inside)
-    n = (first - mean) * rstd
-    y = _affine(n, w_ptr, b_ptr, channels, channels < n_channels, HAS_WEIGHT, HAS_BIAS)
-    tl.store(y_ptr + at, y.to(dtype), mask=mask)
+    for back in tl.range(1, tiles + 1, num_stages=STAGES):
+        channels, at, mask = _tile(tiles - back, n_channels, size, CHANNELS, BLOCK)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        y = (x.to(tl.float32) - shift - mean) * rstd
+        y = _affine(y, w_ptr, b_ptr, channels, channels < n_channels, HAS_WEIGHT, HAS_BIAS)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -142,21 +132,6 @@ def _load_tile(dy_ptr, x_ptr, at, mask, mean, rstd):
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return (x - mean) * rstd, dy
-
-
-@triton.jit
-def _channel_sums(
-    n, dy, partial_ptr, sums_at, sum_stride, inside, NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr
-):
-    """Sums of dy n and of dy over the positions of a tile; what is needed of them is stored."""
-    dw = tl.sum(dy * n, 1)
-    db = tl.sum(dy, 1)
-    if NEEDS_DW:
-        tl.store(partial_ptr + sums_at, dw, mask=inside)
-        partial_ptr += sum_stride
-    if NEEDS_DB:
-        tl.store(partial_ptr + sums_at, db, mask=inside)
-    return dw, db
 
 
 @triton.jit
@@ -186,62 +161,56 @@ def _group_norm_bwd(
     NEEDS_DB: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LOOPED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx = rstd (m - n mean(m n) - mean(m)), dw = sum of dy n, db = sum of dy, with n = (x - mean) rstd and m = dy w.
 
-    One program owns one group: in the tables of partial_ptr, (batch x blocks of positions, C), fp32, first dw, then db,
-    where they are needed, the rows of its entry of the batch, and of them the columns of its channels.
+    One program owns one group: in the tables of partial_ptr, (batch, C), fp32, first dw, then db, where they are
+    needed, the row of its entry of the batch, and of it the columns of its channels.
     """
     group = tl.program_id(0).to(tl.int64)
     dy_ptr += group * n_channels * size
     x_ptr += group * n_channels * size
-    first_channel = (group % n_groups).to(tl.int32) * n_channels
     if HAS_WEIGHT:
-        w_ptr += first_channel
+        w_ptr += (group % n_groups).to(tl.int32) * n_channels
     mean = tl.load(mean_ptr + group)
     rstd = tl.load(rstd_ptr + group)
     n_blocks = tl.cdiv(size, BLOCK)
-    row_length = n_groups * n_channels
-    partial_at = (group // n_groups) * n_blocks * row_length + first_channel
-    channels, at, mask = _tile(0, n_channels, size, CHANNELS, BLOCK)
-    first, first_dy = _load_tile(dy_ptr, x_ptr, at, mask, mean, rstd)
-    first_w = _weights(w_ptr, channels, channels < n_channels, HAS_WEIGHT)
-    sums_at = partial_at + channels
-    inside = channels < n_channels
-    dw, db = _channel_sums(
-        first, first_dy, partial_ptr, sums_at, sum_stride, inside, NEEDS_DW, NEEDS_DB
-    )
-    of_products = first_w * dw
-    of_m = first_w * db
-    if LOOPED:
-        tiles = tl.cdiv(n_channels, CHANNELS) * n_blocks
-        for t in tl.range(1, tiles, num_stages=STAGES):
-            c, t_at, t_mask = _tile(t, n_channels, size, CHANNELS, BLOCK)
-            n, dy = _load_tile(dy_ptr, x_ptr, t_at, t_mask, mean, rstd)
-            sums_at = partial_at + (t % n_blocks).to(tl.int64) * row_length + c
-            dw, db = _channel_sums(
-                n, dy, partial_ptr, sums_at, sum_stride, c < n_channels, NEEDS_DW, NEEDS_DB
-            )
-            w = _weights(w_ptr, c, c < n_channels, HAS_WEIGHT)
+    tiles = tl.cdiv(n_channels, CHANNELS) * n_blocks
+    products = tl.zeros((CHANNELS, BLOCK), tl.float32)
+    total = tl.zeros((CHANNELS, BLOCK), tl.float32)
+    of_products = tl.zeros((CHANNELS,), tl.float32)
+    of_m = tl.zeros((CHANNELS,), tl.float32)
+    for t in tl.range(0, tiles, num_stages=STAGES):
+        channels, at, mask = _tile(t, n_channels, size, CHANNELS, BLOCK)
+        n, dy = _load_tile(dy_ptr, x_ptr, at, mask, mean, rstd)
+        products += dy * n
+        total += dy
+        if t % n_blocks == n_blocks - 1:  # the end of these channels
+            dw = tl.sum(products, 1)
+            db = tl.sum(total, 1)
+            inside = channels < n_channels
+            sums_at = group * n_channels + channels
+            if NEEDS_DW:
+                tl.store(partial_ptr + sums_at, dw, mask=inside)
+            if NEEDS_DB:
+                tl.store(partial_ptr + (sum_stride if NEEDS_DW else 0) + sums_at, db, mask=inside)
+            w = _weights(w_ptr, channels, inside, HAS_WEIGHT)
             of_products += w * dw
             of_m += w * db
+            products = tl.zeros((CHANNELS, BLOCK), tl.float32)
+            total = tl.zeros((CHANNELS, BLOCK), tl.float32)
     if NEEDS_DX:
         dx_ptr += group * n_channels * size
-        dtype = dx_ptr.dtype.element_ty
         n_elements = 1.0 * n_channels * size
         mean_product = tl.sum(of_products, 0) / n_elements
         mean_m = tl.sum(of_m, 0) / n_elements
-        if LOOPED:
-            for back in tl.range(1, tiles, num_stages=STAGES):
-                c, t_at, t_mask = _tile(tiles - back, n_channels, size, CHANNELS, BLOCK)
-                n, dy = _load_tile(dy_ptr, x_ptr, t_at, t_mask, mean, rstd)
-                w = _weights(w_ptr, c, c < n_channels, HAS_WEIGHT)
-                dx = rstd * (dy * w[:, None] - n * mean_product - mean_m)
-                tl.store(dx_ptr + t_at, dx.to(dtype), mask=t_mask)
-        dx = rstd * (first_dy * first_w[:, None] - first * mean_product - mean_m)
-        tl.store(dx_ptr + at, dx.to(dtype), mask=mask)
+        for back in tl.range(1, tiles + 1, num_stages=STAGES):
+            channels, at, mask = _tile(tiles - back, n_channels, size, CHANNELS, BLOCK)
+            n, dy = _load_tile(dy_ptr, x_ptr, at, mask, mean, rstd)
+            w = _weights(w_ptr, channels, channels < n_channels, HAS_WEIGHT)
+            dx = rstd * (dy * w[:, None] - n * mean_product - mean_m)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -260,7 +229,7 @@ def forward(
         x.new_empty((x.shape[0], options.num_groups), dtype=torch.float32) for _ in range(2)
     )
     if x.numel():
-        config, sizes = _plan(x, options.num_groups, FORWARD_TILE, x.element_size())
+        config, sizes = _plan(x, options.num_groups, x.element_size())
         launch(
             _group_norm_fwd,
             (mean.numel(),),
@@ -269,7 +238,6 @@ def forward(
             HAS_BIAS=bias is not None,
             CHANNELS=config.channels,
             BLOCK=config.block,
-            LOOPED=config.looped,
             STAGES=config.stages,
             num_warps=config.warps,
         )
@@ -283,21 +251,20 @@ def backward(grads: Grads, saved: Saved, *, options: GroupNormOptions, needs: Ne
     dx = torch.empty_like(x) if needs_dx else None
     dtypes = [p.dtype for p, need in ((weight, needs_dw), (bias, needs_db)) if need]
     loaded = x.element_size() + dy.element_size()
-    config, sizes = _plan(x, options.num_groups, BACKWARD_TILE, loaded)
-    rows, channels = x.shape[0] * cdiv(sizes[2], config.block), x.shape[1]
-    partial = x.new_empty((len(dtypes), rows, channels), dtype=torch.float32) if dtypes else None
+    config, sizes = _plan(x, options.num_groups, loaded)
+    shape = (len(dtypes), *x.shape[:2])
+    partial = x.new_empty(shape, dtype=torch.float32) if dtypes else None
     if x.numel():
         launch(
             _group_norm_bwd,
             (mean.numel(),),
-            *(dy, x, weight, mean, rstd, dx, partial, *sizes, rows * channels),
+            *(dy, x, weight, mean, rstd, dx, partial, *sizes, x.shape[0] * x.shape[1]),
             HAS_WEIGHT=weight is not None,
             NEEDS_DX=needs_dx,
             NEEDS_DW=needs_dw,
             NEEDS_DB=needs_db,
             CHANNELS=config.channels,
             BLOCK=config.block,
-            LOOPED=config.looped,
             STAGES=config.stages,
             num_warps=config.warps,
         )
@@ -305,10 +272,8 @@ def backward(grads: Grads, saved: Saved, *, options: GroupNormOptions, needs: Ne
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
 
 
-def _plan(
-    x: Tensor, groups: int, elements: int, bytes_per_element: int
-) -> tuple[Config, tuple[int, int, int]]:
+def _plan(x: Tensor, groups: int, bytes_per_element: int) -> tuple[Config, tuple[int, int, int]]:
     """The tiles, and the numbers of groups, of channels of each, and of positions of a channel."""
     channels, size = x.shape[1] // groups, x.shape[2:].numel()
-    config = Config.of(channels, size, elements, bytes_per_element, facts_of(x.device))
+    config = Config.of(channels, size, bytes_per_element, facts_of(x.device))
     return config, (groups, channels, size)

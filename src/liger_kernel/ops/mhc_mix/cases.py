@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from liger_kernel.ops.mhc_mix import mhc_mix, reference
 from liger_kernel.testing import Inputs, Make, OpSpec, case
 
@@ -17,6 +19,12 @@ def of(*shape: int, out: int, f: bool = True, draw: Any = Make.randn) -> Inputs:
         return draw(make, *shape), make.randn(*tokens, out, streams), *more
 
     return inputs
+
+
+def _bytes(x: Tensor, weights: Tensor, f: Tensor | None, f_weights: Tensor | None) -> int:
+    """x and f are read twice, and their gradients written; y is written, and its gradient read."""
+    streams = 3 * x.shape[-2] + 2 * weights.shape[-2] + (0 if f is None else 3)
+    return streams * x[..., 0, :].numel() * x.element_size()
 
 
 CASES = (
@@ -38,5 +46,5 @@ SPEC = OpSpec(
     reference=reference.mhc_mix,
     cases=CASES,
     differentiable=(0, 1, 2, 3),
-    traffic=(5, (0,)),
+    traffic=_bytes,
 )

@@ -15,11 +15,14 @@ from liger_kernel._core.shapes import as_rows, cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.kernels import RowTile, column_sums, launch
 from liger_kernel.backends.records import DeviceFacts
+from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.modulated_rms_norm.contract import ModulatedRMSNormOptions
 
 #: as for the other norms: a row that does not fit the registers is read twice
-FORWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
+FORWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 32}
 STAGES = 3  # of backward
+#: tile of the kernel that adds up what backward left in parts; the interpreter pays per program
+_END_ROWS, _END_COLS = (64, 1024) if INTERPRET else (256, 16)
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class BackwardConfig:
     def of(n_cols: int, shared: bool, bytes_per_column: int, facts: DeviceFacts) -> BackwardConfig:
         """`shared`: several rows of x have one of scale, and may share a tile."""
         block = next_power_of_2(n_cols)
-        rows = max(1, 4096 // block) if shared else 1
-        warps = min(facts.most_warps, max(4, rows * block // 512))
-        programs = facts.processors * max(1, 16 // warps)
+        rows = max(1, (8192 if shared else 1) // block)
+        warps = min(facts.most_warps, max(4, rows * block // (1024 if shared else 512)))
+        programs = facts.processors * max(1, (8 if shared else 16) // warps)
         stages = facts.stages(STAGES, rows * block * bytes_per_column)
         return BackwardConfig(rows, block, warps, programs, stages)
 
@@ -164,6 +167,7 @@ def _modulated_rms_norm_bwd(
     NEEDS_DW: tl.constexpr,
     NEEDS_DSCALE: tl.constexpr,
     NEEDS_DSHIFT: tl.constexpr,
+    PARTED: tl.constexpr,
     ROUND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,15 +177,15 @@ def _modulated_rms_norm_bwd(
     with n = x rstd and m = dy (1 + scale) (offset + w).
 
     The rows of each scale are `parts` units. A program walks the units pid, pid + programs, ...: it owns row u of
-    dscale and dshift for each of its units u, and row pid of the table of dw in partial_ptr, fp32.
+    dscale and dshift for each of its units u, and row pid of the table of dw in partial_ptr, fp32. PARTED: scales of
+    several units get their gradients, and the weight its own, from `_of_parts`; dscale_ptr gets the sums of dy n.
     """
     pid = tl.program_id(0).to(tl.int64)  # and so all that follows from it
     cols = tl.arange(0, BLOCK)
     inside = cols < n_cols
-    weight = _row(w_ptr, cols, inside, 1.0, HAS_WEIGHT)
-    if HAS_WEIGHT:
-        weight += offset
-    dw = tl.zeros((BLOCK,), tl.float32)
+    HERE: tl.constexpr = NEEDS_DW and not PARTED
+    if HERE:
+        dw = tl.zeros((BLOCK,), tl.float32)
     rows_of_unit = tl.cdiv(per_scale, parts)
     dtype = x_ptr.dtype.element_ty
     for unit in tl.range(pid, n_scales * parts, tl.num_programs(0)):
@@ -189,8 +193,10 @@ def _modulated_rms_norm_bwd(
         first = (unit % parts) * rows_of_unit
         last = tl.minimum(first + rows_of_unit, per_scale)
         scale_at = scale_ptr + which * scale_stride + cols
-        scale = 1.0 + tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
-        factor = (scale * weight)[None, :]
+        factor = 1.0 + tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            factor *= _row(w_ptr, cols, inside, 1.0, HAS_WEIGHT) + offset
+        factor = factor[None, :]
         products = tl.zeros((ROWS, BLOCK), tl.float32)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in tl.range(first, last, ROWS, num_stages=STAGES):
@@ -215,16 +221,77 @@ def _modulated_rms_norm_bwd(
                 total += dy
         at = unit * n_cols + cols
         product = tl.sum(products, 0)
-        if NEEDS_DW:
+        if HERE:
+            scale = 1.0 + tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
             dw += scale * product
-        if NEEDS_DSCALE:
-            dscale = (weight * product).to(dscale_ptr.dtype.element_ty)
-            tl.store(dscale_ptr + at, dscale, mask=inside)
+        if NEEDS_DSCALE or (NEEDS_DW and PARTED):
+            if HAS_WEIGHT and not PARTED:
+                product *= _row(w_ptr, cols, inside, 1.0, HAS_WEIGHT) + offset
+            tl.store(dscale_ptr + at, product.to(dscale_ptr.dtype.element_ty), mask=inside)
         if NEEDS_DSHIFT:
             dshift = tl.sum(total, 0).to(dshift_ptr.dtype.element_ty)
             tl.store(dshift_ptr + at, dshift, mask=inside)
-    if NEEDS_DW:
+    if HERE:
         tl.store(partial_ptr + pid * n_cols + cols, dw, mask=inside)
+
+
+@triton.jit
+def _sum_of_parts(ptr, parts, at, n_cols, inside, ROWS: tl.constexpr, COLS: tl.constexpr):
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, parts, ROWS):
+        part = start + tl.arange(0, ROWS)[:, None]
+        where = ptr + part.to(tl.int64) * n_cols + at
+        total += tl.load(where, mask=(part < parts) & inside, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _of_parts(
+    products_ptr,
+    total_ptr,
+    w_ptr,
+    scale_ptr,
+    dw_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    scale_stride,
+    n_cols,
+    n_scales,
+    parts,
+    offset,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DSCALE: tl.constexpr,
+    NEEDS_DSHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """What `_modulated_rms_norm_bwd` leaves to do when PARTED. A program owns COLS columns."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    inside = cols < n_cols
+    weight = _row(w_ptr, cols, inside, 1.0, HAS_WEIGHT)
+    if HAS_WEIGHT:
+        weight += offset
+    dw = tl.zeros((COLS,), tl.float32)
+    table = tl.cast(parts, tl.int64) * n_cols
+    for which in range(0, n_scales):
+        at, wide = cols[None, :], inside[None, :]
+        if NEEDS_DW or NEEDS_DSCALE:
+            product = _sum_of_parts(products_ptr, parts, at, n_cols, wide, ROWS, COLS)
+            products_ptr += table
+        if NEEDS_DW:
+            scale_at = scale_ptr + tl.cast(which, tl.int64) * scale_stride + cols
+            dw += (1.0 + tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)) * product
+        if NEEDS_DSCALE:
+            dscale = (weight * product).to(dscale_ptr.dtype.element_ty)
+            tl.store(dscale_ptr + tl.cast(which, tl.int64) * n_cols + cols, dscale, mask=inside)
+        if NEEDS_DSHIFT:
+            dshift = _sum_of_parts(total_ptr, parts, at, n_cols, wide, ROWS, COLS)
+            dshift = dshift.to(dshift_ptr.dtype.element_ty)
+            tl.store(dshift_ptr + tl.cast(which, tl.int64) * n_cols + cols, dshift, mask=inside)
+            total_ptr += table
+    if NEEDS_DW:
+        tl.store(dw_ptr + cols, dw.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -274,38 +341,50 @@ def backward(
     config = BackwardConfig.of(n_cols, per_scale > 1, loaded, facts_of(rows.device))
     parts = min(cdiv(per_scale, config.rows), cdiv(config.programs, n_scales))
     programs = min(n_scales * parts, config.programs)
+    parted = parts > 1 and any(needs[1:])
     dx = rows.new_empty(grads[0].shape) if needs_dx else None
-    partial = rows.new_empty((1, programs, n_cols), dtype=torch.float32) if needs_dw else None
-
-    sums = [
-        rows.new_empty((n_scales, parts, n_cols), dtype=t.dtype if parts == 1 else torch.float32)
-        if need
-        else None
+    dw = weight.new_empty(n_cols) if weight is not None and needs_dw else None
+    dscale, dshift = (
+        t.new_empty(t.shape) if t is not None and need else None
         for t, need in ((scale, needs_dscale), (shift, needs_dshift))
-    ]
+    )
+    sums, partial = (dscale, dshift), None
+    if parted:
+        sums = rows.new_empty((2, n_scales, parts, n_cols), dtype=torch.float32).unbind()
+    elif needs_dw:
+        partial = rows.new_empty((1, programs, n_cols), dtype=torch.float32)
+    flags = {
+        "HAS_WEIGHT": weight is not None,
+        "NEEDS_DW": needs_dw,
+        "NEEDS_DSCALE": needs_dscale,
+        "NEEDS_DSHIFT": needs_dshift,
+    }
     launch(
         _modulated_rms_norm_bwd,
         (programs,),
         *(dy, rows, weight, scales, rstd, dx, partial, *sums),
         *(dy.stride(0), rows.stride(0), scales.stride(0)),
         *(n_cols, per_scale, n_scales, parts, options.offset),
-        HAS_WEIGHT=weight is not None,
+        **flags,
         NEEDS_DX=needs_dx,
-        NEEDS_DW=needs_dw,
-        NEEDS_DSCALE=needs_dscale,
-        NEEDS_DSHIFT=needs_dshift,
+        PARTED=parted,
         ROUND=options.casting_mode == "llama",
         ROWS=config.rows,
         BLOCK=config.block,
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    dw = None if partial is None else column_sums(partial, [weight.dtype])[0]
-    return dx, dw, *(_added(t, like) for t, like in zip(sums, (scale, shift), strict=True))
-
-
-def _added(parts: Tensor | None, like: Tensor) -> Tensor | None:
-    """Over the second dimension, in the dtype and shape of `like`; of one part, it has the dtype already."""
-    if parts is None or parts.shape[1] == 1:
-        return parts if parts is None else parts.view(like.shape)
-    return parts.sum(1).to(like.dtype).view(like.shape)
+    if parted:
+        launch(
+            _of_parts,
+            (cdiv(n_cols, _END_COLS),),
+            *(*sums, weight, scales, dw, dscale, dshift, scales.stride(0)),
+            *(n_cols, n_scales, parts, options.offset),
+            **flags,
+            ROWS=_END_ROWS,
+            COLS=_END_COLS,
+            num_warps=8,
+        )
+    elif partial is not None:
+        (dw,) = column_sums(partial, [weight.dtype])
+    return dx, dw, dscale, dshift

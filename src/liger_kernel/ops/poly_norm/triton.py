@@ -18,8 +18,8 @@ from liger_kernel.backends.kernels import RowTile
 from liger_kernel.ops.poly_norm.contract import PolyNormOptions
 
 #: as for softmax: one row in forward, two in backward
-FORWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
-BACKWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
+FORWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 32}
+BACKWARD = {"elements": 2048, "longest": 16384, "walked": 8192, "per_thread": 32}
 
 
 @triton.jit
@@ -211,8 +211,6 @@ def backward(grads: Grads, saved: Saved, *, options: PolyNormOptions, needs: Nee
             NEEDS_SUMS=needs_dw or needs_db,
         )
         sums = partial.sum(0) if needs_dw or needs_db else sums
-    return (
-        dx,
-        sums[:3].to(weight.dtype) if needs_dw else None,
-        sums[3].to(bias.dtype).view(bias.shape) if needs_db else None,
-    )
+    dw = sums.to(weight.dtype)
+    db = dw if bias.dtype == weight.dtype else sums.to(bias.dtype)
+    return dx, dw[:3] if needs_dw else None, db[3].view(bias.shape) if needs_db else None
