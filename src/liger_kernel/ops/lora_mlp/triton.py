@@ -41,13 +41,13 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def forward(facts: DeviceFacts) -> Config:
-        return Config(64, 64, 4, facts.stages(3, 64 * 64 * 4), 1056)
+    def forward(rank: int, facts: DeviceFacts) -> Config:
+        return Config(64, 64, 4, facts.stages(3, 64 * (64 * 4 + rank * 6)), 1056)
 
     @staticmethod
     @functools.cache
-    def backward(facts: DeviceFacts) -> Config:
-        return Config(32, 64, 4, facts.stages(3, 32 * 64 * 6), 528)
+    def backward(rank: int, facts: DeviceFacts) -> Config:
+        return Config(32, 64, 4, facts.stages(3, 32 * (64 + rank) * 6), 528)
 
     def spans(self, length: int, step: int, tiles: int) -> tuple[int, int]:
         """Into how many parts `length` is cut, a program for each and each of `tiles`, and their lengths."""
@@ -256,7 +256,7 @@ def _launch(
     args: tuple[Any, ...],
     options: GLUOptions,
     config: Config,
-    ranks: tuple[int, ...],
+    rank: int,
 ) -> None:
     launch(
         kernel,
@@ -268,7 +268,7 @@ def _launch(
         options.alpha,
         ACTIVATION=options.activation,
         LIMITED=options.limit is not None,
-        RANK=max(16, next_power_of_2(max(ranks))),
+        RANK=rank,
         ROWS=config.rows,
         COLS=config.cols,
         STAGES=config.stages,
@@ -281,14 +281,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     (n_rows, n_cols), a = gate.shape, lora_a.contiguous()
     ranks = a.shape[0], of_gate.lora_b.shape[1], of_up.lora_b.shape[1]
-    config = Config.forward(facts_of(gate.device))
+    rank = max(16, next_power_of_2(max(ranks)))
+    config = Config.forward(rank, facts_of(gate.device))
     tiles = cdiv(n_rows, config.rows)
     spans, span_cols = config.spans(n_cols, config.cols, tiles)
     y = gate.new_empty(n_rows, n_cols)
     middle = gate.new_empty(1, spans, n_rows * ranks[0], dtype=torch.float32)
     args = (gate, up, y, middle, gate.stride(0), up.stride(0), a, a.stride(0), ranks[0])
     args += (*_of_thin(of_gate, of_up), n_rows, n_cols, span_cols)
-    _launch(_lora_glu_fwd, (tiles, spans), args, options, config, ranks)
+    _launch(_lora_glu_fwd, (tiles, spans), args, options, config, rank)
     return y, column_sums(middle, [gate.dtype])[0].view(n_rows, -1)
 
 
@@ -306,7 +307,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     (n_rows, n_cols), a = gate.shape, lora_a.contiguous()
     ranks = of_gate.lora_b.shape[1], of_up.lora_b.shape[1], a.shape[0]
-    config = Config.backward(facts_of(gate.device))
+    rank = max(16, next_power_of_2(max(ranks)))
+    config = Config.backward(rank, facts_of(gate.device))
     tiles = cdiv(n_cols, config.cols)
     spans, span_rows = config.spans(n_rows, config.rows, tiles)
     dgate, dup = into or (torch.empty_like(gate), torch.empty_like(up))
@@ -314,6 +316,6 @@ def backward(
     large = dy, gate, up, dgate, dup
     args = (*large, sums, *(t.stride(0) for t in large), inner, a, inner.stride(0), a.stride(0))
     args += (ranks[2], *_of_thin(of_gate, of_up), n_rows, n_cols, span_rows)
-    _launch(_lora_glu_bwd, (spans, tiles), args, options, config, ranks)
+    _launch(_lora_glu_bwd, (spans, tiles), args, options, config, rank)
     dgate_b, dup_b, da = column_sums(sums, [gate.dtype])[0].split([n_cols * r for r in ranks])
     return dgate, dup, dgate_b.view(n_cols, -1), dup_b.view(n_cols, -1), da.view(-1, n_cols)
