@@ -24,7 +24,8 @@ from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.glu.triton import gated
 from liger_kernel.ops.lora_mlp.contract import Thin
 
-RANK = 64
+#: beyond it the sums of the backward fill the registers
+RANK = 32
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
 
@@ -42,12 +43,12 @@ class Config:
     @staticmethod
     @functools.cache
     def forward(rank: int, facts: DeviceFacts) -> Config:
-        return Config(64, 64, 4, facts.stages(3, 64 * (64 * 4 + rank * 6)), 1056)
+        return Config(64, 64, 4, facts.stages(3, 64 * (64 * 4 + rank * 6)), 264)
 
     @staticmethod
     @functools.cache
     def backward(rank: int, facts: DeviceFacts) -> Config:
-        return Config(32, 64, 4, facts.stages(3, 32 * (64 + rank) * 6), 528)
+        return Config(32, 64, 4, facts.stages(3, 32 * (64 + rank) * 6), 2112)
 
     def spans(self, length: int, step: int, tiles: int) -> tuple[int, int]:
         """Into how many parts `length` is cut, a program for each and each of `tiles`, and their lengths."""
