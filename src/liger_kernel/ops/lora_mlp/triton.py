@@ -48,7 +48,9 @@ class Config:
     @staticmethod
     @functools.cache
     def backward(rank: int, facts: DeviceFacts) -> Config:
-        return Config(32, 64, 4, facts.stages(3, 32 * (64 + rank) * 6), 2112)
+        # where no unit multiplies matrices, wider sums spill
+        cols = 32 if facts.architecture.startswith("rdna") else 64
+        return Config(32, cols, 4, facts.stages(3, 32 * (cols + rank) * 6), 2112)
 
     def spans(self, length: int, step: int, tiles: int) -> tuple[int, int]:
         """Into how many parts `length` is cut, a program for each and each of `tiles`, and their lengths."""
