@@ -42,7 +42,9 @@ def launched(
             a.lora_b.requires_grad_()
         layers.append(lora_mlp.Layer(make.randn(n_out, n_in), None, thin))
     with use_implementation("triton"):
-        lora_mlp.adapted(make.randn(5, 16), *layers, GLUOptions()).sum().backward()
+        gate, up, down = layers
+        y = lora_mlp.adapted(make.randn(5, 16), gate, up, down, GLUOptions())
+        y.sum().backward()
     return found
 
 
