@@ -163,7 +163,7 @@ class Base(NamedTuple):
     def backward(
         self, dy: Tensor, weight: Tensor | None, total: Tensor | None, products: Products = ()
     ) -> Tensor:
-        """dy @ weight (T, H), added to `total` in place; with `products`, where there is no total yet."""
+        """dy @ weight (T, H), added to `total` in place; with `products` where there is none yet."""
         dense, dy = self.dense(weight), in_dtype(dy, self.product)
         if total is None and self.product == self.dtype and products:
             total = dy.new_empty(dy.shape[0], dense.shape[1])
@@ -177,9 +177,19 @@ class Base(NamedTuple):
         return total.add_(torch.mm(dy, dense))
 
 
+class _Part(NamedTuple):
+    """What one product with x asks of the gradient of x: dy @ weight, and thin products of its adapters."""
+
+    base: Base
+    dy: Tensor
+    weight: Tensor | None
+    products: Products
+
+
 class _Meeting(torch.autograd.Function):
     """Where the gradients of an input of several products add up, in one buffer, before they go on to it.
 
+    All are made here: the thin ones come first, as one, and the GEMM of each base adds its own.
     It returns an empty tensor, which only ties the products to this node: one that shared the memory of x would keep x
     alive, which keeps it.
     """
@@ -194,37 +204,24 @@ class _Meeting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: None) -> Tensor | None:
         refuse_double_backward()
-        (total, products), ctx.of_task = _of_now(ctx), None
-        if total is None:
-            return None
-        if len({(a.dtype, b.dtype) for a, b, _ in products}) == 1:  # one pass over memory for all
-            products = [
-                (
-                    torch.cat([a for a, *_ in products], 1),
-                    torch.cat([b for _, b, _ in products]),
-                    1.0,
-                )
-            ]
-        _add_products(total, products)
-        return total.view(ctx.shape)
+        parts, ctx.of_task = _parts(ctx), None
+        total, thin = None, _joined([product for part in parts for product in part.products])
+        for base, dy, weight, _ in parts:
+            total = base.backward(dy, weight, total, thin)
+        return None if total is None else total.view(ctx.shape)
 
 
-def _of_now(node: Any) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, float]]]:
-    """What this backward has added up, and the thin products to come; one that stopped before this node may have left
-    its own."""
-    task, *found = node.of_task or (None, None, [])
-    return tuple(found) if task == graph_task() else (None, [])
+def _parts(node: Any) -> list[_Part]:
+    """What has come in this backward; one that stopped before this node may have left its own."""
+    task, parts = node.of_task or (None, [])
+    return parts if task == graph_task() else []
 
 
-def _add_to(node: Any, base: Base, dy: Tensor, weight: Tensor | None, products: Products) -> None:
-    """The gradient of one product: its thin ones begin the sum, or are added with those of the others, at its end."""
-    total, later = _of_now(node)
-    if total is None:
-        total = base.backward(dy, weight, None, products)
-    else:
-        base.backward(dy, weight, total)
-        later = [*later, *products]
-    node.of_task = graph_task(), total, later
+def _joined(products: Products) -> Products:
+    """Thin products (T, H) as one where their dtypes allow it: one pass over memory for all. Their scaling is 1."""
+    if len(products) < 2 or len({(a.dtype, b.dtype) for a, b, _ in products}) > 1:
+        return products
+    return [(torch.cat([a for a, *_ in products], 1), torch.cat([b for _, b, _ in products]), 1.0)]
 
 
 def _met(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -301,7 +298,8 @@ class _Adapted(torch.autograd.Function):
                 products.append((g, lora_a, 1.0))
             found[3 * i + 1] = db
         if meeting is not None:  # else x needs no gradient
-            _add_to(meeting, base, dy, weight, products)
+            parts = [*_parts(meeting), _Part(base, dy, weight, products)]
+            meeting.of_task = graph_task(), parts
         for i, g in enumerate(inner):
             if needs[3 + 3 * i]:
                 read, made_by = (reads[i], None) if drops[i] else (rows, norm)

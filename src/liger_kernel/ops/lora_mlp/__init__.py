@@ -15,6 +15,7 @@ from torch import Tensor
 
 from liger_kernel._core.autograd import (
     Op,
+    Recompute,
     autocast_dtype,
     graph_is_kept,
     graph_task,
@@ -22,6 +23,7 @@ from liger_kernel._core.autograd import (
     saved_tensors_are_ours,
 )
 from liger_kernel._core.shapes import as_rows, in_dtype
+from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.backends.dispatch import is_composed, kernels_for
 from liger_kernel.ops.glu import gate_options, glu
 from liger_kernel.ops.glu.contract import GLUOptions
@@ -35,8 +37,10 @@ from liger_kernel.ops.lora_linear import (
     lora_linear,
     norm_of,
     of_a,
+    scaled,
 )
 from liger_kernel.ops.lora_mlp import reference
+from liger_kernel.ops.lora_mlp.contract import Thin
 
 
 class Layer(NamedTuple):
@@ -129,18 +133,35 @@ def adapted(
         Base(dtype, x.dtype, la.weight) if isinstance(la.weight, Quantised) else Base(dtype, dtype)
         for la in layers
     ]
-    block = _Block(impl, options, layers, bases, wide, read, norm_of(x))
+    kernels = _kernels(x, layers, bases, wide)
+    block = _Block(impl, kernels, options, layers, bases, wide, read, norm_of(x))
     nodes: list[Any] = []  # `_Product` puts there what `_Down` needs of it
     product = _Product.apply(block, nodes, x, *(t for a in thin for t in a[:2]))
     y: Tensor = _Down.apply(block, *nodes, product)
     return y
 
 
+def _kernels(x: Tensor, layers: Sequence[Layer], bases: Sequence[Base], wide: torch.dtype) -> Any:
+    """What makes the thin products of gate and up beside the gated one, if each Linear has one; else None."""
+    adapters = [la.adapters[0] for la in layers if len(la.adapters) == 1]
+    fit = len(adapters) == len(layers) == 3 and {base.out for base in bases} == {wide}
+    if not fit or wide.itemsize != 2 or not x.numel() or host_bound(x, 2**22):
+        return None
+    kernels = kernels_of("lora_mlp", x)
+    if isinstance(kernels, Recompute):
+        return None
+    return kernels if all(0 < a.lora_a.shape[0] <= kernels.RANK for a in adapters) else None
+
+
 @dataclass(frozen=True)
 class _Block:
-    """wide: dtype of the adapters' products. norm: the node of the norm that made x, see `norm_of`."""
+    """impl: the kernels of `glu`. kernels: see `_kernels`. wide: dtype of the adapters' products.
+
+    norm: the node of the norm that made x, see `norm_of`.
+    """
 
     impl: Any
+    kernels: Any
     options: GLUOptions
     layers: tuple[Layer, ...]
     bases: list[Base]
@@ -176,6 +197,21 @@ class _Block:
             found.append(of_layer)
         return found
 
+    def gated(
+        self, outs: Sequence[Tensor], products: Sequence[Products], lora_as: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product of gate and up, and product @ A.T (T, R) of the Linear after it."""
+        if self.kernels is not None:
+            a, options = self.stacked(lora_as), self.options
+            found: tuple[Tensor, Tensor] = self.kernels.forward(
+                *outs, *map(_thin, products), a, options=options
+            )
+            return found
+        gate, up = outs[0], outs[1] if len(outs) > 1 else None
+        forward = self.impl.forward
+        product: Tensor = forward(gate, up, options=self.options, needs=(False, False))[0]
+        return product, self.middle(product, lora_as)
+
     def gradients(
         self, products: Sequence[tuple[Tensor, Products]]
     ) -> tuple[Tensor | None, list[Tensor]]:
@@ -205,13 +241,12 @@ class _Product(Op):
         products = block.products(first, middle, lora_bs[:n])
         outs, kept = [], []
         for i, (layer, base) in enumerate(zip(first, block.bases, strict=False)):
-            out, weight = base.forward(rows, block.weight(i), layer.bias, products[i])
+            adds = products[i] if block.kernels is None else ()
+            out, weight = base.forward(rows, block.weight(i), layer.bias, adds)
             kept.append(weight if base.keeps(weight, rows, out) else None)
             outs.append(out)
+        product, middle_down = block.gated(outs, products, lora_as[n:])
         gate, up = outs[0], outs[1] if len(outs) > 1 else None
-        forward = block.impl.forward
-        product: Tensor = forward(gate, up, options=block.options, needs=(False, False))[0]
-        middle_down = block.middle(product, lora_as[n:])
         (of_down,) = block.products([down], middle_down, lora_bs[n:])
         keeps_x = block.norm is None and any(ctx.needs_input_grad[3 : 3 + 2 * n : 2])
         ctx.save_for_backward(
@@ -261,20 +296,32 @@ class _Down(torch.autograd.Function):
         inner, dbs_down = block.gradients([(dy, of_down)])
         more = [] if inner is None else [(inner, block.stacked(lora_as[n:]), 1.0)]
         dense = weight if ctx.dense is None else ctx.dense
-        dproduct = block.bases[-1].backward(dy, dense, None, more)
         into = (gate, up) if node.held_by_us_alone and not graph_is_kept() else None
-        needs = (True, up is not None)
-        (dgate, dup), product = block.impl.backward_with_output(
-            dproduct, (gate, up), options=block.options, needs=needs, into=into
-        )  # the product is made again, in the memory of its gradient
-        das_down = _of_as(inner, product, lora_as[n:])
-
-        pre = [d for d in (dgate, dup) if d is not None]
-        inner, dbs = block.gradients(list(zip(pre, of_first, strict=True)))
+        if block.kernels is not None:
+            dproduct = block.bases[-1].backward(dy, dense, None)
+            dgate, dup, *dbs, da = block.kernels.backward(
+                dproduct,
+                gate,
+                up,
+                *map(_thin, of_first),
+                *more[0][:2],
+                options=block.options,
+                into=into,
+            )
+            das_down = [da]
+            inner = _inner((dgate, dup), of_first)
+        else:
+            dproduct = block.bases[-1].backward(dy, dense, None, more)
+            (dgate, dup), product = block.impl.backward_with_output(
+                dproduct, (gate, up), options=block.options, needs=(True, up is not None), into=into
+            )  # the product is made again, in the memory of its gradient
+            das_down = _of_as(inner, product, lora_as[n:])
+            pre = [d for d in (dgate, dup) if d is not None]
+            inner, dbs = block.gradients(list(zip(pre, of_first, strict=True)))
         dx = None
         if node.needs_input_grad[2]:
             more = [] if inner is None else [(inner, block.stacked(lora_as[:n]), 1.0)]
-            dx = block.bases[0].backward(pre[0], weights[0], None, more)
+            dx = block.bases[0].backward(dgate, weights[0], None, more)
             if dup is not None:
                 dx = block.bases[1].backward(dup, weights[1], dx)
             dx = in_dtype(dx, node.of_x).view(node.shape)
@@ -282,7 +329,22 @@ class _Down(torch.autograd.Function):
         das = [None] * n if keeps_none else _of_as(inner, rows, lora_as[:n], block.norm)
         pairs = zip((*das, *das_down), (*dbs, *dbs_down), strict=True)
         node.found = (dx, *(g for pair in pairs for g in pair))
-        return None, None, None, product  # never read
+        return None, None, None, dproduct  # never read
+
+
+def _thin(products: Products) -> Thin:
+    ((middle, b, scaling),) = products
+    return Thin(middle, b.t(), scaling)
+
+
+def _inner(grads: Sequence[Tensor], products: Sequence[Products]) -> Tensor:
+    """scaling * dy @ B (T, R) of layers with an adapter each, side by side."""
+    ranks = [b.shape[0] for ((_, b, _),) in products]
+    inner = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+    parts = inner.split(ranks, 1)
+    for dy, ((_, b, scaling),), part in zip(grads, products, parts, strict=True):
+        scaled(dy, b.t(), scaling, out=part)
+    return inner
 
 
 def _of_as(
