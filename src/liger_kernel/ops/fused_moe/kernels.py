@@ -125,6 +125,56 @@ def activate(
 
 
 @triton.jit
+def end_activate_bwd(
+    da,
+    w,
+    hidden_ptr,
+    dhidden_ptr,
+    act_ptr,
+    rows,
+    cols,
+    mask,
+    n_cols,
+    limit,
+    alpha,
+    up_shift,
+    NEEDS_DH: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """Store dgate = w da (up + up_shift) f', dup = w da f and w act of a tile; da act, which dw is the sum of."""
+    value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
+        hidden_ptr,
+        rows,
+        cols,
+        mask,
+        n_cols,
+        limit,
+        alpha,
+        up_shift,
+        ACTIVATION,
+        GATED,
+        INTERLEAVED,
+        LIMITED,
+    )
+    da = da.to(tl.float32)
+    act = value * factor
+    dtype = hidden_ptr.dtype.element_ty
+    if NEEDS_DH:
+        dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
+        tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
+        if GATED:
+            dup = tl.where(up_in, w * da * value, 0.0)
+            tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
+    if NEEDS_ACT:
+        tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
+    return tl.where(mask, da * act, 0.0)
+
+
+@triton.jit
 def activate_bwd(
     da_ptr,
     hidden_ptr,
@@ -148,20 +198,24 @@ def activate_bwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
-    slot of the row. A program owns ROWS rows."""
+    """What `end_activate_bwd` stores, where w act may lie where da did, and dw = sum da act at the slot of the row. A
+    program owns ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(live_ptr)
     slot = tl.load(slots_ptr + row, mask=live, other=0)
     w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
     rows = row[:, None]
     dw = tl.zeros((ROWS, COLS), tl.float32)
-    dtype = hidden_ptr.dtype.element_ty
     for start in range(0, n_cols, COLS):
         cols = start + tl.arange(0, COLS)[None, :]
         mask = live[:, None] & (cols < n_cols)
-        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
+        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0)
+        dw += end_activate_bwd(
+            da,
+            w,
             hidden_ptr,
+            dhidden_ptr,
+            act_ptr,
             rows,
             cols,
             mask,
@@ -169,25 +223,36 @@ def activate_bwd(
             limit,
             alpha,
             up_shift,
+            NEEDS_DH,
+            NEEDS_ACT,
             ACTIVATION,
             GATED,
             INTERLEAVED,
             LIMITED,
         )
-        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        act = value * factor
-        if NEEDS_DW:
-            dw += tl.where(mask, da * act, 0.0)
-        if NEEDS_DH:
-            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
-            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
-            if GATED:
-                dup = tl.where(up_in, w * da * value, 0.0)
-                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
-        if NEEDS_ACT:
-            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
     if NEEDS_DW:
         tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
+
+
+@triton.jit
+def sum_of_slots(
+    partial_ptr,
+    rows_ptr,
+    live_ptr,
+    out_ptr,
+    n_rows,
+    n_parts,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[slot] = sum_c partial[c, row of the slot], 0 for no expert. A program owns BLOCK slots."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < n_rows
+    row = tl.load(rows_ptr + slot, mask=inside, other=0).to(tl.int64)
+    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
+    mask = (inside & (row < tl.load(live_ptr)))[None, :] & (part < n_parts)
+    found = tl.load(partial_ptr + part * n_rows + row[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + slot, tl.sum(found, 0), mask=inside)
 
 
 @triton.jit

@@ -80,18 +80,20 @@ class Steps(Protocol):
     ) -> tuple[Tensor | None, Tensor]:
         """The `product` with the rows of tokens, which nobody reads unless `keep`, and its activation, (S, I)."""
 
-    def activate_backward(
+    def activated_backward(
         self,
-        da: Tensor,
+        dy: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        low: LowRank | None,
         hidden: Tensor,
         weights: Tensor,
-        routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dh (S, N), which may take the memory of `into`, w act (S, I), which may take that of da, and dw (T, K) in
-        fp32, zero for no expert."""
+        """Of da, the `product` of dy with the rows of tokens: dh (S, N), which may take the memory of `into`, w act
+        (S, I), and dw (T, K) in fp32, zero for no expert."""
 
     def weight_gradient(
         self,
@@ -126,7 +128,7 @@ class Steps(Protocol):
 
 
 class Separately:
-    """`Steps.activated`, one after the other."""
+    """`Steps.activated` and `activated_backward`, one after the other."""
 
     product: Callable[..., Tensor]
 
@@ -146,6 +148,34 @@ class Separately:
     ) -> tuple[Tensor | None, Tensor]:
         hidden = self.product(a, weight, bias, routing, True, low)
         return hidden, self.activate(hidden, routing, options)
+
+    def activate_backward(
+        self,
+        da: Tensor,
+        hidden: Tensor,
+        weights: Tensor,
+        routing: Routing,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What `activated_backward` returns; w act may take the memory of da."""
+        raise NotImplementedError
+
+    def activated_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        low: LowRank | None,
+        hidden: Tensor,
+        weights: Tensor,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        da = self.product(dy, weight, None, routing, True, low)
+        return self.activate_backward(da, hidden, weights, routing, options, needs, into)
 
 
 #: of the number of rows, x and the weights
@@ -267,9 +297,9 @@ def backward(
     low = second and second.behind(steps, dy, routing, True)
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
-    da = steps.product(dy, w2.mT, None, routing, True, low)
-    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
-    del da
+    dhidden, act, dw = steps.activated_backward(
+        dy, w2.mT, routing, low, hidden, weights, options, wanted, into
+    )
     if act is not None:
         if second_u is not None:  # of act, where the gradient is that of w act
             second_u = (second_u * weights.view(-1, 1)[routing.slots]).to(x.dtype)

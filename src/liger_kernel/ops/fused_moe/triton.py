@@ -21,7 +21,13 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine, relaid
+from liger_kernel.ops.fused_moe.kernels import (
+    activate,
+    activate_bwd,
+    combine,
+    relaid,
+    sum_of_slots,
+)
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
 from liger_kernel.ops.fused_moe.portable import rows_of
 from liger_kernel.ops.fused_moe.products.kernels import (
@@ -33,7 +39,8 @@ from liger_kernel.ops.fused_moe.products.kernels import (
 
 _OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
 _MANY = 1024  # rows of an expert, by and large
-_SQUARE, _TABLE = 64, 128  # sides of a tile of `_bias_gradient`; tiles of a step of `_tile_table`
+_SQUARE, _TABLE = 64, 128  # sides of a tile of `bias_gradient`; tiles of a step of `tile_table`
+_SLOTS = 256  # of a program of `sum_of_slots`
 
 
 def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
@@ -101,7 +108,9 @@ class Config:
         of tensor cores there, where these kernels and what reads them take .23.
     halves: the last rows of an expert take half a tile, if they fit in.
     fused_forward: the product that is activated ends with it, which saves .03 of .90 ms on an H100 (512 rows of
-        Qwen3-30B-A3B). At the end of da, backward lost as much as it saved: it spilled.
+        Qwen3-30B-A3B).
+    piece: columns at a time, of da rounded, that end in the gradient of the activation. Whole tiles of fp32 spilled,
+        and lost what that saves. 0: da is stored.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
         the gradients of weights, of which an expert's rows are read again for each tile.
     """
@@ -113,6 +122,7 @@ class Config:
     low_inner: int = 128
     halves: bool = False
     fused_forward: bool = False
+    piece: int = 0
     group: int = 8
 
     @staticmethod
@@ -123,7 +133,7 @@ class Config:
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
             fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
-            return Config(tile, tile, low_rows=16, low_inner=32, **fused)
+            return Config(tile, tile, low_rows=16, low_inner=32, piece=16, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
             warps = 8 if facts.architecture.startswith("rdna") else 4
@@ -137,7 +147,7 @@ class Config:
             product = replace(tile, stages=facts.stages(3 if many else 4, 3 * 2**14))
             # rows between 64 and 512 were not measured
             library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
-            return Config(product, tile, library, halves=True, fused_forward=True)
+            return Config(product, tile, library, halves=True, fused_forward=True, piece=64)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
@@ -181,6 +191,14 @@ _PLAIN: tuple[tuple[float, ...], dict[str, Any]] = (
     (0.0, 0.0, 0.0),
     {"ACTIVATION": "none", "GATED": False, "INTERLEAVED": False, "LIMITED": False},
 )
+
+
+class Behind(NamedTuple):
+    """What the gradient of an activation is made from and where, beside `out` and `act` of `Kernels._launch`."""
+
+    hidden: Tensor
+    weights: Tensor
+    dw: Tensor | None  # of the columns of a tile, (tiles, S)
 
 
 @dataclass(frozen=True)
@@ -242,15 +260,19 @@ class Kernels(pipeline.Separately):
         out: Tensor | None,
         act: Tensor | None = None,
         options: MoEOptions | None = None,
+        behind: Behind | None = None,
     ) -> None:
-        """A product, `out`, and its activation by `options`, `act`. Either is made if there is a tensor for it."""
+        """A product, `out`, and its activation by `options`, `act`; or the gradient of `behind` and its activation.
+        Either is made if there is a tensor for it."""
         n_cols, n_inner = weight.shape[1:]
         tile = self.config.product.fitted(self.config.product.rows, n_cols)
         if scale is not None:
             tile = self.config.of_low_rank(n_cols)
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
-        features = 0 if act is None else act.shape[1]
+        features = 0
+        if options is not None:
+            features = n_cols if behind or not options.gated else n_cols // 2
         numbers, constants = _PLAIN if options is None else _of_activation(options)
         low_numbers = (0,) * 4 if low is None else (low.b.shape[2], *low.b.stride())
         rank = 0 if low is None else max(16, next_power_of_2(low.b.shape[2]))
@@ -264,6 +286,8 @@ class Kernels(pipeline.Separately):
             None if low is None else low.b,
             out,
             act,
+            *((None,) * 4 if behind is None else (*behind[:2], routing.slots, behind.dw)),
+            routing.slots.shape[0],
             routing.tokens,
             routing.starts,
             routing.tiles,
@@ -279,7 +303,11 @@ class Kernels(pipeline.Separately):
             HAS_BIAS=bias is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
+            BACKWARD=behind is not None,
             KEEP=out is not None,
+            NEEDS_ACT=act is not None,
+            NEEDS_DW=behind is not None and behind.dw is not None,
+            PIECE=self.config.piece,
             **constants,
             RANK=min(rank, tile.inner),
             EVEN=n_inner % tile.inner == 0,
@@ -305,6 +333,54 @@ class Kernels(pipeline.Separately):
         act = a.new_empty(n_rows, n_cols // (1 + options.gated))
         self._launch(a, weight, bias, routing, True, low, out=hidden, act=act, options=options)
         return hidden, act
+
+    def activated_backward(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        low: LowRank | None,
+        hidden: Tensor,
+        weights: Tensor,
+        options: MoEOptions,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not (self.config.piece and any(needs)) or self._gathers(weight):
+            return super().activated_backward(
+                dy, weight, routing, low, hidden, weights, options, needs, into
+            )
+        needs_dh, needs_act, needs_dw = needs
+        n_rows, n_cols = hidden.shape[0], weight.shape[1]
+        out = act = parts = dw = None
+        if needs_dh:
+            out = torch.empty_like(hidden) if into is None else into
+        if needs_act:
+            act = hidden.new_empty(n_rows, n_cols)
+        if needs_dw:
+            n_parts = cdiv(
+                n_cols, self.config.product.fitted(self.config.product.rows, n_cols).cols
+            )
+            parts = weights.new_empty(n_parts, n_rows, dtype=torch.float32)
+        behind = Behind(hidden, weights, parts)
+        given: Any = {"out": out, "act": act, "options": options, "behind": behind}
+        self._launch(dy, weight, None, routing, True, low, **given)
+        if parts is not None:
+            dw = weights.new_empty(weights.shape, dtype=torch.float32)
+        if dw is not None and n_rows:
+            launch(
+                sum_of_slots,
+                (cdiv(n_rows, _SLOTS),),
+                parts,
+                routing.rows,
+                routing.starts[-1:],
+                dw,
+                *parts.shape[::-1],
+                PARTS=next_power_of_2(n_parts),
+                BLOCK=_SLOTS,
+                num_warps=4,
+            )
+        return out, act, dw
 
     def weight_gradient(
         self,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from liger_kernel.backends.triton import INTERPRET
-from liger_kernel.ops.fused_moe.kernels import activation_of, places
+from liger_kernel.ops.fused_moe.kernels import activation_of, end_activate_bwd, places
 
 # NumPy knows no bf16, in which the interpreter would multiply
 _WIDEN = tl.constexpr(INTERPRET)
@@ -121,6 +121,102 @@ def _end_activated(
 
 
 @triton.jit
+def _end_activated_backward(
+    da,
+    w,
+    hidden_ptr,
+    dhidden_ptr,
+    act_ptr,
+    rows,
+    live,
+    first_col,
+    features,
+    limit,
+    alpha,
+    up_shift,
+    NEEDS_DH: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """`end_activate_bwd`, of PIECE columns at a time, and dw of these columns: (ROWS,)."""
+    COLS: tl.constexpr = da.shape[1]
+    if COLS > PIECE:
+        first, second = _halves(da, False)
+        dw = _end_activated_backward(
+            first,
+            w,
+            hidden_ptr,
+            dhidden_ptr,
+            act_ptr,
+            rows,
+            live,
+            first_col,
+            features,
+            limit,
+            alpha,
+            up_shift,
+            NEEDS_DH,
+            NEEDS_ACT,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMITED,
+            PIECE,
+        )
+        dw += _end_activated_backward(
+            second,
+            w,
+            hidden_ptr,
+            dhidden_ptr,
+            act_ptr,
+            rows,
+            live,
+            first_col + COLS // 2,
+            features,
+            limit,
+            alpha,
+            up_shift,
+            NEEDS_DH,
+            NEEDS_ACT,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMITED,
+            PIECE,
+        )
+    else:
+        cols = first_col + tl.arange(0, COLS)[None, :]
+        dw = tl.sum(
+            end_activate_bwd(
+                da,
+                w,
+                hidden_ptr,
+                dhidden_ptr,
+                act_ptr,
+                rows[:, None],
+                cols,
+                live[:, None] & (cols < features),
+                features,
+                limit,
+                alpha,
+                up_shift,
+                NEEDS_DH,
+                NEEDS_ACT,
+                ACTIVATION,
+                GATED,
+                INTERLEAVED,
+                LIMITED,
+            ),
+            1,
+        )
+    return dw
+
+
+@triton.jit
 def _product_tile(
     a_ptr,
     weight_ptr,
@@ -129,6 +225,11 @@ def _product_tile(
     low_b_ptr,
     out_ptr,
     act_ptr,
+    hidden_ptr,
+    weights_ptr,
+    slots_ptr,
+    dw_ptr,
+    n_rows,
     tokens_ptr,
     expert,
     first_row,
@@ -151,7 +252,11 @@ def _product_tile(
     GATHERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    BACKWARD: tl.constexpr,
     KEEP: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    PIECE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -167,7 +272,9 @@ def _product_tile(
     live = rows < end
     own = tl.arange(0, COLS)
     cols = col_tile * COLS + own
-    if ACTIVATION != "none" and GATED and not INTERLEAVED:  # gates, and the ups that go with them
+    if (
+        ACTIVATION != "none" and GATED and not (INTERLEAVED or BACKWARD)
+    ):  # gates, and the ups that go with them
         one = col_tile * (COLS // 2) + own % (COLS // 2)
         inside = _inside(one, features, ALIGNED) + own // (COLS // 2) * features
         if ALIGNED:
@@ -207,7 +314,32 @@ def _product_tile(
             acc = _dot(low, low_b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
-    if ACTIVATION != "none":
+    if BACKWARD:
+        slot = tl.load(slots_ptr + rows, mask=live, other=0)
+        dw = _end_activated_backward(
+            acc.to(hidden_ptr.dtype.element_ty),  # half of the registers
+            tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None],
+            hidden_ptr,
+            out_ptr,
+            act_ptr,
+            rows,
+            live,
+            col_tile * COLS,
+            features,
+            limit,
+            alpha,
+            up_shift,
+            KEEP,
+            NEEDS_ACT,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMITED,
+            PIECE,
+        )
+        if NEEDS_DW:
+            tl.store(dw_ptr + col_tile.to(tl.int64) * n_rows + rows, dw, mask=live)
+    elif ACTIVATION != "none":
         first_col = col_tile * (COLS // 2) if GATED else col_tile * COLS
         _end_activated(
             acc,
@@ -232,7 +364,7 @@ def _product_tile(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def grouped_product(
     a_ptr,
     weight_ptr,
@@ -241,6 +373,11 @@ def grouped_product(
     low_b_ptr,
     out_ptr,
     act_ptr,
+    hidden_ptr,
+    weights_ptr,
+    slots_ptr,
+    dw_ptr,
+    n_rows,
     tokens_ptr,
     starts_ptr,
     tiles_ptr,
@@ -264,7 +401,11 @@ def grouped_product(
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     HALVES: tl.constexpr,
+    BACKWARD: tl.constexpr,
     KEEP: tl.constexpr,
+    NEEDS_ACT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    PIECE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -282,7 +423,8 @@ def grouped_product(
     With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
     multiple of INNER. RANK: a step over that of low; 0: there is none. PARTS: of a tile of the table, each of ROWS
     rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows are there. ACTIVATION: "none"
-    stores the sums, others end as `_end_activated` does.
+    stores the sums, others end as `_end_activated` does, and with BACKWARD the sums are the gradient of the activation
+    of `hidden`, and end as `_end_activated_backward` does; dw is of the columns of a tile then, (tiles of columns, S).
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -311,6 +453,11 @@ def grouped_product(
                 low_b_ptr,
                 out_ptr,
                 act_ptr,
+                hidden_ptr,
+                weights_ptr,
+                slots_ptr,
+                dw_ptr,
+                n_rows,
                 tokens_ptr,
                 expert,
                 first_row,
@@ -333,7 +480,11 @@ def grouped_product(
                 GATHERED,
                 HAS_BIAS,
                 RANK,
+                BACKWARD,
                 KEEP,
+                NEEDS_ACT,
+                NEEDS_DW,
+                PIECE,
                 ACTIVATION,
                 GATED,
                 INTERLEAVED,
