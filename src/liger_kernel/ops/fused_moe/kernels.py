@@ -293,6 +293,29 @@ def combine(
 
 
 @triton.jit
+def spread(
+    x_ptr,
+    rows_ptr,
+    out_ptr,
+    n_tokens,
+    n_cols,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[row of (t, k)] = x[t]. One program owns one tile of x, which it reads once."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    token = (tl.program_id(0) // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)[None, :]
+    inside = token < n_tokens
+    mask = inside[:, None] & (cols < n_cols)
+    x = tl.load(x_ptr + token[:, None] * n_cols + cols, mask=mask)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + token * TOP_K + k, mask=inside, other=0).to(tl.int64)
+        tl.store(out_ptr + row[:, None] * n_cols + cols, x, mask=mask)
+
+
+@triton.jit
 def relaid(
     source_ptr,
     out_ptr,

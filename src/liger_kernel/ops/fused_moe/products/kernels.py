@@ -217,9 +217,63 @@ def _end_activated_backward(
 
 
 @triton.jit
+def _weight_tile(
+    weight_desc, expert, first_col, at, n_cols, n_inner, TURNED: tl.constexpr
+):  # (INNER, COLS)
+    if TURNED:
+        weight = weight_desc.load([expert * n_inner + at, first_col])
+    else:
+        weight = tl.trans(weight_desc.load([expert * n_cols + first_col, at]))
+    return weight
+
+
+@triton.jit
+def _sums_by_tiles(
+    a_ptrs,
+    a_desc,
+    weight_desc,
+    first_row,
+    expert,
+    first_col,
+    n_cols,
+    n_inner,
+    features,
+    A_DESC: tl.constexpr,
+    TURNED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """sum_m a[p, m] weight[e, n, m], of tiles that the copy engine reads. PAIRED: of COLS / 2 columns from `first_col`,
+    and of as many `features` further."""
+    WIDE: tl.constexpr = COLS // (1 + PAIRED)
+    acc = tl.zeros((ROWS, WIDE), tl.float32)
+    ups = acc
+    for at in range(0, n_inner, INNER):
+        if A_DESC:
+            a = a_desc.load([first_row, at])
+        else:
+            a = tl.load(a_ptrs)
+            a_ptrs += INNER
+        weight = _weight_tile(weight_desc, expert, first_col, at, n_cols, n_inner, TURNED)
+        acc = _dot(a, weight, acc, PRECISION)
+        if PAIRED:
+            second = first_col + features
+            weight = _weight_tile(weight_desc, expert, second, at, n_cols, n_inner, TURNED)
+            ups = _dot(a, weight, ups, PRECISION)
+    if PAIRED:
+        acc = tl.reshape(tl.permute(tl.join(acc, ups), (0, 2, 1)), (ROWS, COLS))
+    return acc
+
+
+@triton.jit
 def _product_tile(
     a_ptr,
+    a_desc,
     weight_ptr,
+    weight_desc,
     bias_ptr,
     low_ptr,
     low_b_ptr,
@@ -250,6 +304,9 @@ def _product_tile(
     alpha,
     up_shift,
     GATHERED: tl.constexpr,
+    A_DESC: tl.constexpr,
+    WEIGHT_DESC: tl.constexpr,
+    TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -268,14 +325,15 @@ def _product_tile(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    PAIRED: tl.constexpr = ACTIVATION != "none" and GATED and not (INTERLEAVED or BACKWARD)
     rows = first_row + tl.arange(0, ROWS)
     live = rows < end
     own = tl.arange(0, COLS)
     cols = col_tile * COLS + own
-    if (
-        ACTIVATION != "none" and GATED and not (INTERLEAVED or BACKWARD)
-    ):  # gates, and the ups that go with them
-        one = col_tile * (COLS // 2) + own % (COLS // 2)
+    first_col = col_tile * COLS
+    if PAIRED:  # gates, and the ups that go with them
+        first_col = col_tile * (COLS // 2)
+        one = first_col + own % (COLS // 2)
         inside = _inside(one, features, ALIGNED) + own // (COLS // 2) * features
         if ALIGNED:
             inside = tl.max_contiguous(tl.multiple_of(inside, 8), 8)
@@ -288,20 +346,40 @@ def _product_tile(
     source = tl.where(live, source, 0)
     inner = tl.arange(0, INNER)
     a_ptrs = a_ptr + source[:, None] * n_inner + inner[None, :]
-    weight_ptrs = weight_ptr + expert * expert_stride
-    weight_ptrs += inside[None, :] * col_stride + inner[:, None].to(tl.int64) * inner_stride
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for at in range(0, n_inner, INNER):
-        if EVEN:
-            a = tl.load(a_ptrs)
-            weight = tl.load(weight_ptrs)
-        else:
-            left = n_inner - at
-            a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
-            weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
-        acc = _dot(a, weight, acc, PRECISION)
-        a_ptrs += INNER
-        weight_ptrs += INNER * inner_stride
+    if WEIGHT_DESC:  # EVEN
+        acc = _sums_by_tiles(
+            a_ptrs,
+            a_desc,
+            weight_desc,
+            first_row.to(tl.int32),
+            expert.to(tl.int32),
+            first_col.to(tl.int32),
+            n_cols,
+            n_inner,
+            features,
+            A_DESC,
+            TURNED,
+            PAIRED,
+            PRECISION,
+            ROWS,
+            COLS,
+            INNER,
+        )
+    else:
+        weight_ptrs = weight_ptr + expert * expert_stride
+        weight_ptrs += inside[None, :] * col_stride + inner[:, None].to(tl.int64) * inner_stride
+        acc = tl.zeros((ROWS, COLS), tl.float32)
+        for at in range(0, n_inner, INNER):
+            if EVEN:
+                a = tl.load(a_ptrs)
+                weight = tl.load(weight_ptrs)
+            else:
+                left = n_inner - at
+                a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
+                weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
+            acc = _dot(a, weight, acc, PRECISION)
+            a_ptrs += INNER
+            weight_ptrs += INNER * inner_stride
     acc *= scale
     if RANK:
         low_ptr += tl.where(live, rows, 0)[:, None] * rank
@@ -324,7 +402,7 @@ def _product_tile(
             act_ptr,
             rows,
             live,
-            col_tile * COLS,
+            first_col,
             features,
             limit,
             alpha,
@@ -340,14 +418,13 @@ def _product_tile(
         if NEEDS_DW:
             tl.store(dw_ptr + col_tile.to(tl.int64) * n_rows + rows, dw, mask=live)
     elif ACTIVATION != "none":
-        first_col = col_tile * (COLS // 2) if GATED else col_tile * COLS
         _end_activated(
             acc,
             out_ptr,
             act_ptr,
             rows,
             live,
-            first_col,
+            col_tile * (COLS // (1 + GATED)),
             features,
             limit,
             alpha,
@@ -367,7 +444,10 @@ def _product_tile(
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def grouped_product(
     a_ptr,
+    a_desc,
+    a_half_desc,
     weight_ptr,
+    weight_desc,
     bias_ptr,
     low_ptr,
     low_b_ptr,
@@ -397,6 +477,9 @@ def grouped_product(
     alpha,
     up_shift,
     GATHERED: tl.constexpr,
+    A_DESC: tl.constexpr,
+    WEIGHT_DESC: tl.constexpr,
+    TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -425,6 +508,8 @@ def grouped_product(
     rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows are there. ACTIVATION: "none"
     stores the sums, others end as `_end_activated` does, and with BACKWARD the sums are the gradient of the activation
     of `hidden`, and end as `_end_activated_backward` does; dw is of the columns of a tile then, (tiles of columns, S).
+    WEIGHT_DESC: the copy engine reads the weight, by `weight_desc` of (E N, M), or TURNED of (E M, N), and A_DESC:
+    sorted rows, by `a_desc`, or `a_half_desc` for half a tile.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -447,7 +532,9 @@ def grouped_product(
         if few == half:
             _product_tile(
                 a_ptr,
+                a_half_desc if half else a_desc,
                 weight_ptr,
+                weight_desc,
                 bias_ptr,
                 low_ptr,
                 low_b_ptr,
@@ -478,6 +565,9 @@ def grouped_product(
                 alpha,
                 up_shift,
                 GATHERED,
+                A_DESC,
+                WEIGHT_DESC,
+                TURNED,
                 HAS_BIAS,
                 RANK,
                 BACKWARD,
@@ -501,7 +591,9 @@ def grouped_product(
 @triton.jit
 def weight_gradient(
     a_ptr,
+    a_desc,
     b_ptr,
+    b_desc,
     out_ptr,
     tokens_ptr,
     starts_ptr,
@@ -509,6 +601,8 @@ def weight_gradient(
     b_cols,
     GATHERED_A: tl.constexpr,
     GATHERED_B: tl.constexpr,
+    A_DESC: tl.constexpr,
+    B_DESC: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -517,7 +611,8 @@ def weight_gradient(
     GROUP: tl.constexpr,
 ):
     """out[e] = sum over the rows p of expert e of a[p]^T b[p]. A program owns (ROWS, COLS) of one expert's; GROUP
-    tiles of rows, and columns tile by tile, are worked at a time."""
+    tiles of rows, and columns tile by tile, are worked at a time. A_DESC, B_DESC: the copy engine reads the sorted rows
+    of whole steps, which need no mask then."""
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(b_cols, COLS)
     row_tiles = tl.cdiv(a_cols, ROWS)
@@ -526,8 +621,10 @@ def weight_gradient(
     first = within // (GROUP * col_tiles) * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
     within = within % (GROUP * col_tiles)
-    rows = (first + within % size) * ROWS + tl.arange(0, ROWS)
-    cols = within // size * COLS + tl.arange(0, COLS)
+    first_row = (first + within % size) * ROWS
+    first_col = within // size * COLS
+    rows = first_row + tl.arange(0, ROWS)
+    cols = first_col + tl.arange(0, COLS)
     a_at = _inside(rows, a_cols, ALIGNED)[None, :]
     b_at = _inside(cols, b_cols, ALIGNED)[None, :]
     start = tl.load(starts_ptr + expert)
@@ -537,6 +634,24 @@ def weight_gradient(
     token = row
     if GATHERED_A or GATHERED_B:
         token = tl.load(tokens_ptr + row, mask=row < end, other=0)
+    if A_DESC or B_DESC:
+        whole = start + (end - start) // INNER * INNER
+        for at in range(start, whole, INNER):
+            if A_DESC:
+                a = a_desc.load([at, first_row])
+            else:
+                a_row = (token if GATHERED_A else row).to(tl.int64)
+                a = tl.load(a_ptr + a_row[:, None] * a_cols + a_at)
+            if B_DESC:
+                b = b_desc.load([at, first_col])
+            else:
+                b_row = (token if GATHERED_B else row).to(tl.int64)
+                b = tl.load(b_ptr + b_row[:, None] * b_cols + b_at)
+            row += INNER
+            if GATHERED_A or GATHERED_B:
+                token = tl.load(tokens_ptr + row, mask=row < end, other=0)
+            acc = _dot(tl.trans(a), b, acc, PRECISION)
+        start = whole
     for _ in range(start, end, INNER):
         live = row < end
         a_row = (token if GATHERED_A else row).to(tl.int64)
