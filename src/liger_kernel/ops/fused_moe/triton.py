@@ -25,6 +25,9 @@ from liger_kernel.ops.fused_moe.kernels import (
     activate,
     activate_bwd,
     combine,
+    count_slots,
+    first_rows,
+    place_slots,
     relaid,
     spread,
     sum_of_slots,
@@ -40,7 +43,7 @@ from liger_kernel.ops.fused_moe.products.kernels import (
 _OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
 _MANY = 1024  # rows of an expert, by and large
 _SQUARE, _TABLE = 64, 128  # sides of a tile of `bias_gradient`; tiles of a step of `tile_table`
-_SLOTS = 256  # of a program of `sum_of_slots`
+_SLOTS, _STEP, _EXPERTS = 256, 32, 256  # of a program that goes over slots
 
 
 def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
@@ -135,7 +138,8 @@ class Config:
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
             fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
-            return Config(tile, tile, low_rows=16, low_inner=32, piece=16, **fused)
+            fused |= {"piece": 16, "descriptors": TensorDescriptor is not None}
+            return Config(tile, tile, low_rows=16, low_inner=32, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
             warps = 8 if facts.architecture.startswith("rdna") else 4
@@ -220,6 +224,26 @@ class Kernels(pipeline.Separately):
         if not config.library or not _library_serves(x, *weights):
             return Kernels(config, Library())
         return Kernels(config, config.library_at(rows))
+
+    def routed(self, index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Routing]:
+        """A stable sort in three launches, where PyTorch's and what goes with it took 17."""
+        index, (n_tokens, top_k) = index.contiguous(), index.shape
+        n_slots = n_tokens * top_k
+        n_blocks = cdiv(n_slots, _SLOTS)
+        new = partial(torch.empty, dtype=torch.int32, device=index.device)
+        counts, firsts = new(2, n_experts + 1, n_blocks)
+        starts, rows, tokens = new(n_experts + 1), new(n_slots), new(n_slots)
+        slots, told = rows.new_empty(n_slots, dtype=torch.int64), torch.empty_like(weights)
+        sizes = (n_slots, n_blocks, n_experts)
+        by = {"BLOCK": _SLOTS, "STEP": _STEP, "num_warps": 4}
+        if n_slots:
+            grid = (n_blocks * cdiv(n_experts + 1, _EXPERTS),)
+            launch(count_slots, grid, index, counts, *sizes, EXPERTS=_EXPERTS, **by)
+        launch(first_rows, (n_experts + 1,), counts, firsts, starts, n_blocks, BLOCK=1024)
+        if n_slots:
+            given = (index, weights, firsts, told, slots, rows, tokens)
+            launch(place_slots, (n_blocks,), *given, *sizes, TOP_K=top_k, **by)
+        return told, Routing(slots, rows, starts, tokens, self.tiles(starts, n_slots))
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         n_experts, rows = starts.shape[0] - 1, self.config.product.rows
