@@ -127,7 +127,7 @@ def activation_of(
             up_in = ~(tl.abs(up) > limit)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         factor = up + up_shift
-    return value / alpha, slope, factor, gate_in, up_in
+    return value * (1.0 / alpha), slope, factor, gate_in, up_in
 
 
 @triton.jit

@@ -33,12 +33,9 @@ from liger_kernel.ops.fused_moe.kernels import (
     sum_of_slots,
 )
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
-from liger_kernel.ops.fused_moe.products.kernels import (
-    bias_gradient,
-    grouped_product,
-    tile_table,
-    weight_gradient,
-)
+from liger_kernel.ops.fused_moe.products.gradients import bias_gradient, weight_gradient
+from liger_kernel.ops.fused_moe.products.kernels import grouped_product
+from liger_kernel.ops.fused_moe.products.tiles import tile_table
 
 _OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
 _MANY = 1024  # rows of an expert, by and large
