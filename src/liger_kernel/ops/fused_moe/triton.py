@@ -152,7 +152,7 @@ class Config:
             library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
             fused = dict.fromkeys(("halves", "fused_forward"), True)
             tma = facts.architecture == "hopper" and TensorDescriptor is not None
-            return Config(product, tile, library, piece=64, descriptors=tma, **fused)
+            return Config(product, tile, library, piece=32, descriptors=tma, **fused)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
