@@ -24,6 +24,10 @@ _compiled: dict[Any, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _INT32 = 2**31
+#: a matrix that copy engines read by tiles; None where Triton has none, or other ones
+TensorDescriptor: Any = None
+if hasattr(triton, "knobs"):
+    from triton.tools.tensor_descriptor import TensorDescriptor
 _NO_TENSORS = (type(None), float, bool)
 
 # One instruction, right to 2^-22 of the result or, near 1, of 1. `tl.log2` takes 27, as many as the rest of a loss.
@@ -49,7 +53,7 @@ starts_on_meta = False
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, faster, on the device of `args[0]`, a tensor.
 
-    `args` are all run-time arguments (tensors, None and numbers), `constants` all others.
+    `args` are all run-time arguments (tensors, their descriptors, None and numbers), `constants` all others.
     """
     first = args[0]
     if not _FAST or not first.is_cuda or _hooked():
@@ -74,6 +78,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             add(1 if arg == 1 else (arg & 15 == 0, -_INT32 <= arg < _INT32))
         elif kind in _NO_TENSORS:
             add(kind)
+        elif kind is TensorDescriptor:
+            add((arg.base.dtype, *arg.block_shape))
         else:
             values[i] = pointer = arg.data_ptr()
             add(arg.dtype if pointer & 15 == 0 else (arg.dtype, 0))
