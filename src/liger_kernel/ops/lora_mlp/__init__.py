@@ -23,7 +23,7 @@ from liger_kernel._core.autograd import (
 )
 from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends.dispatch import is_composed, kernels_for
-from liger_kernel.ops.glu import gate_options, glu
+from liger_kernel.ops.glu import gate_options, gated_product, glu
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.lora_linear import (
     Adapter,
@@ -36,6 +36,7 @@ from liger_kernel.ops.lora_linear import (
     norm_of,
     of_a,
 )
+from liger_kernel.ops.lora_linear import small
 from liger_kernel.ops.lora_mlp import reference
 
 
@@ -119,9 +120,13 @@ def adapted(
 
     read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
     """
+    layers = (gate, down) if up is None else (gate, up, down)
+    if small.serves(x, *layers):
+        gated, *ups = small.adapted(x, *layers[:-1])
+        product = gated_product(gated, *(ups or [None]), **options.named())
+        return small.adapted(product, down)[0]
     autocast = autocast_dtype(x)
     dtype = autocast or x.dtype
-    layers = (gate, down) if up is None else (gate, up, down)
     thin = [a for layer in layers for a in layer.adapters]
     wide = dtype if autocast is not None else thin[0].lora_a.dtype
     impl = kernels_for("glu", options, x, None)
