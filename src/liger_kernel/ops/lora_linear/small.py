@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernel._core.autograd import autocast_dtype, refuse_double_backward
@@ -36,12 +35,12 @@ Layer = tuple[Any, Tensor | None, Sequence[Adapter]]
 
 
 def serves(x: Tensor, *layers: Layer) -> bool:
-    """Whether `adapted` computes these layers of x: few tokens, weights that are plain and frozen, no autocast."""
-    if not host_bound(x, SMALL) or autocast_dtype(x) is not None:
+    """Whether `adapted` computes these layers of x: few tokens, frozen weights in the dtype of the products."""
+    if not host_bound(x, SMALL):
         return False
-    tokens = x.numel() // max(1, x.shape[-1])
+    dtype, tokens = autocast_dtype(x) or x.dtype, x.numel() // max(1, x.shape[-1])
     for weight, bias, _ in layers:
-        if not isinstance(weight, Tensor) or weight.requires_grad:
+        if not isinstance(weight, Tensor) or weight.requires_grad or weight.dtype != dtype:
             return False
         if tokens * weight.shape[0] > SMALL or (bias is not None and bias.requires_grad):
             return False
@@ -51,31 +50,40 @@ def serves(x: Tensor, *layers: Layer) -> bool:
 def adapted(x: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
     """For each layer `x @ weight.T + bias + scaling * (read @ lora_a.T) @ lora_b.T` (..., O), of tensors that fit."""
     flat = [t for _, _, adapters in layers for a in adapters for t in (a[0], a[1], a[3])]
-    found: tuple[Tensor, ...] = _Small.apply(layers, x, *flat)
+    found: tuple[Tensor, ...] = _Small.apply((layers, autocast_dtype(x)), x, *flat)
     return found
 
 
 class _Small(torch.autograd.Function):
-    """options: the layers. Then x, and (A, B, dropped) of each adapter."""
+    """options: the layers, and the dtype of autocast. Then x, and (A, B, dropped) of each adapter."""
 
     @staticmethod
-    def forward(ctx: Any, layers: Sequence[Layer], x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, options: Any, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        shape, rows = x.shape, as_rows(x)
+        layers, autocast = options
+        x = x if autocast is None else in_dtype(x, autocast)
+        rows = as_rows(x)
         ys, middles = [], []
         for weight, bias, adapters in layers:
-            y = F.linear(x, weight, bias)
-            flat_y = y.view(-1, weight.shape[0])
+            y = rows.new_empty(*x.shape[:-1], weight.shape[0])  # no view: HF may change it in place
+            flat_y = y.view(-1, y.shape[-1])
+            if bias is None:
+                torch.mm(rows, weight.t(), out=flat_y)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=flat_y)
             for a, b, scaling, dropped in adapters:
-                read = rows if dropped is None else as_rows(dropped)
-                middle = in_dtype(read, a.dtype).mm(a.t())  # (T, r)
-                # a thin factor that is wider than y is rounded first, which adds less than the rounding of the sum
-                thin = in_dtype(middle, y.dtype), in_dtype(b, y.dtype).t()
-                flat_y.addmm_(*thin, alpha=scaling)
+                wide = autocast or a.dtype
+                read = in_dtype(rows if dropped is None else as_rows(dropped), wide)
+                middle = read.mm(in_dtype(a, wide).t())  # (T, r)
                 middles.append(middle)
+                if wide.itemsize > y.itemsize:
+                    flat_y.copy_(torch.addmm(flat_y.to(wide), middle, b.t(), alpha=scaling))
+                else:
+                    thin = in_dtype(middle, y.dtype), in_dtype(b, y.dtype).t()
+                    flat_y.addmm_(*thin, alpha=scaling)
             ys.append(y)
-        ctx.of_forward = layers, shape
-        ctx.save_for_backward(rows, *flat, *middles)
+        ctx.of_forward = layers, x.shape
+        ctx.save_for_backward(rows if True in ctx.needs_input_grad[2::3] else None, *flat, *middles)
         return tuple(ys)
 
     @staticmethod
@@ -86,26 +94,28 @@ class _Small(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         found: list[Tensor | None] = [None] * len(needs)
         dx, at = None, 0
-        for (weight, _, adapters), dy in zip(layers, grads, strict=True):
-            if dy is None:
+        for (weight, _, adapters), grad in zip(layers, grads, strict=True):
+            if grad is None:
                 at += 3 * len(adapters)
                 continue
-            dy = as_rows(dy)
+            dy = as_rows(grad)
             if ctx.needs_input_grad[1]:
                 dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
-            for _, _, scaling, _ in adapters:
-                a, b, dropped = saved[at : at + 3]
-                middle = saved[len(needs) + at // 3]
-                wide = in_dtype(dy, a.dtype)
-                inner = wide.mm(b).mul_(scaling)  # (T, r)
+            for adapter in adapters:
+                a, b, dropped, middle = *saved[at : at + 3], saved[len(needs) + at // 3]
+                wide = in_dtype(dy, middle.dtype)
+                a, b = in_dtype(a, wide.dtype), in_dtype(b, wide.dtype)
+                # with beta 0 nothing is read of the first, which has the shape: a call less than to scale a product
+                alpha = adapter.scaling
+                inner = torch.addmm(middle, wide, b, beta=0, alpha=alpha)  # (T, r)
                 if needs[at]:
                     read = rows if dropped is None else as_rows(dropped)
-                    found[at] = inner.t().mm(in_dtype(read, a.dtype))
+                    found[at] = inner.t().mm(in_dtype(read, wide.dtype))
                 if needs[at + 1]:
-                    found[at + 1] = wide.t().mm(middle).mul_(scaling)
-                if dropped is not None:
-                    found[at + 2] = inner.mm(a).view(shape) if needs[at + 2] else None
-                elif dx is not None:
+                    found[at + 1] = torch.addmm(b, wide.t(), middle, beta=0, alpha=alpha)
+                if needs[at + 2]:
+                    found[at + 2] = inner.mm(a).view(shape)
+                elif dropped is None and dx is not None:
                     dx.addmm_(in_dtype(inner, dx.dtype), in_dtype(a, dx.dtype))
                 at += 3
         return None, None if dx is None else dx.view(shape), *found

@@ -35,8 +35,8 @@ from liger_kernel.ops.lora_linear import (
     lora_linear,
     norm_of,
     of_a,
+    small,
 )
-from liger_kernel.ops.lora_linear import small
 from liger_kernel.ops.lora_mlp import reference
 
 
