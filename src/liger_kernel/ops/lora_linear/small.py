@@ -31,7 +31,8 @@ class Adapter(NamedTuple):
     dropped: Tensor | None = None
 
 
-Layer = tuple[Any, Tensor | None, Sequence[Adapter]]
+#: weight, bias and adapters, each an `Adapter` or its fields in that order
+Layer = tuple[Any, Tensor | None, Sequence[Any]]
 
 
 def serves(x: Tensor, *layers: Layer) -> bool:

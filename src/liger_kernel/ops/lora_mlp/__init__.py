@@ -123,7 +123,7 @@ def adapted(
     layers = (gate, down) if up is None else (gate, up, down)
     if small.serves(x, *layers):
         gated, *ups = small.adapted(x, *layers[:-1])
-        product = gated_product(gated, *(ups or [None]), **options.named())
+        product = gated_product(gated, ups[0] if ups else None, **options.named())
         return small.adapted(product, down)[0]
     autocast = autocast_dtype(x)
     dtype = autocast or x.dtype

@@ -58,9 +58,7 @@ class LoRAPlan(plans.MethodPlan):
     def compute(self, module: nn.Module, x: Tensor) -> Any:
         found = None if is_dtensor(x) else read(module, x)
         if found is None or (host_bound(x, SMALL) and not small.serves(x, found)):
-            return type(module).forward(
-                module, x
-            )  # of few tokens, in C++ rather than by our larger node
+            return type(module).forward(module, x)  # in C++: our larger node takes longer there
         return op.adapted(x, *found[:2], with_inputs(x, found[2]))
 
 
