@@ -302,18 +302,6 @@ class TestWhatIsLeftToPEFT:
         assert len(calls) == 13
         assert [isinstance(c, lora_mlp.Layer) for c in calls] == [False] * 10 + [True] * 3
 
-    def test_little_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """There the host is the bound, and takes longer for a node of one Linear than for PEFT's ops in C++."""
-        asked: set[int] = set()
-
-        def host_bound(x: Tensor, limit: int) -> bool:
-            asked.add(limit)
-            return True
-
-        monkeypatch.setattr(adapters, "host_bound", host_bound)
-        assert_as_peft(adapted, nodes=6)
-        assert asked == {2**23}
-
     def test_other_code_of_peft(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = adapted()
         report = liger_kernel.patch(model)

@@ -26,20 +26,12 @@ from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.backends.dispatch import is_composed
-from liger_kernel.ops.lora_linear import reference
+from liger_kernel.ops.lora_linear import reference, small
+from liger_kernel.ops.lora_linear.small import Adapter
 
 _MET = "_liger_met"
 #: rank up to which kernels compute what an adapter adds
 THIN = 64
-
-
-class Adapter(NamedTuple):
-    """lora_a: (r, H). lora_b: (O, r). dropped: what it reads in the place of x, where a dropout lies before it."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    dropped: Tensor | None = None
 
 
 class Quantised(NamedTuple):
@@ -88,6 +80,8 @@ def adapted(
     adapters: Sequence[Adapter],
 ) -> Tensor:
     """`lora_linear` of several adapters; of tensors that fit. The result on a quantised weight has the dtype of x."""
+    if small.serves(x, (weight, bias, adapters)):
+        return small.adapted(x, (weight, bias, adapters))[0]
     dtype, of_x = autocast_dtype(x) or x.dtype, x.dtype
     norm = norm_of(x)
     x, meeting = _met(x, dtype)

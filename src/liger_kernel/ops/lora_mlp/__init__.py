@@ -25,7 +25,7 @@ from liger_kernel._core.autograd import (
 from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends import host_bound, kernels_of
 from liger_kernel.backends.dispatch import is_composed, kernels_for
-from liger_kernel.ops.glu import gate_options, glu
+from liger_kernel.ops.glu import gate_options, gated_product, glu
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.lora_linear import (
     Adapter,
@@ -38,6 +38,7 @@ from liger_kernel.ops.lora_linear import (
     norm_of,
     of_a,
     scaled,
+    small,
 )
 from liger_kernel.ops.lora_mlp import reference
 from liger_kernel.ops.lora_mlp.contract import Thin
@@ -123,9 +124,13 @@ def adapted(
 
     read: whether somebody reads the numbers. If not, they are zeros without memory, and only the gradients are right.
     """
+    layers = (gate, down) if up is None else (gate, up, down)
+    if small.serves(x, *layers):
+        gated, *ups = small.adapted(x, *layers[:-1])
+        product = gated_product(gated, ups[0] if ups else None, **options.named())
+        return small.adapted(product, down)[0]
     autocast = autocast_dtype(x)
     dtype = autocast or x.dtype
-    layers = (gate, down) if up is None else (gate, up, down)
     thin = [a for layer in layers for a in layer.adapters]
     wide = dtype if autocast is not None else thin[0].lora_a.dtype
     impl = kernels_for("glu", options, x, None)

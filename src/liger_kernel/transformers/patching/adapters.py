@@ -16,20 +16,17 @@ from liger_kernel._core.autograd import autocast_dtype
 from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel.backends import host_bound
 from liger_kernel.ops import lora_linear as op
+from liger_kernel.ops.lora_linear import small
+from liger_kernel.ops.lora_linear.small import SMALL
 from liger_kernel.transformers.patching import plans, proof, quantised
 from liger_kernel.transformers.patching.facts import Reading
 from liger_kernel.transformers.patching.linears import (
     drops_nothing,
     maps_features,
-    matmul_weight,
     weight_and_bias,
 )
 from liger_kernel.transformers.patching.mixins import without
 
-#: elements of x up to which PEFT's code computes on a GPU, as PyTorch's does for a gate four times as wide
-#: (`ops/gated_mlp`): there the host is the bound. A step of Llama-3.1-8B with r 16 on 4 x 512 tokens (2^23) took 267 ms
-#: in nodes of ours, 207 with PEFT alone, of which the GPU needs less than 150; on 2 x 4096 the GPU is the bound.
-SMALL = 2**23
 #: children of PEFT's layer by the name of an adapter
 _TABLES = ("lora_A", "lora_B", "lora_dropout")
 #: of a layer in a proof
@@ -59,9 +56,9 @@ class LoRAPlan(plans.MethodPlan):
         return not isinstance(verdict(module), str)
 
     def compute(self, module: nn.Module, x: Tensor) -> Any:
-        found = None if is_dtensor(x) or host_bound(x, SMALL) else read(module, x)
-        if found is None:
-            return type(module).forward(module, x)
+        found = None if is_dtensor(x) else read(module, x)
+        if found is None or (host_bound(x, SMALL) and not small.serves(x, found)):
+            return type(module).forward(module, x)  # in C++: our larger node takes longer there
         return op.adapted(x, *found[:2], with_inputs(x, found[2]))
 
 
@@ -81,21 +78,27 @@ def read(module: Any, x: Tensor) -> tuple[Tensor | op.Quantised, Tensor | None, 
 
 def active(module: Any, dtype: torch.dtype) -> Adapters | None:
     """The adapters that add to a result in `dtype`; None where one does more than that."""
-    children = module.__dict__["_modules"]
-    lora_a, lora_b, dropouts = (children[name].__dict__["_modules"] for name in _TABLES)
+    # of every Linear, in every forward: no generators, and nothing by `nn.Module.__getattr__`
+    attributes = module.__dict__
+    children = attributes["_modules"]
+    lora_a = children["lora_A"].__dict__["_modules"]
+    lora_b = children["lora_B"].__dict__["_modules"]
+    dropouts = children["lora_dropout"].__dict__["_modules"]
+    variants, scaling = attributes.get("lora_variant", ()), attributes["scaling"]
     found: Adapters = []
     for name in module.active_adapters:
         if name not in lora_a:
             continue
-        a, b = matmul_weight(lora_a[name]), matmul_weight(lora_b[name])
-        if a is None or b is None or name in getattr(module, "lora_variant", ()):
+        of_a, of_b = weight_and_bias(lora_a[name]), weight_and_bias(lora_b[name])
+        if of_a is None or of_b is None or name in variants:
             return None
-        if not _fit(dtype, a, b, module):
+        (a, bias_a), (b, bias_b) = of_a, of_b
+        if bias_a is not None or bias_b is not None or not _fit(dtype, a, b, module):
             return None
         dropout = None if drops_nothing(dropouts[name]) else dropouts[name]
-        if getattr(dropout, "inplace", False):  # into what others read
+        if dropout is not None and getattr(dropout, "inplace", False):  # into what others read
             return None
-        found.append((a, b, module.scaling[name], dropout))
+        found.append((a, b, scaling[name], dropout))
     return found
 
 
@@ -112,8 +115,8 @@ def dtype_of(weight: Tensor | op.Quantised, x: Tensor) -> torch.dtype | None:
 
 def _fit(dtype: torch.dtype, a: Tensor, b: Tensor, module: Any) -> bool:
     """Whether an adapter has one dtype, to which x is converted."""
-    return a.dtype == b.dtype and (
-        a.dtype == dtype or getattr(module, "cast_input_dtype_enabled", True)
+    return a.dtype is b.dtype and (
+        a.dtype is dtype or getattr(module, "cast_input_dtype_enabled", True)
     )
 
 
