@@ -39,10 +39,15 @@ class SharedRow:
 
     @staticmethod
     @functools.cache
-    def of(n_cols: int, facts: DeviceFacts, block: int, warps: int) -> SharedRow | None:
-        """In as few parts as fit into blocks of `block`; None if there would be more than the device has."""
+    def of(
+        n_cols: int, stride: int, facts: DeviceFacts, block: int, warps: int
+    ) -> SharedRow | None:
+        """Of rows at multiples of `stride`, in as few parts as fit into blocks of `block`.
+
+        None if the device has no clusters of so many programs, or if rows are no whole vectors.
+        """
         parts = next_power_of_2(cdiv(n_cols, block))
-        if parts > facts.cluster or n_cols % VECTOR:
+        if parts > facts.cluster or n_cols % VECTOR or stride % VECTOR:
             return None
         columns = cdiv(cdiv(n_cols, parts), VECTOR) * VECTOR
         return SharedRow(parts, columns, next_power_of_2(columns), warps, 1024 // warps)
@@ -71,14 +76,13 @@ if INTERPRET:
 
     @triton.jit
     def sum_of_parts(box, x, PARTS: tl.constexpr):
-        return tl.broadcast_to(tl.sum(x, 0), (PARTS,))
+        return tl.sum(x, 0)
 
     @triton.jit
     def softmax_of_parts(box, top, total, PARTS: tl.constexpr):
         most = tl.max(top, 0)
         anchor = tl.where(most == float("-inf"), 0.0, most)
-        total = tl.sum(total * tl.exp(top - anchor), 0)
-        return tl.broadcast_to(anchor, (PARTS,)), tl.broadcast_to(total, (PARTS,))
+        return most, tl.sum(total * tl.exp(top - anchor), 0)
 
     @triton.jit
     def narrow(x):
@@ -131,21 +135,31 @@ else:
 
     @triton.jit
     def _exchange(box, first, second, PARTS: tl.constexpr):
-        """Two numbers of each part, (PARTS,), to all others; the box in which they are."""
-        return tl.inline_asm_elementwise(
-            _EXCHANGE, "=r,r,f,f,r", [box, first, second, PARTS], dtype=tl.int32, is_pure=False, pack=1
+        """Two numbers of each part, (PARTS,), into the box of each."""
+        tl.inline_asm_elementwise(
+            _EXCHANGE,
+            "=r,r,f,f,r",
+            [box, first, second, PARTS],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
     @triton.jit
     def _place(box, NUMBER: tl.constexpr):
         return tl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1];", "=f,r", [box + 4 * NUMBER], dtype=tl.float32, is_pure=False, pack=1
+            "ld.shared.f32 $0, [$1];",
+            "=f,r",
+            [box + 4 * NUMBER],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
         )
 
     @triton.jit
     def sum_of_parts(box, x, PARTS: tl.constexpr):
-        """(PARTS,): in each place the sum of x (PARTS,)."""
-        box = _exchange(box, x, x, PARTS)
+        """The sum of x (PARTS,)."""
+        _exchange(box, x, x, PARTS)
         total = _place(box, 0)
         for part in tl.static_range(1, PARTS):
             total += _place(box, 2 * part)
@@ -153,20 +167,21 @@ else:
 
     @triton.jit
     def softmax_of_parts(box, top, total, PARTS: tl.constexpr):
-        """The largest number of the row, 0 for -inf, and the sum of exp(x - that), of those of the parts; all (PARTS,)."""
-        box = _exchange(box, top, total, PARTS)
-        top = _place(box, 0)
+        """The largest number of a row, and its sum of exp(x - that), of those of the parts (PARTS,); -inf counts as 0
+        in the difference."""
+        _exchange(box, top, total, PARTS)
+        most = _place(box, 0)
         for part in tl.static_range(1, PARTS):
-            top = tl.maximum(top, _place(box, 2 * part))
-        anchor = tl.where(top == float("-inf"), 0.0, top)
+            most = tl.maximum(most, _place(box, 2 * part))
+        anchor = tl.where(most == float("-inf"), 0.0, most)
         total = _place(box, 1) * tl.exp(_place(box, 0) - anchor)
         for part in tl.static_range(1, PARTS):
             total += _place(box, 2 * part + 1) * tl.exp(_place(box, 2 * part) - anchor)
-        return anchor, total
+        return most, total
 
     @triton.jit
     def narrow(x):
-        """x, not to be kept in 32 bits where it has 16: the compiler cannot know that it is what was converted before."""
+        """x, not to be kept in 32 bits where it has 16: the compiler cannot know that it has converted it before."""
         if x.dtype.primitive_bitwidth == 16:
             return tl.inline_asm_elementwise(
                 "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2

@@ -16,14 +16,13 @@ from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.clusters import (
-    VECTOR,
     SharedRow,
     narrow,
     open_box,
     softmax_of_parts,
     sum_of_parts,
 )
-from liger_kernel.backends.kernels import RowTile
+from liger_kernel.backends.kernels import RowTile, exp
 from liger_kernel.ops.softmax.contract import SoftmaxOptions
 
 #: Backward holds two rows where forward holds one. While a long row is walked, STAGES blocks of it are in flight.
@@ -143,7 +142,8 @@ def _softmax_shared_fwd(
     mask = (cols < n_part) & (at < n_cols)
     x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
-    powers = _shifted(x, top)
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    powers = exp(x - anchor[:, None])
     row_top, total = softmax_of_parts(box, top, tl.sum(powers, 1), PARTS)
     y = powers * (tl.exp(top - row_top) / total)[:, None]
     tl.store(y_ptr + row * n_cols + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -169,7 +169,7 @@ def _softmax_shared_bwd(
     dy = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0)
     y = tl.load(y_ptr + row * n_cols + at, mask=mask, other=0.0)
     total = sum_of_parts(box, tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1), PARTS)
-    dx = narrow(y).to(tl.float32) * (narrow(dy).to(tl.float32) - total[:, None])
+    dx = narrow(y).to(tl.float32) * (narrow(dy).to(tl.float32) - total)
     tl.store(dx_ptr + row * n_cols + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -202,10 +202,9 @@ def _launch(
     (n_rows, n_cols), facts = rows.shape, facts_of(rows.device)
     tile = RowTile.of(n_cols, facts.most_warps, **sizes)
     arguments = (rows, *others, rows.stride(0))
-    if tile.looped and rows.stride(0) % VECTOR == 0:
-        parts = SharedRow.of(n_cols, facts, **SHARED)
-        if parts is not None:
-            parts.launch(shared, n_rows, *arguments, n_cols)
-            return
+    parts = SharedRow.of(n_cols, rows.stride(0), facts, **SHARED) if tile.looped else None
+    if parts is not None:
+        parts.launch(shared, n_rows, *arguments, n_cols)
+        return
     stages = facts.stages(STAGES, tile.block * loaded) if tile.looped else 1
     tile.launch(kernel, n_rows, *arguments, n_rows, n_cols, STAGES=stages)
