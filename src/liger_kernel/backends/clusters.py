@@ -1,12 +1,12 @@
-"""A row in the registers of several programs, which add up what each has found in its part. Imported by kernel files only.
+"""A row in the registers of several programs, which add up what each finds in its part. Imported by kernel files only.
 
-The programs are a thread block cluster: the hardware starts them together, and they write into each other's shared memory.
-So nobody waits for a program that has not begun, no counter has to be zeroed, nothing is atomic, and launches in a CUDA
-graph or on several streams have nothing in common. Sums are made in the order of the parts: always the same.
+The programs are a thread block cluster: the hardware starts them together, and they write into each other's shared
+memory. So nobody waits for a program that has not begun, no counter has to be zeroed, nothing is atomic, and launches in
+a CUDA graph or on several streams have nothing in common. Sums are made in the order of the parts: always the same.
 
 Triton's `num_ctas` deals the first axis of a (PARTS, BLOCK) tile out among the programs, so that reductions along the
-second stay within one. Along the first, which Triton 3.6 cannot reduce, numbers travel by the PTX below. Its interpreter
-runs no PTX; there one program has the whole tile.
+second stay within one. Along the first, which Triton 3.6 cannot reduce, numbers travel by the PTX below. Its
+interpreter runs no PTX; there one program has the whole tile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class SharedRow:
     columns: int
     block: int
     warps: int
-    registers: int
 
     @staticmethod
     @functools.cache
@@ -50,22 +49,21 @@ class SharedRow:
         if parts > facts.cluster or n_cols % VECTOR or stride % VECTOR:
             return None
         columns = cdiv(cdiv(n_cols, parts), VECTOR) * VECTOR
-        return SharedRow(parts, columns, next_power_of_2(columns), warps, 1024 // warps)
+        return SharedRow(parts, columns, next_power_of_2(columns), warps)
+
+    def constants(self) -> dict[str, int]:
+        """What a kernel is compiled with, for two programs a processor: one loads while the other waits."""
+        return {
+            "PARTS": self.parts,
+            "BLOCK": self.block,
+            "num_warps": self.warps,
+            "num_ctas": self.parts,
+            "maxnreg": 1024 // self.warps,
+        }
 
     def launch(self, kernel: Any, n_rows: int, *args: Any, **constants: Any) -> None:
         """`kernel` with a cluster for each row, and with what it has to know of the parts."""
-        launch(
-            kernel,
-            (n_rows,),
-            *args,
-            self.columns,
-            PARTS=self.parts,
-            BLOCK=self.block,
-            **constants,
-            num_warps=self.warps,
-            num_ctas=self.parts,
-            maxnreg=self.registers,  # two programs a processor: one loads while the other waits
-        )
+        launch(kernel, (n_rows,), *args, self.columns, **constants, **self.constants())
 
 
 if INTERPRET:
@@ -105,8 +103,8 @@ else:
         barrier.cluster.arrive.relaxed.aligned;
         mov.u32 $0, at;
     }""")
-    # Thread i sends the pair to place `rank` of part i, and those who send to us complete the phase that we wait for. As
-    # nobody leaves before all have written to it, none writes into the memory of a program that has gone.
+    # Thread i sends the pair to place `rank` of part i, and those who send to us complete the phase that we wait for.
+    # As nobody leaves before all have written to it, none writes into the memory of a program that has gone.
     _EXCHANGE = tl.constexpr("""{
         .reg .pred sends, first, full;
         .reg .b32 thread, place, barrier, there, their_barrier, bytes;

@@ -1,8 +1,8 @@
 """Softmax kernels. Forward moves 2 n elements (x in, y out), backward 3 n (dy and y in, dx out).
 
-A row that does not fit the registers of a program is shared by a cluster of them, where there are clusters. Elsewhere, and
-if its parts are no whole vectors, it is read twice, the second time from its end: what was read last is most likely to
-be in the L2 still. Its first block stays in registers.
+A row that does not fit the registers of a program is shared by a cluster of them, where there are clusters. Elsewhere,
+and if it is no whole vectors, it is read twice, the second time from its end: what was read last is most likely to be
+in the L2 still. Its first block stays in registers.
 """
 
 from __future__ import annotations
