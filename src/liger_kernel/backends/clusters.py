@@ -1,8 +1,8 @@
 """A row in the registers of several programs, which add up what each finds in its part. Imported by kernel files only.
 
 The programs are a thread block cluster: the hardware starts them together, and they write into each other's shared
-memory. So nobody waits for a program that has not begun, no counter has to be zeroed, nothing is atomic, and launches in
-a CUDA graph or on several streams have nothing in common. Sums are made in the order of the parts: always the same.
+memory. So nobody waits for a program that has not begun, no counter has to be zeroed, nothing is atomic, and launches
+in a CUDA graph or on several streams have nothing in common. Sums are made in the order of the parts: always the same.
 
 Triton's `num_ctas` deals the first axis of a (PARTS, BLOCK) tile out among the programs, so that reductions along the
 second stay within one. Along the first, which Triton 3.6 cannot reduce, numbers travel by the PTX below. Its
