@@ -230,24 +230,6 @@ def test_how_products_end(id: str, fused: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("on_the_kernels_device")
-@pytest.mark.parametrize("n_experts", [3, 300])
-def test_a_stable_sort_of_many_slots(n_experts: int) -> None:
-    """Several blocks of slots, and of experts; what is no index gets a weight that is told."""
-    kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")
-    index = torch.randint(0, n_experts + 1, (211, 3), dtype=torch.int32)
-    index[5, 1], index[200, 2] = -1, 2**31 - 1
-    wrong = (index < 0) | (index > n_experts)
-    weights = torch.randn(211, 3)
-    steps = kernels.Kernels.of(index.numel(), weights, *[torch.empty(n_experts, 8, 8)] * 2)
-    told, routing = steps.routed(index, weights, n_experts)
-    expected = pipeline.sort_by_expert(index.masked_fill(wrong, 0), n_experts)
-    assert all(map(torch.equal, routing[:3], expected))
-    assert torch.equal(routing.tokens, (expected[0] // 3).int())
-    assert torch.equal(told.isnan(), wrong)
-    assert torch.equal(told[~wrong], weights[~wrong])
-
-
-@pytest.mark.usefixtures("on_the_kernels_device")
 def test_products_onto_a_low_rank_by_parts_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of which have no row, or some rows, of their expert."""
     kernels = pytest.importorskip("liger_kernel.ops.fused_moe.triton")

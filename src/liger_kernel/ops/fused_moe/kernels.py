@@ -9,92 +9,6 @@ from liger_kernel.ops.glu.triton import activation
 
 
 @triton.jit
-def _experts_of(index_ptr, slots, n_slots, n_experts):
-    """The expert of each slot, n_experts for nobody's and 0 for what is no index; whether it is none; -1 beyond."""
-    found = tl.load(index_ptr + slots, mask=slots < n_slots, other=0)
-    wrong = (found < 0) | (found > n_experts)
-    expert = tl.where(wrong, 0, found).to(tl.int32)
-    return tl.where(slots < n_slots, expert, -1), wrong
-
-
-@triton.jit(do_not_specialize=["n_slots", "n_blocks"])
-def count_slots(
-    index_ptr,
-    counts_ptr,
-    n_slots,
-    n_blocks,
-    n_experts,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """counts[e, b]: slots of expert e, or nobody's, in block b. A program owns EXPERTS experts of a block."""
-    parts = tl.cdiv(n_experts + 1, EXPERTS)
-    block = tl.program_id(0) // parts
-    own = tl.program_id(0) % parts * EXPERTS + tl.arange(0, EXPERTS)
-    count = tl.zeros((EXPERTS,), tl.int32)
-    for at in range(0, BLOCK, STEP):
-        slots = block.to(tl.int64) * BLOCK + at + tl.arange(0, STEP)
-        expert, _ = _experts_of(index_ptr, slots, n_slots, n_experts)
-        count += tl.sum((expert[:, None] == own[None, :]).to(tl.int32), 0)
-    at = own.to(tl.int64) * n_blocks + block
-    tl.store(counts_ptr + at, count, mask=own <= n_experts)
-
-
-@triton.jit(do_not_specialize=["n_blocks"])
-def first_rows(counts_ptr, firsts_ptr, starts_ptr, n_blocks, BLOCK: tl.constexpr):
-    """firsts[e, b]: the first row of expert e's slots in block b; starts[e]. A program owns an expert, or nobody's."""
-    expert = tl.program_id(0).to(tl.int64)
-    own = expert * n_blocks
-    before = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, own, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        before += tl.load(counts_ptr + at, mask=at < own, other=0)
-    first = tl.sum(before, 0)
-    tl.store(starts_ptr + expert, first)
-    for start in range(0, n_blocks, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        count = tl.load(counts_ptr + own + at, mask=at < n_blocks, other=0)
-        tl.store(firsts_ptr + own + at, first + tl.cumsum(count, 0) - count, mask=at < n_blocks)
-        first += tl.sum(count, 0)
-
-
-@triton.jit(do_not_specialize=["n_slots", "n_blocks"])
-def place_slots(
-    index_ptr,
-    weights_ptr,
-    firsts_ptr,
-    told_ptr,
-    slots_ptr,
-    rows_ptr,
-    tokens_ptr,
-    n_slots,
-    n_blocks,
-    n_experts,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The row of each slot, the slot and the token of each row, and weights, NaN where the index is none; slots of an
-    expert keep their order. A program owns a block of slots."""
-    block = tl.program_id(0)
-    slots = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = slots < n_slots
-    expert, wrong = _experts_of(index_ptr, slots, n_slots, n_experts)
-    row = tl.load(firsts_ptr + expert.to(tl.int64) * n_blocks + block, mask=inside, other=0)
-    for at in range(0, BLOCK, STEP):
-        others = block.to(tl.int64) * BLOCK + at + tl.arange(0, STEP)
-        other, _ = _experts_of(index_ptr, others, n_slots, n_experts)
-        earlier = (other[None, :] == expert[:, None]) & (others[None, :] < slots[:, None])
-        row += tl.sum(earlier.to(tl.int32), 1)
-    tl.store(rows_ptr + slots, row, mask=inside)
-    tl.store(slots_ptr + row, slots, mask=inside)
-    tl.store(tokens_ptr + row, (slots // TOP_K).to(tl.int32), mask=inside)
-    weight = tl.load(weights_ptr + slots, mask=inside, other=0.0)
-    tl.store(told_ptr + slots, weight + tl.where(wrong, float("nan"), -0.0), mask=inside)
-
-
-@triton.jit
 def activation_of(
     gate,
     up,
@@ -129,7 +43,7 @@ def activation_of(
             up_in = (tl.abs(up) <= limit) | (up != up)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         factor = up + up_shift
-    return value * (1.0 / alpha), slope, factor, gate_in, up_in
+    return value / alpha, slope, factor, gate_in, up_in
 
 
 @triton.jit
@@ -213,56 +127,6 @@ def activate(
 
 
 @triton.jit
-def end_activate_bwd(
-    da,
-    w,
-    hidden_ptr,
-    dhidden_ptr,
-    act_ptr,
-    rows,
-    cols,
-    mask,
-    n_cols,
-    limit,
-    alpha,
-    up_shift,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-):
-    """Store dgate = w da (up + up_shift) f', dup = w da f and w act of a tile; da act, which dw is the sum of."""
-    value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
-        hidden_ptr,
-        rows,
-        cols,
-        mask,
-        n_cols,
-        limit,
-        alpha,
-        up_shift,
-        ACTIVATION,
-        GATED,
-        INTERLEAVED,
-        LIMITED,
-    )
-    da = da.to(tl.float32)
-    act = value * factor
-    dtype = hidden_ptr.dtype.element_ty
-    if NEEDS_DH:
-        dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
-        tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
-        if GATED:
-            dup = tl.where(up_in, w * da * value, 0.0)
-            tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
-    if NEEDS_ACT:
-        tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
-    return tl.where(mask, da * act, 0.0)
-
-
-@triton.jit
 def activate_bwd(
     da_ptr,
     hidden_ptr,
@@ -286,24 +150,20 @@ def activate_bwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What `end_activate_bwd` stores, where w act may lie where da did, and dw = sum da act at the slot of the row. A
-    program owns ROWS rows."""
+    """dgate = w da (up + up_shift) f', dup = w da f, w act, which may lie where da did, and dw = sum da act, at the
+    slot of the row. A program owns ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(live_ptr)
     slot = tl.load(slots_ptr + row, mask=live, other=0)
     w = tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
     rows = row[:, None]
     dw = tl.zeros((ROWS, COLS), tl.float32)
+    dtype = hidden_ptr.dtype.element_ty
     for start in range(0, n_cols, COLS):
         cols = start + tl.arange(0, COLS)[None, :]
         mask = live[:, None] & (cols < n_cols)
-        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0)
-        dw += end_activate_bwd(
-            da,
-            w,
+        value, slope, factor, gate_in, up_in, gate_at, up_at = _gate_and_up(
             hidden_ptr,
-            dhidden_ptr,
-            act_ptr,
             rows,
             cols,
             mask,
@@ -311,36 +171,25 @@ def activate_bwd(
             limit,
             alpha,
             up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
             ACTIVATION,
             GATED,
             INTERLEAVED,
             LIMITED,
         )
+        da = tl.load(da_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        act = value * factor
+        if NEEDS_DW:
+            dw += tl.where(mask, da * act, 0.0)
+        if NEEDS_DH:
+            dgate = tl.where(gate_in, w * da * factor * slope, 0.0)
+            tl.store(dhidden_ptr + gate_at, dgate.to(dtype), mask=mask)
+            if GATED:
+                dup = tl.where(up_in, w * da * value, 0.0)
+                tl.store(dhidden_ptr + up_at, dup.to(dtype), mask=mask)
+        if NEEDS_ACT:
+            tl.store(act_ptr + rows * n_cols + cols, (w * act).to(dtype), mask=mask)
     if NEEDS_DW:
         tl.store(dw_ptr + slot, tl.sum(dw, 1), mask=live)
-
-
-@triton.jit
-def sum_of_slots(
-    partial_ptr,
-    rows_ptr,
-    live_ptr,
-    out_ptr,
-    n_rows,
-    n_parts,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[slot] = sum_c partial[c, row of the slot], 0 for no expert. A program owns BLOCK slots."""
-    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < n_rows
-    row = tl.load(rows_ptr + slot, mask=inside, other=0).to(tl.int64)
-    part = tl.arange(0, PARTS).to(tl.int64)[:, None]
-    mask = (inside & (row < tl.load(live_ptr)))[None, :] & (part < n_parts)
-    found = tl.load(partial_ptr + part * n_rows + row[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + slot, tl.sum(found, 0), mask=inside)
 
 
 @triton.jit

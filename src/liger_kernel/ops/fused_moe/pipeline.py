@@ -50,9 +50,6 @@ class LowRank(NamedTuple):
 class Steps(Protocol):
     """What a file computes. `weight` is (E, N, M), any strides; rows of no expert hold anything in results."""
 
-    def routed(self, index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Routing]:
-        """Of (T, K): the weights, NaN where the index is none and its token's output so NaN; and who goes where."""
-
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         """`Routing.tiles` for so many rows."""
 
@@ -83,20 +80,18 @@ class Steps(Protocol):
     ) -> tuple[Tensor | None, Tensor]:
         """The `product` with the rows of tokens, which nobody reads unless `keep`, and its activation, (S, I)."""
 
-    def activated_backward(
+    def activate_backward(
         self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
+        da: Tensor,
         hidden: Tensor,
         weights: Tensor,
+        routing: Routing,
         options: MoEOptions,
         needs: tuple[bool, bool, bool],
         into: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of da, the `product` of dy with the rows of tokens: dh (S, N), which may take the memory of `into`, w act
-        (S, I), and dw (T, K) in fp32, zero for no expert."""
+        """dh (S, N), which may take the memory of `into`, w act (S, I), which may take that of da, and dw (T, K) in
+        fp32, zero for no expert."""
 
     def weight_gradient(
         self,
@@ -131,16 +126,9 @@ class Steps(Protocol):
 
 
 class Separately:
-    """`Steps.routed`, `activated` and `activated_backward`, one thing after the other."""
+    """`Steps.activated`, one after the other."""
 
     product: Callable[..., Tensor]
-    tiles: Callable[[Tensor, int], Tensor]
-
-    def routed(self, index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Routing]:
-        if not can_look(index):  # or it was checked
-            wrong = (index < 0) | (index > n_experts)
-            index, weights = index.masked_fill(wrong, 0), weights.masked_fill(wrong, float("nan"))
-        return weights, routing_of(self, sort_by_expert(index, n_experts), index.shape[1])
 
     def activate(self, hidden: Tensor, routing: Routing, options: MoEOptions) -> Tensor:
         """(S, I)"""
@@ -159,34 +147,6 @@ class Separately:
         hidden = self.product(a, weight, bias, routing, True, low)
         return hidden, self.activate(hidden, routing, options)
 
-    def activate_backward(
-        self,
-        da: Tensor,
-        hidden: Tensor,
-        weights: Tensor,
-        routing: Routing,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What `activated_backward` returns; w act may take the memory of da."""
-        raise NotImplementedError
-
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        da = self.product(dy, weight, None, routing, True, low)
-        return self.activate_backward(da, hidden, weights, routing, options, needs, into)
-
 
 #: of the number of rows, x and the weights
 StepsFor = Callable[[int, Tensor, Tensor, Tensor], Steps]
@@ -204,10 +164,16 @@ def sort_by_expert(index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tenso
     return slots, rows, starts
 
 
-def routing_of(steps: Any, sorted_: Iterable[Tensor], top_k: int) -> Routing:
+def _routing(steps: Steps, sorted_: Iterable[Tensor], top_k: int) -> Routing:
     slots, rows, starts = sorted_
     tokens = torch.div(slots, max(1, top_k), rounding_mode="floor", out=torch.empty_like(rows))
     return Routing(slots, rows, starts, tokens, steps.tiles(starts, slots.numel()))
+
+
+def _told(index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """An index that is no expert gets the weight NaN, and so its token the output NaN, without stalling the host."""
+    wrong = (index < 0) | (index > n_experts)
+    return index.masked_fill(wrong, 0), weights.masked_fill(wrong, float("nan"))
 
 
 def forward(
@@ -228,8 +194,11 @@ def forward(
     needs: Needs,
 ) -> tuple[Tensor, Saved]:
     steps = steps_for(top_k_index.numel(), x, gate_up_weight, down_weight)
+    weights = top_k_weights.contiguous()
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
-    weights, routing = steps.routed(top_k_index, top_k_weights.contiguous(), w1.shape[0])
+    if not can_look(top_k_index):  # or it was checked
+        top_k_index, weights = _told(top_k_index, weights, w1.shape[0])
+    routing = _routing(steps, sort_by_expert(top_k_index, w1.shape[0]), top_k_index.shape[1])
     first = _Pair.of(steps, gate_up_a, gate_up_b, options.gate_up_scaling, x.dtype)
     second = _Pair.of(steps, down_a, down_b, options.down_scaling, x.dtype)
     low = first and first.beside(steps, x, routing, True)
@@ -281,7 +250,7 @@ def backward(
     a2, b2, hidden, first_u, second_u, *routed, dy = given
     n_rows = weights.numel()
     steps = steps_for(n_rows, x, gate_up_weight, down_weight)
-    routing = routing_of(steps, routed, weights.shape[1])
+    routing = _routing(steps, routed, weights.shape[1])
     needs_dx, needs_dw1, needs_dw2, _, needs_dw, needs_db1, needs_db2, *needs_low = needs
     w1, w2 = _as_linear(options, gate_up_weight, down_weight)
     first = _Pair.of(steps, a1, b1, options.gate_up_scaling, x.dtype)
@@ -298,9 +267,9 @@ def backward(
     low = second and second.behind(steps, dy, routing, True)
     wanted = (needs_dx or needs_db1 or any(of_first), any(of_second), needs_dw)
     into = hidden if overwrites else None
-    dhidden, act, dw = steps.activated_backward(
-        dy, w2.mT, routing, low, hidden, weights, options, wanted, into
-    )
+    da = steps.product(dy, w2.mT, None, routing, True, low)
+    dhidden, act, dw = steps.activate_backward(da, hidden, weights, routing, options, wanted, into)
+    del da
     if act is not None:
         if second_u is not None:  # of act, where the gradient is that of w act
             second_u = (second_u * weights.view(-1, 1)[routing.slots]).to(x.dtype)

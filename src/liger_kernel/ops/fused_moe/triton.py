@@ -21,26 +21,18 @@ from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.fused_moe import pipeline
 from liger_kernel.ops.fused_moe.contract import MoEOptions
-from liger_kernel.ops.fused_moe.kernels import (
-    activate,
-    activate_bwd,
-    combine,
-    count_slots,
-    first_rows,
-    place_slots,
-    relaid,
-    spread,
-    sum_of_slots,
-)
+from liger_kernel.ops.fused_moe.kernels import activate, activate_bwd, combine, relaid, spread
 from liger_kernel.ops.fused_moe.pipeline import LowRank, Routing
-from liger_kernel.ops.fused_moe.products.gradients import bias_gradient, weight_gradient
-from liger_kernel.ops.fused_moe.products.kernels import grouped_product
-from liger_kernel.ops.fused_moe.products.tiles import tile_table
+from liger_kernel.ops.fused_moe.products.kernels import (
+    bias_gradient,
+    grouped_product,
+    tile_table,
+    weight_gradient,
+)
 
 _OF_WARP = 512  # elements of a pass over memory: two loads of 16 bytes in each thread. Not measured, as all below
-_MANY = 1024  # rows of an expert, by and large
-_SQUARE, _TABLE = 64, 128  # sides of a tile of `bias_gradient`; tiles of a step of `tile_table`
-_SLOTS, _STEP, _EXPERTS = 256, 32, 256  # of a program that goes over slots
+_SOME, _MANY = 384, 1024  # rows of an expert, by and large
+_SQUARE, _TABLE = 64, 128  # sides of a tile of `_bias_gradient`; tiles of a step of `_tile_table`
 
 
 def _pass(n_cols: int, warps: int, most: int) -> dict[str, int]:
@@ -108,10 +100,10 @@ class Config:
         of tensor cores there, where these kernels and what reads them take .23.
     halves: the last rows of an expert take half a tile, if they fit in.
     fused_forward: the product that is activated ends with it, which saves .03 of .90 ms on an H100 (512 rows of
-        Qwen3-30B-A3B).
-    piece: columns at a time, of da rounded, that end in the gradient of the activation. Whole tiles of fp32 spilled,
-        and lost what that saves. 0: da is stored.
-    descriptors: matrices without gaps are read by the copy engine where nobody gathers their rows.
+        Qwen3-30B-A3B). At the end of da, backward lost as much as it saved: it spilled.
+    descriptors: of how many rows of an expert, by and large, the copy engine reads less than these: weights, and rows
+        that nobody gathers, if they have no gaps. H200, LoRA with 256 rows of Qwen3-30B-A3B: first product 464 us
+        without and 436 with, down 270 and 241, dx 426 and 409; with 2048 rows it gained nothing.
     group: tiles of rows whose programs run at a time, and share columns of the weight in the L2 cache; twice as many in
         the gradients of weights, of which an expert's rows are read again for each tile.
     """
@@ -123,8 +115,7 @@ class Config:
     low_inner: int = 128
     halves: bool = False
     fused_forward: bool = False
-    piece: int = 0
-    descriptors: bool = False
+    descriptors: int = 0
     group: int = 8
 
     @staticmethod
@@ -135,7 +126,7 @@ class Config:
         if INTERPRET:  # it pays per program, and tests want several
             tile = Tile(32, 32, 32, warps=4, stages=1)  # tl.dot wants 16, also of half a tile
             fused: Any = dict.fromkeys(("halves", "fused_forward"), True)
-            fused |= {"piece": 16, "descriptors": TensorDescriptor is not None}
+            fused["descriptors"] = _SOME if TensorDescriptor is not None else 0
             return Config(tile, tile, low_rows=16, low_inner=32, **fused)
         if dtype.itemsize > 2:
             # steps of 128 spill; so do 4 warps without matrix units for fp32, 8 of gfx1100 do not
@@ -149,10 +140,10 @@ class Config:
             # 512, 9.47 / 9.58 of 2048, and there 4.63 / 4.79 of the two that are ours
             product = replace(tile, stages=facts.stages(3 if many else 4, 3 * 2**14))
             # rows between 64 and 512 were not measured
-            library = (0, Library(gradients_from=0)), (384, Library(2048, True, 1024))
+            library = (0, Library(gradients_from=0)), (_SOME, Library(2048, True, 1024))
+            reads = facts.architecture == "hopper" and TensorDescriptor is not None
             fused = dict.fromkeys(("halves", "fused_forward"), True)
-            tma = facts.architecture == "hopper" and TensorDescriptor is not None
-            return Config(product, tile, library, piece=32, descriptors=tma, **fused)
+            return Config(product, tile, library, descriptors=_SOME if reads else 0, **fused)
         cols = 128 if even else 64
         tile = Tile(rows=64, cols=cols, inner=32, warps=4, stages=facts.stages(3, 3 * 2**12))
         return Config(tile, tile)
@@ -198,14 +189,6 @@ _PLAIN: tuple[tuple[float, ...], dict[str, Any]] = (
 )
 
 
-class Behind(NamedTuple):
-    """What the gradient of an activation is made from and where, beside `out` and `act` of `Kernels._launch`."""
-
-    hidden: Tensor
-    weights: Tensor
-    dw: Tensor | None  # of the columns of a tile, (tiles, S)
-
-
 @dataclass(frozen=True)
 class Kernels(pipeline.Separately):
     """`pipeline.Steps`. PyTorch's products want bf16, gathered rows, and whole vectors of 16 bytes."""
@@ -221,26 +204,6 @@ class Kernels(pipeline.Separately):
         if not config.library or not _library_serves(x, *weights):
             return Kernels(config, Library())
         return Kernels(config, config.library_at(rows))
-
-    def routed(self, index: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Routing]:
-        """A stable sort in three launches, where PyTorch's and what goes with it took 17."""
-        index, (n_tokens, top_k) = index.contiguous(), index.shape
-        n_slots = n_tokens * top_k
-        n_blocks = cdiv(n_slots, _SLOTS)
-        new = partial(torch.empty, dtype=torch.int32, device=index.device)
-        counts, firsts = new(2, n_experts + 1, n_blocks)
-        starts, rows, tokens = new(n_experts + 1), new(n_slots), new(n_slots)
-        slots, told = rows.new_empty(n_slots, dtype=torch.int64), torch.empty_like(weights)
-        sizes = (n_slots, n_blocks, n_experts)
-        by = {"BLOCK": _SLOTS, "STEP": _STEP, "num_warps": 4}
-        if n_slots:
-            grid = (n_blocks * cdiv(n_experts + 1, _EXPERTS),)
-            launch(count_slots, grid, index, counts, *sizes, EXPERTS=_EXPERTS, **by)
-        launch(first_rows, (n_experts + 1,), counts, firsts, starts, n_blocks, BLOCK=1024)
-        if n_slots:
-            given = (index, weights, firsts, told, slots, rows, tokens)
-            launch(place_slots, (n_blocks,), *given, *sizes, TOP_K=top_k, **by)
-        return told, Routing(slots, rows, starts, tokens, self.tiles(starts, n_slots))
 
     def tiles(self, starts: Tensor, n_rows: int) -> Tensor:
         n_experts, rows = starts.shape[0] - 1, self.config.product.rows
@@ -285,56 +248,32 @@ class Kernels(pipeline.Separately):
         out: Tensor | None,
         act: Tensor | None = None,
         options: MoEOptions | None = None,
-        behind: Behind | None = None,
     ) -> None:
-        """A product, `out`, and its activation by `options`, `act`; or the gradient of `behind` and its activation.
-        Either is made if there is a tensor for it."""
+        """A product, `out`, and its activation by `options`, `act`. Either is made if there is a tensor for it."""
         n_cols, n_inner = weight.shape[1:]
         tile = self.config.product.fitted(self.config.product.rows, n_cols)
         if scale is not None:
             tile = self.config.of_low_rank(n_cols)
         parts = self.config.product.rows // tile.rows
         n_tiles = routing.tiles.shape[0] * parts
-        features = 0
-        if options is not None:
-            features = n_cols if behind or not options.gated else n_cols // 2
+        features = 0 if act is None else act.shape[1]
+        paired = options is not None and options.gated and not options.interleaved
+        read = self._descriptors(a, weight, routing, gathered, tile, paired)
         numbers, constants = _PLAIN if options is None else _of_activation(options)
-        a_desc = a_half_desc = weight_desc = None
-        turned, even = weight.stride(1) == 1, n_inner % tile.inner == 0
-        if (
-            self.config.descriptors
-            and even
-            and parts == 1
-            and tile.cols == self.config.product.cols
-        ):
-            paired = (
-                act is not None and behind is None and options.gated and not options.interleaved
-            )
-            cols = tile.cols // (1 + paired)
-            matrix, block = (
-                (weight.mT, (tile.inner, cols)) if turned else (weight, (cols, tile.inner))
-            )
-            weight_desc = _descriptor(matrix, *block)
-        if weight_desc and not gathered:
-            a_desc = _descriptor(a, tile.rows, tile.inner)
-            a_half_desc = _descriptor(a, tile.rows // 2, tile.inner)
         low_numbers = (0,) * 4 if low is None else (low.b.shape[2], *low.b.stride())
         rank = 0 if low is None else max(16, next_power_of_2(low.b.shape[2]))
         launch(
             grouped_product,
             (n_tiles * cdiv(n_cols, tile.cols),),
             a,
-            a_desc,
-            a_half_desc,
+            *read[:2],
             weight,
-            weight_desc,
+            read[2],
             None if bias is None else bias.contiguous(),
             None if low is None else low.rows,
             None if low is None else low.b,
             out,
             act,
-            *((None,) * 4 if behind is None else (*behind[:2], routing.slots, behind.dw)),
-            routing.slots.shape[0],
             routing.tokens,
             routing.starts,
             routing.tiles,
@@ -347,24 +286,45 @@ class Kernels(pipeline.Separately):
             features,
             *numbers,
             GATHERED=gathered,
-            A_DESC=a_desc is not None,
-            WEIGHT_DESC=weight_desc is not None,
-            TURNED=turned,
+            A_DESC=read[0] is not None,
+            WEIGHT_DESC=read[2] is not None,
+            TURNED=read[2] is not None and weight.stride(1) == 1,
             HAS_BIAS=bias is not None,
             PARTS=parts,
             HALVES=self.config.halves and parts == 1,
-            BACKWARD=behind is not None,
             KEEP=out is not None,
-            NEEDS_ACT=act is not None,
-            NEEDS_DW=behind is not None and behind.dw is not None,
-            PIECE=self.config.piece,
             **constants,
             RANK=min(rank, tile.inner),
-            EVEN=even,
+            EVEN=n_inner % tile.inner == 0,
             ALIGNED=(features or n_cols) % 8 == 0,
             GROUP=self.config.group,
             **tile.constants(),
         )
+
+    def _descriptors(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        routing: Routing,
+        gathered: bool,
+        tile: Tile,
+        paired: bool,
+    ) -> tuple[Any, Any, Any]:
+        """Of a, by tiles and by halves of them, and of the weight; `paired`: of gates and of ups. None: by pointers."""
+        rows = routing.slots.shape[0] / max(1, weight.shape[0])
+        if rows >= self.config.descriptors or tile is not self.config.product:
+            return None, None, None
+        if weight.shape[2] % tile.inner:
+            return None, None, None
+        cols = tile.cols // (1 + paired)
+        turned = weight.stride(1) == 1
+        block = (tile.inner, cols) if turned else (cols, tile.inner)
+        of_weight = _descriptor(weight.mT if turned else weight, *block)
+        if of_weight is None or gathered:
+            return None, None, of_weight
+        whole = _descriptor(a, tile.rows, tile.inner)
+        half = whole and _descriptor(a, tile.rows // 2, tile.inner)
+        return whole, half, of_weight
 
     def activated(
         self,
@@ -384,54 +344,6 @@ class Kernels(pipeline.Separately):
         self._launch(a, weight, bias, routing, True, low, out=hidden, act=act, options=options)
         return hidden, act
 
-    def activated_backward(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        routing: Routing,
-        low: LowRank | None,
-        hidden: Tensor,
-        weights: Tensor,
-        options: MoEOptions,
-        needs: tuple[bool, bool, bool],
-        into: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not (self.config.piece and any(needs)) or self._gathers(weight):
-            return super().activated_backward(
-                dy, weight, routing, low, hidden, weights, options, needs, into
-            )
-        needs_dh, needs_act, needs_dw = needs
-        n_rows, n_cols = hidden.shape[0], weight.shape[1]
-        out = act = parts = dw = None
-        if needs_dh:
-            out = torch.empty_like(hidden) if into is None else into
-        if needs_act:
-            act = hidden.new_empty(n_rows, n_cols)
-        if needs_dw:
-            n_parts = cdiv(
-                n_cols, self.config.product.fitted(self.config.product.rows, n_cols).cols
-            )
-            parts = weights.new_empty(n_parts, n_rows, dtype=torch.float32)
-        behind = Behind(hidden, weights, parts)
-        given: Any = {"out": out, "act": act, "options": options, "behind": behind}
-        self._launch(dy, weight, None, routing, True, low, **given)
-        if parts is not None:
-            dw = weights.new_empty(weights.shape, dtype=torch.float32)
-        if dw is not None and n_rows:
-            launch(
-                sum_of_slots,
-                (cdiv(n_rows, _SLOTS),),
-                parts,
-                routing.rows,
-                routing.starts[-1:],
-                dw,
-                *parts.shape[::-1],
-                PARTS=next_power_of_2(n_parts),
-                BLOCK=_SLOTS,
-                num_warps=4,
-            )
-        return out, act, dw
-
     def weight_gradient(
         self,
         a: Tensor,
@@ -447,27 +359,17 @@ class Kernels(pipeline.Separately):
         n_experts, shape = routing.starts.shape[0] - 1, (a.shape[1], b.shape[1])
         out = a.new_empty(n_experts, *shape, dtype=dtype or a.dtype)
         tile = self.config.gradient.fitted(*shape)
-        a_desc = b_desc = None
-        if self.config.descriptors and tile is self.config.gradient:
-            if not gathered[0]:
-                a_desc = _descriptor(a, tile.inner, tile.rows)
-            if not gathered[1]:
-                b_desc = _descriptor(b, tile.inner, tile.cols)
         launch(
             weight_gradient,
             (n_experts * cdiv(shape[0], tile.rows) * cdiv(shape[1], tile.cols),),
             a,
-            a_desc,
             b,
-            b_desc,
             out,
             routing.tokens,
             routing.starts,
             *shape,
             GATHERED_A=gathered[0],
             GATHERED_B=gathered[1],
-            A_DESC=a_desc is not None,
-            B_DESC=b_desc is not None,
             ALIGNED=shape[0] % 8 == shape[1] % 8 == 0,
             GROUP=2 * self.config.group,
             **tile.constants(),
@@ -620,11 +522,11 @@ def _rows_of(a: Tensor, routing: Routing, gathered: bool) -> Tensor:
 
 
 def _descriptor(matrix: Tensor, *block: int) -> Any:
-    """Of a matrix (S, N), or (E, N, M) without gaps; None if the copy engine cannot read it."""
-    whole = matrix.reshape(-1, matrix.shape[-1]) if matrix.is_contiguous() else None
-    if whole is None or not whole.numel() or whole.shape[0] >= 2**31:
+    """Of a matrix (S, N), or (E, N, M); None if the copy engine cannot read it."""
+    if not matrix.is_contiguous() or not matrix.numel() or matrix.data_ptr() % 16:
         return None
-    if whole.data_ptr() % 16 or whole.stride(0) * whole.element_size() % 16:
+    whole = matrix.view(-1, matrix.shape[-1])
+    if whole.shape[0] >= 2**31 or whole.shape[1] * whole.element_size() % 16:
         return None
     return TensorDescriptor(whole, [*whole.shape], [*whole.stride()], [*block])
 

@@ -5,8 +5,63 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from liger_kernel.ops.fused_moe.kernels import activation_of, end_activate_bwd, places
-from liger_kernel.ops.fused_moe.products.tiles import clipped, dot
+from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.ops.fused_moe.kernels import activation_of, places
+
+# NumPy knows no bf16, in which the interpreter would multiply
+_WIDEN = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _inside(at, n, ALIGNED: tl.constexpr):
+    """`at` below n, and 0 beyond: what lies outside is read from inside, and not stored.
+
+    ALIGNED: n is a multiple of 8. Vectors lie inside or outside as a whole then, which the compiler does not see; its
+    loads of single elements ran at a tenth of the speed.
+    """
+    inside = tl.where(at < n, at, 0)
+    if ALIGNED:
+        inside = tl.max_contiguous(tl.multiple_of(inside, 8), 8)
+    return inside
+
+
+@triton.jit
+def tile_table(
+    starts_ptr,
+    tiles_ptr,
+    n_experts,
+    n_tiles,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(expert, first row) of every tile of ROWS rows, in order; expert -1 for those that are left.
+
+    A program owns the tiles of an expert, the last one those that are left.
+    """
+    own = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    start = tl.load(starts_ptr + expert, mask=expert < n_experts, other=0)
+    end = tl.load(starts_ptr + expert + 1, mask=expert < n_experts, other=0)
+    count = tl.cdiv(end - start, ROWS)
+    first = tl.sum(tl.where(expert < own, count, 0))
+    last = first + tl.sum(tl.where(expert == own, count, 0))
+    row = tl.load(starts_ptr + own)
+    if own == n_experts:
+        last = n_tiles
+        own = -1
+    for tile in range(first, last, BLOCK):
+        at = tile + tl.arange(0, BLOCK)
+        tl.store(tiles_ptr + 2 * at, tl.zeros((BLOCK,), tl.int32) + own, mask=at < last)
+        tl.store(tiles_ptr + 2 * at + 1, row + (at - first) * ROWS, mask=at < last)
 
 
 @triton.jit
@@ -66,102 +121,6 @@ def _end_activated(
 
 
 @triton.jit
-def _end_activated_backward(
-    da,
-    w,
-    hidden_ptr,
-    dhidden_ptr,
-    act_ptr,
-    rows,
-    live,
-    first_col,
-    features,
-    limit,
-    alpha,
-    up_shift,
-    NEEDS_DH: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """`end_activate_bwd`, of PIECE columns at a time, and dw of these columns: (ROWS,)."""
-    COLS: tl.constexpr = da.shape[1]
-    if COLS > PIECE:
-        first, second = _halves(da, False)
-        dw = _end_activated_backward(
-            first,
-            w,
-            hidden_ptr,
-            dhidden_ptr,
-            act_ptr,
-            rows,
-            live,
-            first_col,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-            PIECE,
-        )
-        dw += _end_activated_backward(
-            second,
-            w,
-            hidden_ptr,
-            dhidden_ptr,
-            act_ptr,
-            rows,
-            live,
-            first_col + COLS // 2,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            NEEDS_DH,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-            PIECE,
-        )
-    else:
-        cols = first_col + tl.arange(0, COLS)[None, :]
-        dw = tl.sum(
-            end_activate_bwd(
-                da,
-                w,
-                hidden_ptr,
-                dhidden_ptr,
-                act_ptr,
-                rows[:, None],
-                cols,
-                live[:, None] & (cols < features),
-                features,
-                limit,
-                alpha,
-                up_shift,
-                NEEDS_DH,
-                NEEDS_ACT,
-                ACTIVATION,
-                GATED,
-                INTERLEAVED,
-                LIMITED,
-            ),
-            1,
-        )
-    return dw
-
-
-@triton.jit
 def _weight_tile(
     weight_desc, expert, first_col, at, n_cols, n_inner, TURNED: tl.constexpr
 ):  # (INNER, COLS)
@@ -203,11 +162,11 @@ def _sums_by_tiles(
             a = tl.load(a_ptrs)
             a_ptrs += INNER
         weight = _weight_tile(weight_desc, expert, first_col, at, n_cols, n_inner, TURNED)
-        acc = dot(a, weight, acc, PRECISION)
+        acc = _dot(a, weight, acc, PRECISION)
         if PAIRED:
             second = first_col + features
             weight = _weight_tile(weight_desc, expert, second, at, n_cols, n_inner, TURNED)
-            ups = dot(a, weight, ups, PRECISION)
+            ups = _dot(a, weight, ups, PRECISION)
     if PAIRED:
         acc = tl.reshape(tl.permute(tl.join(acc, ups), (0, 2, 1)), (ROWS, COLS))
     return acc
@@ -224,11 +183,6 @@ def _product_tile(
     low_b_ptr,
     out_ptr,
     act_ptr,
-    hidden_ptr,
-    weights_ptr,
-    slots_ptr,
-    dw_ptr,
-    n_rows,
     tokens_ptr,
     expert,
     first_row,
@@ -254,11 +208,7 @@ def _product_tile(
     TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
-    BACKWARD: tl.constexpr,
     KEEP: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    PIECE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -270,7 +220,7 @@ def _product_tile(
     COLS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    PAIRED: tl.constexpr = ACTIVATION != "none" and GATED and not (INTERLEAVED or BACKWARD)
+    PAIRED: tl.constexpr = ACTIVATION != "none" and GATED and not INTERLEAVED
     rows = first_row + tl.arange(0, ROWS)
     live = rows < end
     own = tl.arange(0, COLS)
@@ -279,12 +229,12 @@ def _product_tile(
     if PAIRED:  # gates, and the ups that go with them
         first_col = col_tile * (COLS // 2)
         one = first_col + own % (COLS // 2)
-        inside = clipped(one, features, ALIGNED) + own // (COLS // 2) * features
+        inside = _inside(one, features, ALIGNED) + own // (COLS // 2) * features
         if ALIGNED:
             inside = tl.max_contiguous(tl.multiple_of(inside, 8), 8)
         inside = inside.to(tl.int64)
     else:
-        inside = clipped(cols, n_cols, ALIGNED).to(tl.int64)
+        inside = _inside(cols, n_cols, ALIGNED).to(tl.int64)
     source = rows
     if GATHERED:
         source = tl.load(tokens_ptr + rows, mask=live, other=0).to(tl.int64)
@@ -298,7 +248,7 @@ def _product_tile(
             weight_desc,
             first_row.to(tl.int32),
             expert.to(tl.int32),
-            first_col.to(tl.int32),
+            first_col,
             n_cols,
             n_inner,
             features,
@@ -322,7 +272,7 @@ def _product_tile(
                 left = n_inner - at
                 a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
                 weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
-            acc = dot(a, weight, acc, PRECISION)
+            acc = _dot(a, weight, acc, PRECISION)
             a_ptrs += INNER
             weight_ptrs += INNER * inner_stride
     acc *= scale
@@ -334,35 +284,10 @@ def _product_tile(
             low = tl.load(low_ptr + r[None, :], mask=r[None, :] < rank, other=0.0)
             low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
             low_b = tl.load(low_b, mask=r[:, None] < rank, other=0.0)
-            acc = dot(low, low_b, acc, PRECISION)
+            acc = _dot(low, low_b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
-    if BACKWARD:
-        slot = tl.load(slots_ptr + rows, mask=live, other=0)
-        dw = _end_activated_backward(
-            acc.to(hidden_ptr.dtype.element_ty),  # half of the registers
-            tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None],
-            hidden_ptr,
-            out_ptr,
-            act_ptr,
-            rows,
-            live,
-            first_col,
-            features,
-            limit,
-            alpha,
-            up_shift,
-            KEEP,
-            NEEDS_ACT,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMITED,
-            PIECE,
-        )
-        if NEEDS_DW:
-            tl.store(dw_ptr + col_tile.to(tl.int64) * n_rows + rows, dw, mask=live)
-    elif ACTIVATION != "none":
+    if ACTIVATION != "none":
         _end_activated(
             acc,
             out_ptr,
@@ -386,7 +311,7 @@ def _product_tile(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_tiles"])
+@triton.jit(do_not_specialize=["n_tiles"])
 def grouped_product(
     a_ptr,
     a_desc,
@@ -398,11 +323,6 @@ def grouped_product(
     low_b_ptr,
     out_ptr,
     act_ptr,
-    hidden_ptr,
-    weights_ptr,
-    slots_ptr,
-    dw_ptr,
-    n_rows,
     tokens_ptr,
     starts_ptr,
     tiles_ptr,
@@ -429,11 +349,7 @@ def grouped_product(
     RANK: tl.constexpr,
     PARTS: tl.constexpr,
     HALVES: tl.constexpr,
-    BACKWARD: tl.constexpr,
     KEEP: tl.constexpr,
-    NEEDS_ACT: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    PIECE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -451,10 +367,9 @@ def grouped_product(
     With GATHERED a has the rows of tokens. A program owns ROWS rows of one expert and COLS columns. EVEN: n_inner is a
     multiple of INNER. RANK: a step over that of low; 0: there is none. PARTS: of a tile of the table, each of ROWS
     rows; n_tiles counts them. HALVES: half a tile is computed where half of the rows are there. ACTIVATION: "none"
-    stores the sums, others end as `_end_activated` does, and with BACKWARD the sums are the gradient of the activation
-    of `hidden`, and end as `_end_activated_backward` does; dw is of the columns of a tile then, (tiles of columns, S).
-    WEIGHT_DESC: the copy engine reads the weight, by `weight_desc` of (E N, M), or TURNED of (E M, N), and A_DESC:
-    sorted rows, by `a_desc`, or `a_half_desc` for half a tile.
+    stores the sums, others end as `_end_activated` does. WEIGHT_DESC: the copy engine reads the weight, by
+    `weight_desc` of (E N, M), or TURNED of (E M, N), and A_DESC: sorted rows, by `a_desc`, or `a_half_desc` for half a
+    tile.
     """
     pid = tl.program_id(0)
     col_tiles = tl.cdiv(n_cols, COLS)
@@ -485,11 +400,6 @@ def grouped_product(
                 low_b_ptr,
                 out_ptr,
                 act_ptr,
-                hidden_ptr,
-                weights_ptr,
-                slots_ptr,
-                dw_ptr,
-                n_rows,
                 tokens_ptr,
                 expert,
                 first_row,
@@ -515,11 +425,7 @@ def grouped_product(
                 TURNED,
                 HAS_BIAS,
                 RANK,
-                BACKWARD,
                 KEEP,
-                NEEDS_ACT,
-                NEEDS_DW,
-                PIECE,
                 ACTIVATION,
                 GATED,
                 INTERLEAVED,
@@ -531,3 +437,98 @@ def grouped_product(
                 COLS,
                 INNER,
             )
+
+
+@triton.jit
+def weight_gradient(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    tokens_ptr,
+    starts_ptr,
+    a_cols,
+    b_cols,
+    GATHERED_A: tl.constexpr,
+    GATHERED_B: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out[e] = sum over the rows p of expert e of a[p]^T b[p]. A program owns (ROWS, COLS) of one expert's; GROUP
+    tiles of rows, and columns tile by tile, are worked at a time."""
+    pid = tl.program_id(0)
+    col_tiles = tl.cdiv(b_cols, COLS)
+    row_tiles = tl.cdiv(a_cols, ROWS)
+    expert = (pid // (row_tiles * col_tiles)).to(tl.int64)
+    within = pid % (row_tiles * col_tiles)
+    first = within // (GROUP * col_tiles) * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = within % (GROUP * col_tiles)
+    rows = (first + within % size) * ROWS + tl.arange(0, ROWS)
+    cols = within // size * COLS + tl.arange(0, COLS)
+    a_at = _inside(rows, a_cols, ALIGNED)[None, :]
+    b_at = _inside(cols, b_cols, ALIGNED)[None, :]
+    start = tl.load(starts_ptr + expert)
+    end = tl.load(starts_ptr + expert + 1)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    row = start + tl.arange(0, INNER)
+    token = row
+    if GATHERED_A or GATHERED_B:
+        token = tl.load(tokens_ptr + row, mask=row < end, other=0)
+    for _ in range(start, end, INNER):
+        live = row < end
+        a_row = (token if GATHERED_A else row).to(tl.int64)
+        b_row = (token if GATHERED_B else row).to(tl.int64)
+        a_ptrs = a_ptr + a_row[:, None] * a_cols + a_at
+        b_ptrs = b_ptr + b_row[:, None] * b_cols + b_at
+        row += INNER
+        token = row
+        # a step ahead: the compiler has as many steps of a and b under way as it is told
+        if GATHERED_A or GATHERED_B:
+            token = tl.load(tokens_ptr + row, mask=row < end, other=0)
+        a = tl.load(a_ptrs, mask=live[:, None], other=0.0)
+        b = tl.load(b_ptrs, mask=live[:, None], other=0.0)
+        acc = _dot(tl.trans(a), b, acc, PRECISION)
+    out_ptrs = out_ptr + (expert * a_cols + rows[:, None]) * b_cols + cols[None, :]
+    mask = (rows < a_cols)[:, None] & (cols < b_cols)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_gradient(
+    a_ptr,
+    weights_ptr,
+    out_ptr,
+    slots_ptr,
+    tokens_ptr,
+    starts_ptr,
+    n_cols,
+    GATHERED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out[e] = sum over the rows p of expert e of weights[slot of p] a[p]. A program owns COLS columns of one sum."""
+    col_tiles = tl.cdiv(n_cols, COLS)
+    expert = (tl.program_id(0) // col_tiles).to(tl.int64)
+    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
+    start = tl.load(starts_ptr + expert)
+    end = tl.load(starts_ptr + expert + 1)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for at in range(start, end, ROWS):
+        row = at + tl.arange(0, ROWS).to(tl.int64)
+        live = row < end
+        source = row
+        if GATHERED:
+            source = tl.load(tokens_ptr + row, mask=live, other=0).to(tl.int64)
+        mask = live[:, None] & (cols < n_cols)[None, :]
+        a = tl.load(a_ptr + source[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+        a = a.to(tl.float32)
+        if WEIGHTED:
+            slot = tl.load(slots_ptr + row, mask=live, other=0)
+            a *= tl.load(weights_ptr + slot, mask=live, other=0.0).to(tl.float32)[:, None]
+        total += a
+    tl.store(out_ptr + expert * n_cols + cols, tl.sum(total, 0), mask=cols < n_cols)
