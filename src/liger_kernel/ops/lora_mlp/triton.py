@@ -42,8 +42,9 @@ class Config:
 
     @staticmethod
     @functools.cache
-    def forward(rank: int, facts: DeviceFacts) -> Config:
-        return Config(64, 64, 4, facts.stages(3, 64 * (64 * 4 + rank * 6)), 264)
+    def forward(rank: int, n_cols: int, facts: DeviceFacts) -> Config:
+        rows = 16 if n_cols % 16 else 64  # single elements of more rows spill
+        return Config(rows, 64, 4, facts.stages(3, 64 * (rows * 4 + rank * 6)), 264)
 
     @staticmethod
     @functools.cache
@@ -285,7 +286,7 @@ def forward(
     (n_rows, n_cols), a = gate.shape, lora_a.contiguous()
     ranks = a.shape[0], of_gate.lora_b.shape[1], of_up.lora_b.shape[1]
     rank = max(16, next_power_of_2(max(ranks)))
-    config = Config.forward(rank, facts_of(gate.device))
+    config = Config.forward(rank, n_cols, facts_of(gate.device))
     tiles = cdiv(n_rows, config.rows)
     spans, span_cols = config.spans(n_cols, config.cols, tiles)
     y = gate.new_empty(n_rows, n_cols)
