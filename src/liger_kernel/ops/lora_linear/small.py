@@ -103,7 +103,8 @@ class _Small(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
             for adapter in adapters:
-                a, b, dropped, middle = *saved[at : at + 3], saved[len(needs) + at // 3]
+                a, b, dropped = saved[at : at + 3]
+                middle = saved[len(needs) + at // 3]
                 wide = in_dtype(dy, middle.dtype)
                 a, b = in_dtype(a, wide.dtype), in_dtype(b, wide.dtype)
                 # with beta 0 nothing is read of the first, which has the shape: a call less than to scale a product
