@@ -64,7 +64,7 @@ OP_FILES = ("__init__.py", "reference.py", "cases.py", "contract.py", "triton.py
 KERNEL_SIDE = ("contract.py", "triton.py")
 #: rooms in `ops/` that ops share, or where the incumbent has some
 FAMILIES = frozenset({"divergences", "experimental", "norms"})
-KERNEL_FILES = ("triton.py", "kernels.py")
+KERNEL_FILES = ("triton.py", "kernels.py", "clusters.py")
 
 MAX_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 500, 700, 80
 #: where a device may be called by its name

@@ -38,6 +38,7 @@ REFERENCE, PORTABLE = "reference", "portable"
 #: files of this folder that are no backend
 _SHARED = (
     "capability",
+    "clusters",
     "disabled",
     "dispatch",
     "graphs",

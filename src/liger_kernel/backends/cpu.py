@@ -13,6 +13,7 @@ from liger_kernel.backends.triton import TRITON
 
 FACTS = DeviceFacts(
     name="CPU",
+    cluster=8,  # of Triton's interpreter, where one program stands for them
     wide_products_are_free=True,
     float64=True,
     # a small head is not worth a slab of many times its size

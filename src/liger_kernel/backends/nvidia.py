@@ -42,6 +42,7 @@ def described(
         architecture=architecture(capability),
         processors=processors,
         shared_memory=shared_memory,
+        cluster=8 if capability == (9, 0) else 1,
         queues=True,
         # cuBLAS loads one element at a time where rows are not whole vectors of 16 bytes: 174 instead of 38 ms for a
         # head of 8192x4096x128257 on an H100

@@ -52,6 +52,8 @@ class DeviceFacts:
     processors: int = 2
     #: bytes that a program may use to load ahead; 0 where loading ahead through it was not measured
     shared_memory: int = 0
+    #: programs that may share a row, see `clusters`; 1 where that was not measured
+    cluster: int = 1
     #: of one program: 1024 threads
     most_warps: int = 32
     #: the host queues work and runs on: reading a number back waits, and small calls are bound by the host

@@ -31,6 +31,9 @@ CASES = (
     case("long-row", "a row that the backward reads twice", of(3, 16384 + 40)),
     case("longer-row", "a row that both read twice, in more than two blocks", of(2, 65536 + 7)),
     case("masked", "-inf alone and in whole blocks", _masked),
+    case(
+        "shared-row", "a row that eight programs share, the last a shorter part", of(2, 65536 + 48)
+    ),
     case("strided", "row stride larger than the row", of(6, 40, draw=Make.strided)),
     case("long-strided", "likewise, at both reads", of(2, 32768 + 8, draw=Make.strided)),
     case("transposed", "last dimension not contiguous", of(6, 40, draw=Make.transposed)),

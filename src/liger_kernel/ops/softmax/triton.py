@@ -1,7 +1,8 @@
 """Softmax kernels. Forward moves 2 n elements (x in, y out), backward 3 n (dy and y in, dx out).
 
-A row that does not fit the registers is read twice, the second time from its end: what was read last is most likely to
-be in the L2 still. Its first block stays in registers.
+A row that does not fit the registers of a program is shared by a cluster of them, where there are clusters. Elsewhere,
+and if it is no whole vectors, it is read twice, the second time from its end: what was read last is most likely to be
+in the L2 still. Its first block stays in registers.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import RowTile
+from liger_kernel.backends.clusters import (
+    SharedRow,
+    narrow,
+    open_box,
+    softmax_of_parts,
+    sum_of_parts,
+)
+from liger_kernel.backends.kernels import RowTile, exp
 from liger_kernel.ops.softmax.contract import SoftmaxOptions
 
 #: Backward holds two rows where forward holds one. While a long row is walked, STAGES blocks of it are in flight.
 FORWARD = {"elements": 4096, "longest": 32768, "walked": 16384, "per_thread": 16}
 BACKWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
 STAGES = 3
+#: of a program that shares a row
+SHARED = {"block": 16384, "warps": 8}
 
 
 @triton.jit
@@ -114,10 +124,59 @@ def _softmax_bwd(
     tl.store(dx_ptr + y_at, (first_y * (first_dy - total)).to(dtype), mask=mask)
 
 
+@triton.jit
+def _softmax_shared_fwd(
+    x_ptr,
+    y_ptr,
+    x_stride,
+    n_cols,
+    n_part,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_softmax_fwd` of one row, of which each program of a cluster owns n_part columns."""
+    box = open_box()
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)[None, :]
+    at = tl.arange(0, PARTS)[:, None] * n_part + cols
+    mask = (cols < n_part) & (at < n_cols)
+    x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 1)
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    powers = exp(x - anchor[:, None])
+    row_top, total = softmax_of_parts(box, top, tl.sum(powers, 1), PARTS)
+    y = powers * (tl.exp(top - row_top) / total)[:, None]
+    tl.store(y_ptr + row * n_cols + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _softmax_shared_bwd(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    dy_stride,
+    n_cols,
+    n_part,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_softmax_bwd` of one row, of which each program of a cluster owns n_part columns."""
+    box = open_box()
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)[None, :]
+    at = tl.arange(0, PARTS)[:, None] * n_part + cols
+    mask = (cols < n_part) & (at < n_cols)
+    dy = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0)
+    y = tl.load(y_ptr + row * n_cols + at, mask=mask, other=0.0)
+    total = sum_of_parts(box, tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1), PARTS)
+    dx = narrow(y).to(tl.float32) * (narrow(dy).to(tl.float32) - total)
+    tl.store(dx_ptr + row * n_cols + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
 def forward(x: Tensor, *, options: SoftmaxOptions, needs: Needs) -> tuple[Tensor, tuple[Tensor]]:
     y = x.new_empty(x.shape)
     if x.numel():
-        _launch(_softmax_fwd, FORWARD, x.element_size(), as_rows(x), y)
+        _launch(_softmax_fwd, _softmax_shared_fwd, FORWARD, x.element_size(), as_rows(x), y)
     return y, (y,)
 
 
@@ -126,16 +185,26 @@ def backward(grads: Grads, saved: Saved, *, options: SoftmaxOptions, needs: Need
     dx = torch.empty_like(y)
     if y.numel():
         loaded = y.element_size() + grads[0].element_size()
-        _launch(_softmax_bwd, BACKWARD, loaded, as_rows(grads[0]), y, dx)
+        kernels = _softmax_bwd, _softmax_shared_bwd
+        _launch(*kernels, BACKWARD, loaded, as_rows(grads[0]), y, dx)
     return (dx,)
 
 
 def _launch(
-    kernel: triton.JITFunction, sizes: dict[str, int], loaded: int, rows: Tensor, *others: Tensor
+    kernel: triton.JITFunction,
+    shared: triton.JITFunction,
+    sizes: dict[str, int],
+    loaded: int,
+    rows: Tensor,
+    *others: Tensor,
 ) -> None:
     """`loaded`: bytes that are read of a column."""
     (n_rows, n_cols), facts = rows.shape, facts_of(rows.device)
     tile = RowTile.of(n_cols, facts.most_warps, **sizes)
+    arguments = (rows, *others, rows.stride(0))
+    parts = SharedRow.of(n_cols, rows.stride(0), facts, **SHARED) if tile.looped else None
+    if parts is not None:
+        parts.launch(shared, n_rows, *arguments, n_cols)
+        return
     stages = facts.stages(STAGES, tile.block * loaded) if tile.looped else 1
-    arguments = (rows, *others, rows.stride(0), n_rows, n_cols)
-    tile.launch(kernel, n_rows, *arguments, STAGES=stages)
+    tile.launch(kernel, n_rows, *arguments, n_rows, n_cols, STAGES=stages)
