@@ -28,9 +28,7 @@ MEASURED = {
     "logprobs",
     "lora_linear",
     "lora_mlp",
-    "moe_router",
     "scale_gradients",
-    "sparsemax",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_logprobs",
 }
@@ -38,7 +36,12 @@ MEASURED = {
 NOT_ASKED = {"tiled_mlp": ("num_tiles",)}
 
 #: that compute nothing
-FREE = ("aten.detach.default", "aten.promote_types.default")
+FREE = (
+    "aten.detach.default",
+    "aten.promote_types.default",
+    "aten.transpose.int",
+    "aten.view.default",
+)
 
 
 class Operators(TorchDispatchMode):
