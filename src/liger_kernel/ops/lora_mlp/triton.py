@@ -43,15 +43,16 @@ class Config:
     @staticmethod
     @functools.cache
     def forward(rank: int, n_cols: int, facts: DeviceFacts) -> Config:
-        rows = 16 if n_cols % 16 else 64  # single elements of more rows spill
-        return Config(rows, 64, 4, facts.stages(3, 64 * (rows * 4 + rank * 6)), 264)
+        # loads of single elements spill, as products do where no unit multiplies matrices
+        rdna = facts.architecture.startswith("rdna")
+        rows, cols = 16 if rdna or n_cols % 16 else 64, 32 if rdna else 64
+        return Config(rows, cols, 4, facts.stages(3, cols * (rows * 4 + rank * 6)), 264)
 
     @staticmethod
     @functools.cache
     def backward(rank: int, facts: DeviceFacts) -> Config:
-        # where no unit multiplies matrices, wider sums spill
-        cols = 32 if facts.architecture.startswith("rdna") else 64
-        return Config(32, cols, 4, facts.stages(3, 32 * (cols + rank) * 6), 2112)
+        rows, cols = (16, 32) if facts.architecture.startswith("rdna") else (32, 64)
+        return Config(rows, cols, 4, facts.stages(3, rows * (cols + rank) * 6), 2112)
 
     def spans(self, length: int, step: int, tiles: int) -> tuple[int, int]:
         """Into how many parts `length` is cut, a program for each and each of `tiles`, and their lengths."""
