@@ -85,8 +85,6 @@ CASES = (
     _case("all-none", "every option at once", 5, 70, **NONE, **ALL),
     _case("long-row", "a row of two blocks", 3, 16384 + 57, label_smoothing=0.1, **REPORTS),
     _case("long-row-all", "two blocks, every option", 2, 16384 + 300, ignored=0.0, **ALL),
-    _case("shared-row", "eight programs share a row", 7, 65536 + 48, lse_square_scale=1e-2),
-    _case("shared-row-none", "likewise per row", 2, 65536 + 48, **NONE),
     _case("one-row", "one row", 1, 50, ignored=0.0),
     _case("two-classes", "fewer classes than threads", 4, 2),
     _case("no-rows", "empty batch: loss 0", 0, 32, **REPORTS),
