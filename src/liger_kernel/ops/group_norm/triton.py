@@ -39,7 +39,8 @@ class Config:
     @functools.cache
     def of(channels: int, size: int, bytes_per_element: int, facts: DeviceFacts) -> Config:
         """Of groups of `channels`, each of `size` positions."""
-        # groups of 128 KB want few programs, whose groups together fit the L2
+        # Groups of 128 KB want few programs, whose groups together fit the L2. H200, 32x512x4096: 0.094 and
+        # 0.146 ms, with tiles of 4096 0.097 and 0.153; 64x1280x16x16: 0.032 and 0.047, with 4096 0.049 and 0.064
         tile, of_warp = (8192, 1024) if channels * size >= 2**16 else (2048, 512)
         most = next_power_of_2(size)
         whole = channels & -channels  # the largest power of 2 that divides it
