@@ -85,17 +85,19 @@ def test_a_row_without_numbers_reaches_no_further_than_the_kernel(sparse: bool) 
     assert not y.triu(1).any()
 
 
-def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_tap", [False, True])
+def test_several_tiles(monkeypatch: pytest.MonkeyPatch, one_tap: bool) -> None:
     """Along rows, columns, sums and programs, of which those of a case are one."""
-    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(2, 8, 16, warps=4))
-    monkeypatch.setattr(triton, "WEIGH", triton.Tile(2, 8, 16, warps=4))
+    monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(4, 4, 16, warps=4))
+    monkeypatch.setattr(triton, "WEIGH", triton.Tile(4, 4, 16, warps=4))
     monkeypatch.setattr(triton, "PROGRAMS", 5)
+    monkeypatch.setattr(triton, "ONE_TAP", one_tap)
     with use_implementation("triton"):
         make = Make(torch.float32, DEVICE)
-        tensors = make.randn(1, 16, 35, 35), make.randn(2, 16, 1, 3), make.randn(2)
+        tensors = make.randn(1, 16, 19, 19), make.randn(2, 16, 1, 3), make.randn(2)
         options = {"stride": 1, "padding": (0, 1), "dilation": 1, "groups": 1, "sparse": False}
         case = OpCase("several-tiles", "", SPEC.cases[0].inputs, options)
-        assert_as_exact(SPEC, case, tensors, {0: make.randn(1, 2, 35, 35)})
+        assert_as_exact(SPEC, case, tensors, {0: make.randn(1, 2, 19, 19)})
 
 
 def test_refused() -> None:

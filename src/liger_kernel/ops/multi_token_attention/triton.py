@@ -44,6 +44,8 @@ class Tile:
 
 CONVOLVE = Tile(1, 128, 16, warps=4)
 WEIGH = Tile(1, 128, 16, warps=4)
+#: whether a step takes one tap of the convolution, where there are as many planes as it has elements
+ONE_TAP = False
 #: programs of the gradient of the weight
 PROGRAMS = 1056
 
@@ -385,7 +387,7 @@ def _constants(
         "DILATION_H": options.dilation[0],
         "DILATION_W": options.dilation[1],
         "PRECISION": facts_of(x.device).exact_precision if x.dtype == torch.float32 else "ieee",
-        "BY_TAP": planes % tile.inner == 0 or planes > 2 * tile.inner,
+        "BY_TAP": ONE_TAP and (planes % tile.inner == 0 or planes > 2 * tile.inner),
         "OUTS": outs,
         "ROWS": tile.rows,
         "COLS": tile.cols,
