@@ -17,6 +17,7 @@ from liger_kernel.ops.lora_mlp import triton as kernels
 from liger_kernel.testing import Make
 
 BF16 = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def launched(
@@ -31,7 +32,7 @@ def launched(
         launch(kernel, *args)
 
     monkeypatch.setattr(kernels, "_launch", noted)
-    make = Make(BF16, seed=0)
+    make = Make(BF16, DEVICE, seed=0)
     layers = []
     for n_out, n_in in ((24, 16), (24, 16), (16, 24)):
         thin = [
