@@ -29,8 +29,7 @@ from liger_kernel.ops.softmax.contract import SoftmaxOptions
 FORWARD = {"elements": 4096, "longest": 32768, "walked": 16384, "per_thread": 16}
 BACKWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 16}
 STAGES = 3
-#: of a program that shares a row of 16-bit numbers; measured for 65536 and 128256 columns, on Hopper
-SHARED_FROM = 32768
+#: of a program that shares a row of 16-bit numbers; measured for 32768 to 128256 columns, on Hopper
 SHARED = {"block": 16384, "warps": 8}
 
 
@@ -213,7 +212,7 @@ def _launch(
     tile = RowTile.of(n_cols, facts.most_warps, **sizes)
     arguments = (rows, *others, rows.stride(0))
     parts = None
-    if n_cols > SHARED_FROM and rows.element_size() == 2 and not causal:
+    if tile.looped and rows.element_size() == 2 and not causal:
         parts = SharedRow.of(n_cols, rows.stride(0), facts, **SHARED)
     if parts is not None:
         parts.launch(shared, n_rows, *arguments, n_cols)
