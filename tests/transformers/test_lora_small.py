@@ -63,6 +63,20 @@ def test_adapters_in_fp32_on_a_base_of_16_bits(
     assert calls
 
 
+def test_biases_in_fp32_under_autocast(calls: list[int]) -> None:
+    """PyTorch converts them, and nothing but autocast does."""
+
+    def make() -> Any:
+        model = adapted("qwen2", dtype=torch.bfloat16)
+        for name, tensor in model.named_parameters():
+            if name.endswith("base_layer.bias"):
+                tensor.data = tensor.data.float()
+        return model
+
+    assert_as_peft(make, torch.bfloat16, nodes=None)
+    assert calls
+
+
 def test_two_adapters_of_which_one_is_frozen(calls: list[int]) -> None:
     def make() -> Any:
         model = adapted()
@@ -108,6 +122,7 @@ def test_what_is_small() -> None:
     assert not small.serves(x, (Quantised(lambda dtype: weight.to(dtype)), None, []))
     assert not small.serves(x, (weight, torch.ones(6, requires_grad=True), []))
     assert not small.serves(x.double(), (weight, None, []))
+    assert not small.serves(x, (weight, torch.ones(6, dtype=torch.float64), []))
     assert not small.serves(torch.ones(1).expand(2**23 + 4).view(-1, 4), (weight, None, []))
 
 

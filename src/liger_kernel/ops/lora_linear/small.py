@@ -36,14 +36,16 @@ Layer = tuple[Any, Tensor | None, Sequence[Any]]
 
 
 def serves(x: Tensor, *layers: Layer) -> bool:
-    """Whether `adapted` computes these layers of x: few tokens, frozen weights in the dtype of the products."""
+    """Whether `adapted` computes these layers of x: few tokens, frozen tensors in the dtype of the products."""
     if not host_bound(x, SMALL):
         return False
     dtype, tokens = autocast_dtype(x) or x.dtype, x.numel() // max(1, x.shape[-1])
     for weight, bias, _ in layers:
         if not isinstance(weight, Tensor) or weight.requires_grad or weight.dtype != dtype:
             return False
-        if tokens * weight.shape[0] > SMALL or (bias is not None and bias.requires_grad):
+        if bias is not None and (bias.requires_grad or bias.dtype != dtype):
+            return False
+        if tokens * weight.shape[0] > SMALL:
             return False
     return True
 
