@@ -42,8 +42,8 @@ class Tile:
     stages: int = 2
 
 
-CONVOLVE = Tile(1, 128, 16, warps=4)
-WEIGH = Tile(1, 128, 16, warps=4)
+# the interpreter's time is that of its steps, whatever a step holds
+CONVOLVE = WEIGH = Tile(16, 32, 64, warps=4) if INTERPRET else Tile(1, 128, 16, warps=4)
 #: whether a step takes one tap of the convolution, where there are as many planes as it has elements
 ONE_TAP = False
 #: programs of the gradient of the weight
