@@ -22,8 +22,8 @@ from liger_kernel.testing.calls import call, drawn, leaves, wanted_inputs
 from tests import dummy_backend
 from tests.test_layout import OPS_WITHOUT_KERNELS
 
-#: options that no caller of the op gives: token_scaling is the fused loss's (tests/loss_head), causal that of multi-token
-#: attention (its own cases); of in_place the host makes the gradient's memory
+#: options that no caller of the op gives: token_scaling is the fused loss's (tests/loss_head), causal that of
+#: multi-token attention (its own cases); of in_place the host makes the gradient's memory
 INTERNAL = {"token_scaling", "in_place", "causal"}
 
 
