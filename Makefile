@@ -34,7 +34,7 @@ test-gpu: $(READY) ## what needs a GPU: PYTHON=python3 with a GPU build of torch
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or torch.xpu.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " sees no GPU. Name an interpreter whose torch does: make test-gpu PYTHON=python3")'
 	$(RUN) -m pytest $(ARGS) tests/gpu tests/ops tests/test_reach.py
 
-# every type that transformers ships, where `make test` takes a quarter
+# every type that transformers ships, where `make test` takes an eighth
 test-zoo: $(READY) ## patch every model type of transformers
 	ZOO=all OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 $(ARGS) tests/transformers/test_zoo.py
 

@@ -1,6 +1,6 @@
 """Every model type transformers ships, patched against unpatched.
 
-A quarter of them without the slowest, and all with ZOO=all in the environment (`make test-zoo`, and `make test-matrix`
+An eighth of them without the slowest, and all with ZOO=all in the environment (`make test-zoo`, and `make test-matrix`
 for other releases).
 """
 
@@ -33,10 +33,10 @@ ALL = sorted(build.ENTRIES, key=str)
 #: one gradient is close to what is allowed, and is judged on many draws
 SLOW = {"granitemoehybrid"}
 #: hyper-connections, short convolutions and most families have tests of their own
-SAMPLE = [entry for entry in ALL[::4] if str(entry) not in SLOW]
+SAMPLE = [entry for entry in ALL[::8] if str(entry) not in SLOW]
 CHOSEN = ALL if os.environ.get("ZOO") == "all" else SAMPLE
 IMAGES = [entry for entry in ALL if str(entry) in inputs.IMAGE_INPUTS]
-CHOSEN_IMAGES = IMAGES if os.environ.get("ZOO") == "all" else IMAGES[::4]
+CHOSEN_IMAGES = IMAGES if os.environ.get("ZOO") == "all" else IMAGES[::8]
 
 
 pytestmark = pytest.mark.usefixtures("quiet_on_one_thread")
