@@ -365,25 +365,3 @@ def test_scaling_kernel() -> None:
             scale_gradients(some, torch.tensor(2.0, device=DEVICE))
         before[2] *= 2
         assert torch.equal(buffers[2], before[2])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_shared_rows(dtype: torch.dtype, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of a cluster share each row; one label is ignored, and one is in the last part."""
-    monkeypatch.setattr(kernels, "LONGEST", 65536)
-    make, classes = Make(dtype, DEVICE), 65536 + 48
-    x = make.randn(4, classes, scale=3)
-    x[1, : 3 * classes // 4] = -math.inf  # whole parts
-    target = torch.tensor([0, classes - 1, -100, 40_000], device=DEVICE)
-
-    def both(z: Tensor, function: Any) -> tuple[Tensor, Tensor]:
-        z = z.clone().requires_grad_()
-        loss = function(z * 1, target)
-        (grad,) = torch.autograd.grad(loss, z)
-        return loss.detach(), grad
-
-    ours = both(x, lambda z, y: cross_entropy(z, y, in_place=in_place)[0])
-    high, low = both(x.double(), F.cross_entropy), both(x, F.cross_entropy)
-    for name, found, exact, eager in zip(("loss", "gradient"), ours, high, low, strict=True):
-        assert_no_worse(name, found, exact, eager)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from liger_kernel._core.shapes import next_power_of_2
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.clusters import SharedRow, narrow, open_box, softmax_of_parts
-from liger_kernel.backends.kernels import exp, launch
+from liger_kernel.backends.kernels import launch
 from liger_kernel.backends.records import DeviceFacts
 from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEntropyRows, Totals
 
@@ -22,11 +21,6 @@ from liger_kernel.ops.cross_entropy.contract import CrossEntropyOptions, CrossEn
 _FAR = tl.constexpr(2.0**16)
 # what Triton must know a length to be divisible by, to load whole vectors and ahead
 _VECTOR = tl.constexpr(16)
-#: Rows up to here have one program; of longer ones a cluster shares each, whose programs hold a block. A trial on an
-#: H200 was 13 to 14 % faster with 65536. This kernel ran on an H100, the same bits each time, but was not timed, nor
-#: the fused loss with it: until then, no row is that long.
-LONGEST = 2**31
-SHARED = {"block": 16384, "warps": 8}
 
 
 @dataclass(frozen=True)
@@ -203,54 +197,6 @@ def _gradient(
 
 
 @triton.jit
-def _load_part(x_row, n_cols, n_part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """A row in the registers of a cluster, -inf where there is none of it; where, and whether there."""
-    cols = tl.arange(0, BLOCK)[None, :]
-    at = tl.arange(0, PARTS)[:, None] * n_part + cols
-    inside = (cols < n_part) & (at < n_cols)
-    return tl.load(x_row + at, mask=inside, other=float("-inf")), at, inside
-
-
-@triton.jit
-def _shared_statistics(box, x, x_y, PARTS: tl.constexpr):
-    """The largest logit of a row, and the sum of exp(x - that).
-
-    The sum depends on x_y, the logit of the label, so that no program overwrites it before all of them have it.
-    """
-    x = x.to(tl.float32)
-    top = tl.max(x, 1)
-    anchor = tl.where(top == float("-inf"), 0.0, top)  # as in `_statistics`
-    anchor = tl.where(x_y == x_y, anchor, x_y)
-    return softmax_of_parts(box, top, tl.sum(exp(x - anchor[:, None]), 1), PARTS)
-
-
-@triton.jit
-def _shared_gradient(
-    x,
-    at,
-    inside,
-    grad_row,
-    label,
-    x_y,
-    top,
-    slope,
-    hit,
-    n_part,
-    PARTS: tl.constexpr,
-):
-    """`_gradient` without what changes with the class; the program that owns the label writes it again."""
-    dtype = grad_row.dtype.element_ty
-    g = slope * exp(narrow(x).to(tl.float32) - top)
-    tl.store(grad_row + at, g.to(dtype), mask=inside)
-    g = slope * tl.exp(x_y - top) - hit
-    tl.debug_barrier()
-    part = tl.arange(0, PARTS)
-    label_at = tl.broadcast_to(label, (PARTS,))
-    g = tl.broadcast_to(g.to(dtype), (PARTS,))
-    tl.store(grad_row + label_at, g, mask=label_at // n_part == part)
-
-
-@triton.jit
 def _cross_entropy(
     x_ptr,
     grad_ptr,
@@ -271,7 +217,6 @@ def _cross_entropy(
     lse_square_scale,
     label_smoothing,
     softcap,
-    n_part,
     PADDED: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -283,12 +228,10 @@ def _cross_entropy(
     WRITE_Z_LOSS: tl.constexpr,
     WRITE_ACCURACY: tl.constexpr,
     WRITE_PREDICTED: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Loss terms and gradient of one row (formulas: `contract.py`); grad_ptr may be x_ptr. One program owns one row, or
-    with PARTS, where no term changes with the class, each of a cluster n_part of its columns.
+    """Loss terms and gradient of one row (formulas: `contract.py`); grad_ptr may be x_ptr. One program owns one row.
 
     Where rows are PADDED to a multiple of _VECTOR, an odd number of classes is read in vectors, too; the padding
     counts for nothing, and its gradient is zero.
@@ -318,30 +261,26 @@ def _cross_entropy(
     in_range = (y >= 0) & (y < n_cols)
     label = tl.where(in_range, y, 0)
     x_y = tl.load(x_row + label).to(tl.float32)
-    if PARTS:
-        box = open_box()
-        x, at, inside = _load_part(x_row, n_cols, n_part, PARTS, BLOCK)
-        top, total = _shared_statistics(box, x, x_y, PARTS)
-    else:
-        top, total, smooth, best = _statistics(
-            x_row,
-            weight_ptr,
-            n_cols,
-            n_read,
-            softcap,
-            PADDED,
-            HAS_WEIGHT,
-            HAS_SMOOTHING,
-            HAS_SOFTCAP,
-            WRITE_ACCURACY or WRITE_PREDICTED,
-            EXACT,
-            BLOCK,
-            STAGES,
-        )
-    lse = top + tl.log(total)
     if HAS_SOFTCAP:
         x_y = softcap * _tanh(x_y / softcap, EXACT)
     x_y = tl.where(in_range, x_y, float("nan"))
+
+    top, total, smooth, best = _statistics(
+        x_row,
+        weight_ptr,
+        n_cols,
+        n_read,
+        softcap,
+        PADDED,
+        HAS_WEIGHT,
+        HAS_SMOOTHING,
+        HAS_SOFTCAP,
+        WRITE_ACCURACY or WRITE_PREDICTED,
+        EXACT,
+        BLOCK,
+        STAGES,
+    )
+    lse = top + tl.log(total)
 
     hit = 1.0 - label_smoothing
     if HAS_WEIGHT:
@@ -397,31 +336,28 @@ def _cross_entropy(
             share *= row_scale
         # exp(x - top) / total keeps digits that exp(x - lse) loses where lse is large
         slope = tl.where(in_range, slope / total, float("nan"))
-        if PARTS:
-            _shared_gradient(x, at, inside, grad_row, label, x_y, top, slope, hit, n_part, PARTS)
-        else:
-            _gradient(
-                x_row,
-                grad_row,
-                weight_ptr,
-                label,
-                None,
-                x_y,
-                top,
-                slope,
-                hit,
-                share,
-                n_cols,
-                n_read,
-                softcap,
-                PADDED,
-                HAS_WEIGHT,
-                HAS_SMOOTHING,
-                HAS_SOFTCAP,
-                EXACT,
-                BLOCK,
-                STAGES,
-            )
+        _gradient(
+            x_row,
+            grad_row,
+            weight_ptr,
+            label,
+            None,
+            x_y,
+            top,
+            slope,
+            hit,
+            share,
+            n_cols,
+            n_read,
+            softcap,
+            PADDED,
+            HAS_WEIGHT,
+            HAS_SMOOTHING,
+            HAS_SOFTCAP,
+            EXACT,
+            BLOCK,
+            STAGES,
+        )
 
 
 @triton.jit
@@ -556,7 +492,6 @@ def step(
     if not n_rows:
         return
     config, pads = tile(logits, options.softcap, padded)
-    shared = _shared(logits, weight, options, out, grad)
     launch(
         _cross_entropy,
         (n_rows,),
@@ -579,7 +514,6 @@ def step(
         options.lse_square_scale,
         options.label_smoothing,
         options.softcap or 0.0,
-        shared.columns if shared else 0,
         PADDED=pads,
         MEAN=options.reduction == "mean",
         HAS_WEIGHT=weight is not None,
@@ -591,30 +525,10 @@ def step(
         WRITE_Z_LOSS=z_loss is not None,
         WRITE_ACCURACY=accuracy is not None,
         WRITE_PREDICTED=predicted is not None,
+        BLOCK=config.block,
         STAGES=config.stages,
-        **(
-            shared.constants()
-            if shared
-            else {"PARTS": 0, "BLOCK": config.block, "num_warps": config.warps}
-        ),
+        num_warps=config.warps,
     )
-
-
-def _shared(
-    logits: Tensor,
-    weight: Tensor | None,
-    options: CrossEntropyOptions,
-    out: CrossEntropyRows,
-    grad: Tensor | None,
-) -> SharedRow | None:
-    """The parts of long rows, if there is a gradient to be made and no term of it changes with the class."""
-    _, _, accuracy, predicted = out.columns
-    each = (weight, accuracy, predicted)
-    plain = all(x is None for x in each) and not options.label_smoothing and options.softcap is None
-    n_cols = logits.shape[1]
-    if grad is None or not plain or n_cols <= LONGEST or grad.stride(0) % _VECTOR.value:
-        return None
-    return SharedRow.of(n_cols, logits.stride(0), facts_of(logits.device), **SHARED)
 
 
 def statistics(
