@@ -85,13 +85,11 @@ def test_a_row_without_numbers_reaches_no_further_than_the_kernel(sparse: bool) 
     assert not y.triu(1).any()
 
 
-@pytest.mark.parametrize("one_tap", [False, True])
-def test_several_tiles(monkeypatch: pytest.MonkeyPatch, one_tap: bool) -> None:
+def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Along rows, columns, sums and programs, of which those of a case are one."""
     monkeypatch.setattr(triton, "CONVOLVE", triton.Tile(4, 4, 16, warps=4))
     monkeypatch.setattr(triton, "WEIGH", triton.Tile(4, 4, 16, warps=4))
     monkeypatch.setattr(triton, "PROGRAMS", 5)
-    monkeypatch.setattr(triton, "ONE_TAP", one_tap)
     with use_implementation("triton"):
         make = Make(torch.float32, DEVICE)
         tensors = make.randn(1, 16, 19, 19), make.randn(2, 16, 1, 3), make.randn(2)

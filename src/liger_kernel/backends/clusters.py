@@ -66,6 +66,14 @@ class SharedRow:
         launch(kernel, (n_rows,), *args, self.columns, **constants, **self.constants())
 
 
+@triton.jit
+def columns_of_parts(n_cols, n_part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(PARTS, BLOCK): the columns of a row of which each part has n_part, and which there are."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    at = tl.arange(0, PARTS)[:, None] * n_part + cols
+    return at, (cols < n_part) & (at < n_cols)
+
+
 if INTERPRET:
 
     @triton.jit

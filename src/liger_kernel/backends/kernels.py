@@ -141,6 +141,23 @@ class RowTile:
         )
 
 
+# NumPy knows no bf16, in which the interpreter would multiply
+_WIDEN = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def for_dot(x):
+    """x as `tl.dot` takes it."""
+    if _WIDEN:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(for_dot(a), for_dot(b), acc, input_precision=PRECISION)
+
+
 @triton.jit
 def reach_of(rows, n_cols, CAUSAL: tl.constexpr):
     """How many columns each row is over; causal rows are those of (..., n_cols, n_cols)."""

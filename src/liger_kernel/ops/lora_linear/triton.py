@@ -12,12 +12,9 @@ from torch import Tensor
 
 from liger_kernel._core.shapes import cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import column_sums, launch
+from liger_kernel.backends.kernels import column_sums, for_dot, launch
 from liger_kernel.backends.records import DeviceFacts
-from liger_kernel.backends.triton import INTERPRET
 
-# NumPy knows no bf16, in which the interpreter would multiply
-_WIDEN = tl.constexpr(INTERPRET)
 #: programs that are wanted: the fewer, the less is added up afterwards (H100, 8192x14336: 0.122 ms, 512: 0.132; two
 #: matrix products: 0.165)
 PROGRAMS = 256
@@ -68,8 +65,7 @@ def _thin_gradients(
     inner = tl.arange(0, RANK)
     of_b = (cols < n_cols)[:, None] & (inner < rank)[None, :]
     b = tl.load(b_ptr + cols.to(tl.int64)[:, None] * b_stride + inner[None, :], of_b, 0.0)
-    if _WIDEN:
-        b = b.to(tl.float32)
+    b = for_dot(b)
     db = tl.zeros((COLS, RANK), tl.float32)
     first = span * rows_of_span
     last = tl.minimum(first + rows_of_span, n_rows)
@@ -79,9 +75,7 @@ def _thin_gradients(
         of_dy = (rows < last)[:, None] & (cols < n_cols)[None, :]
         dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols[None, :], of_dy, 0.0)
         m = tl.load(m_ptr + rows[:, None] * m_stride + inner[None, :], of_m, 0.0)
-        if _WIDEN:
-            dy = dy.to(tl.float32)
-            m = m.to(tl.float32)
+        dy, m = for_dot(dy), for_dot(m)
         g = tl.dot(dy, b) * scaling
         g_at = (tile.to(tl.int64) * n_rows + rows)[:, None] * rank + inner[None, :]
         tl.store(g_ptr + g_at, g, of_m)

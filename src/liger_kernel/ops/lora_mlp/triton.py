@@ -17,17 +17,14 @@ from torch import Tensor
 
 from liger_kernel._core.shapes import cdiv, next_power_of_2
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import column_sums, launch
+from liger_kernel.backends.kernels import column_sums, for_dot, launch
 from liger_kernel.backends.records import DeviceFacts
-from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.glu.triton import gated
 from liger_kernel.ops.lora_mlp.contract import Thin
 
 #: beyond it the sums of the backward fill the registers
 RANK = 32
-# NumPy knows no bf16, in which the interpreter would multiply
-_WIDEN = tl.constexpr(INTERPRET)
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,13 @@ class Config:
 @triton.jit
 def _load(ptr, outer, stride, inner, mask):
     """Elements (outer, inner) of a matrix with unit stride along its rows, for a product."""
-    x = tl.load(ptr + outer.to(tl.int64) * stride + inner, mask, 0.0)
-    if _WIDEN:
-        x = x.to(tl.float32)
-    return x
+    return for_dot(tl.load(ptr + outer.to(tl.int64) * stride + inner, mask, 0.0))
 
 
 @triton.jit
 def _round(x, dtype):
     """Rounded to `dtype`, for a product."""
-    x = x.to(dtype)
-    if _WIDEN:
-        x = x.to(tl.float32)
-    return x
+    return for_dot(x.to(dtype))
 
 
 @triton.jit

@@ -19,16 +19,13 @@ from torch import Tensor
 from liger_kernel._core.contract import Grads, Needs, Saved
 from liger_kernel._core.shapes import cdiv, in_dtype, next_power_of_2
 from liger_kernel.backends import facts_of
-from liger_kernel.backends.kernels import column_sums, launch
+from liger_kernel.backends.kernels import column_sums, dot, launch
 from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.multi_token_attention.contract import MultiTokenAttentionOptions
 from liger_kernel.ops.softmax import triton as softmax
 from liger_kernel.ops.softmax.contract import SoftmaxOptions
 from liger_kernel.ops.sparsemax import triton as sparsemax
 from liger_kernel.ops.sparsemax.contract import SparsemaxOptions
-
-# NumPy knows no bf16, in which the interpreter would multiply
-_WIDEN = tl.constexpr(INTERPRET)
 
 
 @dataclass(frozen=True)
@@ -44,35 +41,16 @@ class Tile:
 
 # the interpreter's time is that of its steps, whatever a step holds
 CONVOLVE = WEIGH = Tile(16, 32, 64, warps=4) if INTERPRET else Tile(1, 128, 16, warps=4)
-#: whether a step takes one tap of the convolution, where there are as many planes as it has elements
-ONE_TAP = False
 #: programs of the gradient of the weight
 PROGRAMS = 1056
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _elements(step, planes, KERNEL: tl.constexpr, BY_TAP: tl.constexpr, INNER: tl.constexpr):
-    """Of a step, INNER elements of a neighbourhood: their planes, their taps, and which there are.
-
-    BY_TAP: of one tap, which spares the arithmetic of rows and columns that differ within a step: 16 planes or more.
-    """
-    if BY_TAP:
-        blocks = tl.cdiv(planes, INNER)
-        plane = step % blocks * INNER + tl.arange(0, INNER)
-        tap = step // blocks + tl.zeros((1,), tl.int32)
-    else:
-        k = step * INNER + tl.arange(0, INNER)
-        plane = k // KERNEL
-        tap = k % KERNEL
-    return plane, tap, plane < planes
+def _elements(step, planes, KERNEL: tl.constexpr, INNER: tl.constexpr):
+    """Of a step, INNER elements of a neighbourhood: their planes, their taps, and which there are."""
+    k = step * INNER + tl.arange(0, INNER)
+    plane = k // KERNEL
+    return plane, k % KERNEL, plane < planes
 
 
 @triton.jit
@@ -134,7 +112,6 @@ def _convolve(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
-    BY_TAP: tl.constexpr,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -163,9 +140,8 @@ def _convolve(
         x_ptr += image * planes_x * n_x * n_x
         # of the weight (planes out, planes in, taps)
         w_ptr += group * planes_x * planes_y * (KERNEL)
-        n_steps = KERNEL * tl.cdiv(planes_x, INNER) if BY_TAP else tl.cdiv(n_k, INNER)
-        for step in range(0, n_steps):
-            plane, tap, there = _elements(step, planes_x, KERNEL, BY_TAP, INNER)
+        for step in range(0, tl.cdiv(n_k, INNER)):
+            plane, tap, there = _elements(step, planes_x, KERNEL, INNER)
             x = _gather(
                 x_ptr, n_x, rows, cols, plane, tap, there, TRANSPOSED,
                 KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
@@ -175,7 +151,7 @@ def _convolve(
             else:
                 w_at = outs[:, None] * n_k + (plane * KERNEL + tap)[None, :]
             w = tl.load(w_ptr + w_at, mask=out_mask[:, None] & there[None, :], other=0.0)
-            acc = _dot(w, x, acc, PRECISION)
+            acc = dot(w, x, acc, PRECISION)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + group * planes_y + outs, mask=out_mask, other=0.0)
             acc += bias.to(tl.float32)[:, None]
@@ -209,7 +185,6 @@ def _weigh(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
-    BY_TAP: tl.constexpr,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -221,12 +196,12 @@ def _weigh(
     image in turns: a late one is long. Tensor cores cut off what they add: the sums of four tiles are added in fp32.
     """
     n_k = planes_x * KERNEL
-    steps = KERNEL * tl.cdiv(planes_x, INNER) if BY_TAP else tl.cdiv(n_k, INNER)
+    steps = tl.cdiv(n_k, INNER)
     out_blocks = tl.cdiv(planes_y, OUTS)
     block = tl.program_id(0) // n_parts
     part = tl.program_id(0) % n_parts
     step = block % steps
-    plane, tap, element = _elements(step, planes_x, KERNEL, BY_TAP, INNER)
+    plane, tap, element = _elements(step, planes_x, KERNEL, INNER)
     outs = block // steps % out_blocks * OUTS + tl.arange(0, OUTS)
     group = block // (steps * out_blocks)
     at = tl.arange(0, ROWS * COLS)
@@ -257,7 +232,7 @@ def _weigh(
                     x_at, n_x, rows, cols, plane, tap, element, False,
                     KW, STRIDE_H, STRIDE_W, ABOVE, BEFORE, DILATION_H, DILATION_W,
                 )  # fmt: skip
-                short = _dot(dy, tl.trans(x), short, PRECISION)
+                short = dot(dy, tl.trans(x), short, PRECISION)
                 if HAS_BIAS:
                     dbias += dy.to(tl.float32)
             dw += short
@@ -330,7 +305,7 @@ def _convolve_into(
         *(x, weight, bias, y, x.shape[-1], n, planes_x, planes_y),
         HAS_BIAS=bias is not None,
         TRANSPOSED=transposed,
-        **_constants(x, weight, planes_x, options, outs, tile),
+        **_constants(x, weight, options, outs, tile),
     )
 
 
@@ -342,10 +317,7 @@ def _gradient_of_weight(
     outs, n = _outs(planes_y), dy.shape[-1]
     n_tiles = dy.shape[0] * cdiv(n, tile.rows)
     n_outs, n_k = weight.shape[0], weight[0].numel()
-    constants = _constants(x, weight, planes_x, options, outs, tile)
-    steps = cdiv(planes_x, tile.inner) * constants["KERNEL"]
-    steps = steps if constants["BY_TAP"] else cdiv(n_k, tile.inner)
-    blocks = groups * cdiv(planes_y, outs) * steps
+    blocks = groups * cdiv(planes_y, outs) * cdiv(n_k, tile.inner)
     parts = max(1, min(n_tiles // 2, PROGRAMS // blocks))
     dw = x.new_empty(1, parts, n_outs * n_k, dtype=torch.float32)
     dbias = None if bias is None else dw.new_empty(1, parts, n_outs)
@@ -355,7 +327,7 @@ def _gradient_of_weight(
             (blocks * parts,),
             *(dy, x, dw, dbias, x.shape[-1], n, planes_x, planes_y, n_tiles, parts),
             HAS_BIAS=bias is not None,
-            **constants,
+            **_constants(x, weight, options, outs, tile),
         )
     return (
         column_sums(dw, [weight.dtype])[0].view(weight.shape),
@@ -370,7 +342,6 @@ def _outs(planes: int) -> int:
 def _constants(
     x: Tensor,
     weight: Tensor,
-    planes: int,
     options: MultiTokenAttentionOptions,
     outs: int,
     tile: Tile,
@@ -387,7 +358,6 @@ def _constants(
         "DILATION_H": options.dilation[0],
         "DILATION_W": options.dilation[1],
         "PRECISION": facts_of(x.device).exact_precision if x.dtype == torch.float32 else "ieee",
-        "BY_TAP": ONE_TAP and (planes % tile.inner == 0 or planes > 2 * tile.inner),
         "OUTS": outs,
         "ROWS": tile.rows,
         "COLS": tile.cols,

@@ -17,6 +17,7 @@ from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import facts_of
 from liger_kernel.backends.clusters import (
     SharedRow,
+    columns_of_parts,
     narrow,
     open_box,
     softmax_of_parts,
@@ -144,9 +145,7 @@ def _softmax_shared_fwd(
     """`_softmax_fwd` of one row, of which each program of a cluster owns n_part columns."""
     box = open_box()
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)[None, :]
-    at = tl.arange(0, PARTS)[:, None] * n_part + cols
-    mask = (cols < n_part) & (at < n_cols)
+    at, mask = columns_of_parts(n_cols, n_part, PARTS, BLOCK)
     x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
     anchor = tl.where(top == float("-inf"), 0.0, top)
@@ -170,9 +169,7 @@ def _softmax_shared_bwd(
     """`_softmax_bwd` of one row, of which each program of a cluster owns n_part columns."""
     box = open_box()
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)[None, :]
-    at = tl.arange(0, PARTS)[:, None] * n_part + cols
-    mask = (cols < n_part) & (at < n_cols)
+    at, mask = columns_of_parts(n_cols, n_part, PARTS, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0)
     y = tl.load(y_ptr + row * n_cols + at, mask=mask, other=0.0)
     total = sum_of_parts(box, tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1), PARTS)

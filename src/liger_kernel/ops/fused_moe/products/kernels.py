@@ -5,19 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from liger_kernel.backends.triton import INTERPRET
+from liger_kernel.backends.kernels import dot
 from liger_kernel.ops.fused_moe.kernels import activation_of, places
-
-# NumPy knows no bf16, in which the interpreter would multiply
-_WIDEN = tl.constexpr(INTERPRET)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -162,11 +151,11 @@ def _sums_by_tiles(
             a = tl.load(a_ptrs)
             a_ptrs += INNER
         weight = _weight_tile(weight_desc, expert, first_col, at, n_cols, n_inner, TURNED)
-        acc = _dot(a, weight, acc, PRECISION)
+        acc = dot(a, weight, acc, PRECISION)
         if PAIRED:
             second = first_col + features
             weight = _weight_tile(weight_desc, expert, second, at, n_cols, n_inner, TURNED)
-            ups = _dot(a, weight, ups, PRECISION)
+            ups = dot(a, weight, ups, PRECISION)
     if PAIRED:
         acc = tl.reshape(tl.permute(tl.join(acc, ups), (0, 2, 1)), (ROWS, COLS))
     return acc
@@ -272,7 +261,7 @@ def _product_tile(
                 left = n_inner - at
                 a = tl.load(a_ptrs, mask=inner[None, :] < left, other=0.0)
                 weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
-            acc = _dot(a, weight, acc, PRECISION)
+            acc = dot(a, weight, acc, PRECISION)
             a_ptrs += INNER
             weight_ptrs += INNER * inner_stride
     acc *= scale
@@ -284,7 +273,7 @@ def _product_tile(
             low = tl.load(low_ptr + r[None, :], mask=r[None, :] < rank, other=0.0)
             low_b = low_b_ptr + r[:, None].to(tl.int64) * low_b_rank_stride
             low_b = tl.load(low_b, mask=r[:, None] < rank, other=0.0)
-            acc = _dot(low, low_b, acc, PRECISION)
+            acc = dot(low, low_b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * n_cols + inside).to(tl.float32)[None, :]
     if ACTIVATION != "none":
@@ -491,7 +480,7 @@ def weight_gradient(
             token = tl.load(tokens_ptr + row, mask=row < end, other=0)
         a = tl.load(a_ptrs, mask=live[:, None], other=0.0)
         b = tl.load(b_ptrs, mask=live[:, None], other=0.0)
-        acc = _dot(tl.trans(a), b, acc, PRECISION)
+        acc = dot(tl.trans(a), b, acc, PRECISION)
     out_ptrs = out_ptr + (expert * a_cols + rows[:, None]) * b_cols + cols[None, :]
     mask = (rows < a_cols)[:, None] & (cols < b_cols)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
