@@ -10,8 +10,8 @@ import torch
 
 from liger_kernel import ops
 from liger_kernel.backends import use_implementation
-from liger_kernel.ops.dyt import dyt
-from liger_kernel.testing import Make
+from liger_kernel.ops.dyt import dyt, reference
+from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers import LigerDyT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +23,23 @@ X, DY, ALPHA, GAMMA, BETA = (MAKE.randn(*n) for n in ((2, 3, 20), (2, 3, 20), (1
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     with use_implementation(request.param):
         yield
+
+
+@pytest.mark.usefixtures("implementation")
+def test_parameters_in_fp32_of_16_bits() -> None:
+    """tanh is as exact as their gradients: here its error is largest, and of one sign."""
+    x = (2 + MAKE.randn(512, 48, scale=0.05)) * MAKE.randn(512, 48).sign()
+    dy, alpha = x.sign(), torch.full((1,), 0.031, device=DEVICE)
+    gamma = Make(torch.float32, DEVICE).randn(48)
+
+    def gradients(function: Any, dtype: torch.dtype | None = None) -> Any:
+        inputs = [t.to(dtype or t.dtype).requires_grad_() for t in (x, alpha, gamma)]
+        y = function(*inputs, None)
+        return torch.autograd.grad(y, inputs[1:], dy.to(y.dtype))
+
+    runs = gradients(dyt), gradients(reference.dyt, torch.float64), gradients(reference.dyt)
+    for name, found, exact, eager in zip(("alpha", "gamma"), *runs, strict=True):
+        assert_no_worse(name, found, exact, eager)
 
 
 @pytest.mark.usefixtures("implementation")
