@@ -52,7 +52,7 @@ CASES = (
     case(
         "many-heads",
         "several blocks of heads",
-        of(1, 34, 3, 70, 34, 3, 3),
+        of(1, 10, 3, 70, 10, 3, 3),
         padding=1,
     ),
     case("16x1024", "16 heads", of(4, 16, 1024, 16, 16, 3, 3), padding=1, large=True),
