@@ -14,6 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import interpreter
+
+if "TRITON_INTERPRET" in os.environ:
+    interpreter.quicken()
+
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory() -> Iterator[None]:

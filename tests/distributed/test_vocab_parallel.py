@@ -311,7 +311,7 @@ def named() -> dict[str, ranks.Check]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return ranks.outcomes(named, tmp_path_factory.mktemp("ranks"), ON, WORLD)
+    return ranks.outcomes(named, tmp_path_factory, __name__, ON, WORLD)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

@@ -76,9 +76,11 @@ def falls_back_once(request: pytest.FixtureRequest, implementation: str | None) 
 def test_as_exact_as_pytorch(
     spec: OpSpec, case: OpCase, dtype: torch.dtype, implementation: str | None
 ) -> None:
+    number = spec.cases.index(case)
     interpreted = implementation == "triton" and DEVICE == "cpu"
-    if interpreted and dtype == torch.float16 and case not in spec.cases[:2]:
-        pytest.skip("interpreted, float16 is bfloat16 with other casts, which all cases share")
+    left_out = (torch.float16, torch.bfloat16 if number % 3 else None)
+    if interpreted and number > 1 and dtype in left_out:
+        pytest.skip("interpreted, 16 bits are float32 with casts, which all cases share")
     inputs, grads = drawn(spec, case, Make(dtype, DEVICE))
     before = [None if t is None else t.clone() for t in (*inputs, *grads.values())]
     assert_as_exact(
@@ -95,7 +97,8 @@ def test_gradients_for_exactly_what_requires_them(
     """Two runs are bit-equal, and any subset of inputs with `requires_grad=True` gets the gradients that all get.
 
     An interpreted kernel takes seconds: it has one order, so two cases of each op are run twice, and three without any
-    gradient; and of many inputs it is asked for one alone and for the others, in each case another one.
+    gradient; and of many inputs it is asked for one alone and for the others, in each case another one, from the fourth
+    case on for one of the two.
     """
     number = spec.cases.index(case)
     interpreted = DEVICE == "cpu" and implementation == "triton"
@@ -121,6 +124,7 @@ def test_gradients_for_exactly_what_requires_them(
         subsets = [(), (one,), tuple(i for i in wanted if i != one)]
     if interpreted and number > 2:
         subsets = [subset for subset in subsets if subset]
+        subsets = subsets[number % len(subsets) :][:1] if subsets else []
 
     def gradients(inputs: Any, grads: Any, subset: tuple[int, ...]) -> dict[int, Tensor]:
         outputs, some = call(spec.function, case.options, leaves(inputs, set(subset)), grads)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 
 WORLD = 2
 Check = Callable[[int], None]
@@ -42,14 +43,32 @@ def of_all(results: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def outcomes(
-    checks: Callable[[], Mapping[str, Check]], folder: Path, on: str, world: int = WORLD
+    checks: Callable[[], Mapping[str, Check]],
+    factory: pytest.TempPathFactory,
+    name: str,
+    on: str = "",
+    world: int = WORLD,
 ) -> list[dict[str, str]]:
-    """For each rank, the traceback of every check, or "" where it passed; `checks` is called in the processes."""
+    """For each rank, the traceback of every check, or "" where it passed; `checks` is called in the processes.
+
+    The workers of one test run share them, under this name: who comes second waits for the first.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / f"ranks of {name}"
+    with FileLock(base / f"{name}.lock"):
+        if not (folder / "0.json").exists():
+            folder.mkdir(exist_ok=True)
+            _run(checks, folder, on or device(), world)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def _run(checks: Callable[[], Mapping[str, Check]], folder: Path, on: str, world: int) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(_worker, args=(port, str(folder), checks, on, world), nprocs=world)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 def _worker(

@@ -210,7 +210,7 @@ def checks() -> dict[str, ranks.Check]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return ranks.outcomes(checks, tmp_path_factory.mktemp("ranks"), ranks.device())
+    return ranks.outcomes(checks, tmp_path_factory, __name__)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

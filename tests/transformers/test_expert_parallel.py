@@ -7,6 +7,7 @@ Two processes on the CPU; on two GPUs where there are two.
 from __future__ import annotations
 
 import importlib.util
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from liger_kernel.testing import Make, assert_no_worse
 from liger_kernel.transformers.modules.moe import LigerExpertParallelFusedMoe
 from liger_kernel.transformers.patching.sites.experts import register_experts
 from tests.transformers import ranks
-from tests.transformers.steps import assert_all_no_worse
+from tests.transformers.steps import BATCHES, assert_all_no_worse
 from tests.transformers.tiny import batch, mixture
 
 CASES = (("mixtral", "registered"), ("mixtral", "patched before"), ("gpt_oss", "patched after"))
@@ -48,12 +49,19 @@ def load(folder: Path, how: str) -> Any:
 
 
 def gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of several batches: what sums of four numbers lose to rounding in one is luck."""
     where = next(model.parameters()).device
-    loss = model(**{name: t.to(where) for name, t in batch().items()}).loss
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
-    return loss.detach().cpu(), {n: g.cpu() for n, g in whole.items()}
+    losses, found = [], defaultdict(list)
+    for seed in range(BATCHES):
+        model.zero_grad()
+        loss = model(**{name: t.to(where) for name, t in batch(seed=seed).items()}).loss
+        loss.backward()
+        losses.append(loss.detach().cpu())
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                found[name].append(whole.cpu())
+    return torch.stack(losses), {name: torch.stack(grads) for name, grads in found.items()}
 
 
 @cache
@@ -170,8 +178,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("models")
     for name, _ in CASES[1:]:
         mixture(name).save_pretrained(folder / name)
-    results = tmp_path_factory.mktemp("ranks")
-    return ranks.outcomes(partial(checks, folder), results, ranks.device())
+    return ranks.outcomes(partial(checks, folder), tmp_path_factory, __name__)
 
 
 @pytest.mark.parametrize("name", map(" ".join, CASES))

@@ -245,8 +245,7 @@ def checks(folder: str) -> dict[str, ranks.Check]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("model")
     build("llama", vocab_size=VOCAB).save_pretrained(folder)
-    made = tmp_path_factory.mktemp("ranks")
-    return ranks.outcomes(partial(checks, str(folder)), made, ranks.device())
+    return ranks.outcomes(partial(checks, str(folder)), tmp_path_factory, __name__)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
