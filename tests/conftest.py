@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -18,6 +19,14 @@ from tests import interpreter
 
 if "TRITON_INTERPRET" in os.environ:
     interpreter.quicken()
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of collected tests hold lives to the end: no collection of garbage walks through it again, which
+    took a fifth of the time of the suite."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
