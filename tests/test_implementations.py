@@ -203,6 +203,24 @@ class _Config:
     hidden_size, intermediate_size, hidden_act, mlp_bias = 12, 8, "silu", False
 
 
+def test_ops_of_several_products_call_it() -> None:
+    """Each has kernels or a node of its own around the gated product."""
+    registry.register_impl("swiglu", impl_name="mine")(seven)
+    gate, up, down = torch.randn(8, 12), torch.randn(8, 12), torch.randn(3, 8)
+    a, a_down = torch.randn(2, 12, requires_grad=True), torch.randn(2, 8)
+    adapters = (a, torch.zeros(8, 2), a, torch.zeros(8, 2), a_down, torch.zeros(3, 2))
+    blocks = {
+        "gated_mlp": lambda: functional.gated_mlp(X, gate, up, down),
+        "tiled_mlp": lambda: functional.tiled_mlp(X, gate, up, down, num_tiles=2),
+        "lora_mlp": lambda: functional.lora_mlp(X, gate, up, down, *adapters),
+    }
+    of_seven = torch.nn.functional.linear(torch.full((5, 8), 7.0), down)
+    for chosen in (None, "mine"):
+        liger_kernel.set_impl(chosen)
+        for name, block in blocks.items():
+            assert torch.equal(block(), of_seven) == (chosen == "mine"), name
+
+
 def test_options_that_an_implementation_has_no_place_for() -> None:
     registry.register_impl("geglu", impl_name="mine")(seven)
     liger_kernel.set_impl("mine")

@@ -12,8 +12,8 @@
    is computed twice then; an autograd node of ours would run the reference again in backward. (It does for tensors
    without numbers: they stand for those of a GPU, whose memory is estimated, and keep for backward what kernels keep.)
 
-An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_composed` for 1 and 2,
-and `is_plain` for 5.
+An op of several matrix products (gated and tiled MLP, LoRA) has a node around them. It asks `is_chosen` for 0,
+`is_composed` for 1 and 2, and `is_plain` for 5.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Dispatch:
     native: Callable[..., Any] | None = None
 
     def __call__(self, options: Any, *tensors: Tensor | None) -> Any:
-        if CHOSEN and self.name in CHOSEN and requested() is None:
+        if CHOSEN and is_chosen(self.name):
             found = CHOSEN[self.name](options, *tensors)
             if found is not NotImplemented:
                 return found
@@ -103,6 +103,11 @@ def kernels_for(op: str, options: Any, *tensors: Tensor | None) -> Any:
     if unserved is None or unserved(*tensors, options=options) is None:
         return found
     return reference_of(op, x)
+
+
+def is_chosen(op: str) -> bool:
+    """Whether the user chose who computes `op`: an op of several products then calls it as the single op that it is."""
+    return op in CHOSEN and requested() is None
 
 
 def is_plain(kernels: Any, x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from liger_kernel._core.checks import check_floating, check_same_device
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import as_rows
 from liger_kernel.backends import host_bound
-from liger_kernel.backends.dispatch import CHOSEN, is_composed, is_plain, kernels_for
+from liger_kernel.backends.dispatch import is_chosen, is_composed, is_plain, kernels_for
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import reference
 from liger_kernel.ops.glu import ACTIVATIONS, gate_options, gated_product
@@ -59,7 +59,7 @@ def gated_mlp(
     weights = (gate_weight, up_weight, down_weight)
     autocast = autocast_dtype(x) is not None
     check_tensors(x, *weights, autocast)
-    composed = is_composed(x, *weights) or "glu" in CHOSEN
+    composed = is_composed(x, *weights) or is_chosen("glu")
     usual = gate_multiplier == 1 and limit is None and alpha == 1 and activation in ACTIVATIONS
     if usual and not composed:
         elements = x.numel() // max(1, x.shape[-1]) * down_weight.shape[1]

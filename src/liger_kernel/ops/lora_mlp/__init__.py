@@ -24,7 +24,7 @@ from liger_kernel._core.autograd import (
 )
 from liger_kernel._core.shapes import as_rows, in_dtype
 from liger_kernel.backends import host_bound, kernels_of
-from liger_kernel.backends.dispatch import is_composed, kernels_for
+from liger_kernel.backends.dispatch import is_chosen, is_composed, kernels_for
 from liger_kernel.ops.glu import gate_options, gated_product, glu
 from liger_kernel.ops.glu.contract import GLUOptions
 from liger_kernel.ops.lora_linear import (
@@ -97,7 +97,7 @@ def lora_mlp(
 
 def is_served(x: Tensor, gate: Layer, up: Layer | None, down: Layer) -> bool:
     """Whether `adapted` has a gradient to compute now, and computes all that there are."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_chosen("glu"):
         return False
     dtypes, trained = set(), x.requires_grad
     for layer in (gate, up, down):

@@ -17,7 +17,7 @@ from liger_kernel._core.dtensor import is_dtensor
 from liger_kernel._core.lazy import compat_names
 from liger_kernel._core.shapes import cdiv
 from liger_kernel.backends import REFERENCE, facts_of, requested, serving
-from liger_kernel.backends.dispatch import is_composed, kernels_for
+from liger_kernel.backends.dispatch import is_chosen, is_composed, kernels_for
 from liger_kernel.backends.inductor import INDUCTOR
 from liger_kernel.ops import OPS
 from liger_kernel.ops.gated_mlp import check_tensors, gated_mlp
@@ -55,16 +55,7 @@ def tiled_mlp(
     num_tiles = _tiles(x, num_tiles, weights)
     if num_tiles is None:
         return gated_mlp(x, *weights, activation)
-    if not autocast and not is_composed(x, *weights):
-        return gated_tiles(x, *weights, GLUOptions(activation), num_tiles)
-
-    def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
-        gate, up, down = (of_tile.get(name) for name in names)
-        return gated.gated_mlp(tile, gate, up, down, activation, 1.0, product=gated_product)  # type: ignore[arg-type]
-
-    names = ("gate", "up", "down")
-    named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
-    return _checkpointed(block, x, num_tiles, named)
+    return gated_tiles(x, *weights, GLUOptions(activation), num_tiles)
 
 
 def gated_tiles(
@@ -75,9 +66,21 @@ def gated_tiles(
     options: GLUOptions,
     num_tiles: int,
 ) -> Tensor:
-    """`gated_mlp` of plain tensors that fit, in tiles, with all options of the gate."""
-    block = _Gated(kernels_for("glu", options, x, None), options)
-    return in_tiles(block, x, num_tiles, (gate_weight, up_weight, down_weight))
+    """`gated_mlp` of tensors that fit, in tiles, with all options of the gate."""
+    weights = (gate_weight, up_weight, down_weight)
+    if not (autocast_dtype(x) is not None or is_composed(x, *weights) or is_chosen("glu")):
+        return in_tiles(
+            _Gated(kernels_for("glu", options, x, None), options), x, num_tiles, weights
+        )
+    form = (options.activation, options.gate_multiplier, options.limit, options.alpha)
+
+    def block(tile: Tensor, of_tile: Mapping[str, Tensor]) -> Tensor:
+        gate, up, down = (of_tile.get(name) for name in names)
+        return gated.gated_mlp(tile, gate, up, down, *form, product=gated_product)  # type: ignore[arg-type]
+
+    names = ("gate", "up", "down")
+    named = {n: w for n, w in zip(names, weights, strict=True) if w is not None}
+    return _checkpointed(block, x, num_tiles, named)
 
 
 def apply_tiled_mlp(
