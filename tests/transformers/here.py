@@ -31,7 +31,7 @@ def stock_can(what: str, run: Callable[[], object]) -> None:
     except RuntimeError as error:
         if transformers.__version__ == releases.DOCUMENTED:
             raise
-        lacks(f"{what} with torch {torch.__version__}: {error}")
+        lacks(f"{what} with torch {torch.__version__}: {str(error).partition(chr(10))[0]}")
 
 
 def modeling(family: str) -> Any:
