@@ -262,7 +262,7 @@ def test_use_kernels(
 
 
 @needs_kernels
-def test_compiles_to_one_graph(registered: None) -> None:
+def test_compiles_to_one_graph(one_graph: None, registered: None) -> None:
     high, low = (step(build("llama", d), **batch())[1] for d in (torch.float64, torch.float32))
     model = build("llama").train()
     model.set_use_kernels(True)

@@ -241,7 +241,8 @@ def _weigh(
     at = row[:, None] * n_k + (plane * KERNEL + tap)[None, :]
     tl.store(dw_ptr + at, dw, mask=out_mask[:, None] & element[None, :])
     if HAS_BIAS:
-        tl.store(dbias_ptr + row, tl.sum(dbias, 1), mask=out_mask & (step == 0))
+        if step == 0:  # not a part of the mask: the interpreter of triton 3.9 takes no block & scalar
+            tl.store(dbias_ptr + row, tl.sum(dbias, 1), mask=out_mask)
 
 
 def forward(
