@@ -17,7 +17,7 @@ from liger_kernel.backends import disabled
 from liger_kernel.cli import checks
 from liger_kernel.cli.doctor import Diagnosis, doctor
 from tests.cli.conftest import Run
-from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN
+from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN, stock_compiles
 from tests.transformers.tiny import batch, build
 
 
@@ -315,6 +315,8 @@ def test_a_trainer(
 
 @pytest.mark.parametrize("wrap", ["compile", "compile in place", "ddp", "peft"])
 def test_a_wrapped_model_is_well(model: Any, wrap: str) -> None:
+    if "compile" in wrap:
+        stock_compiles()
     if wrap == "compile":
         model = torch.compile(model, backend="eager")
     elif wrap == "compile in place":

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from liger_kernel import backends
 
@@ -40,9 +39,6 @@ def nothing_is_left_patched() -> None:
 @pytest.fixture(scope="session")
 def one_graph() -> None:
     """For tests of models in one graph: skips them where Dynamo cannot make one of HF's own code."""
-    from tests.transformers.here import stock_can
-    from tests.transformers.tiny import batch, build
+    from tests.transformers.here import stock_compiles
 
-    compiled = torch.compile(build("llama").train(), fullgraph=True, backend="eager")
-    stock_can("Llama in one graph", lambda: compiled(**batch(), use_cache=False))
-    torch._dynamo.reset()
+    stock_compiles(fullgraph=True)
