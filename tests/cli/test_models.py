@@ -12,10 +12,12 @@ import torch
 
 import liger_kernel
 from benchmark.shapes import MODELS, STEPS
+from liger_kernel.backends import nvidia
 from liger_kernel.cli import inspection, models, paper
 from liger_kernel.cli.paper import LiveBytes
 from liger_kernel.cli.slow_paths import slow_paths
 from tests.cli.conftest import Run
+from tests.transformers.here import stock_can
 from tests.transformers.tiny import batch, build
 
 RESULTS = Path(__file__).parents[2] / "benchmark" / "results" / "nvidia-h100-80gb-hbm3.json"
@@ -70,6 +72,8 @@ class TestInspect:
         (repository / "refs" / "main").write_text("abc")
         (config / "config.json").rename(repository / "snapshots" / "abc" / "config.json")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        copied = "transformers.utils.hub.TRANSFORMERS_CACHE"  # by releases before 5, on import
+        monkeypatch.setattr(copied, str(tmp_path / "cache"), raising=False)
         assert run("inspect", "some/thing", "--json").data["model"] == "LlamaForCausalLM"
 
     def test_what_is_skipped_and_what_is_slow(self, run: Run, both: str) -> None:
@@ -102,6 +106,17 @@ class TestInspect:
         assert (found["model"], found["step"]) == (cls, "ran")
         done = run("estimate", name, "--seq", "16", "--json")
         assert done.data["setup"].startswith(cls)
+
+    def test_what_older_releases_want_to_know(self) -> None:
+        """Transformers 4.57 turns autocast off on every device, and looks for padding by `torch.all`."""
+        nothing, ones = torch.empty(2, 3, device="meta"), torch.ones(2, 3)
+        with models.runnable():
+            with torch.autocast("meta", enabled=False):
+                assert torch.all(nothing == 1)
+            assert torch.all(nothing, 1).shape == (2,)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.mm(ones, ones.t()).dtype == torch.bfloat16
+            assert not torch.all(ones == 0)
 
     def test_a_forward_that_cannot_run_is_told(self, run: Run) -> None:
         done = run("inspect", "blip")
@@ -296,13 +311,16 @@ class TestEstimate:
         (tmp_path / "config.json").write_text(json.dumps(settings))
         options = ("--checkpointing",) if setup.checkpointing else ()
         sizes = ("--batch", str(setup.batch), "--seq", str(setup.seq))
+        made = models.on_paper(str(tmp_path))
+        stock_can("step without numbers", lambda: paper.step(made, 1, 8))
         found = run("estimate", str(tmp_path), *sizes, *options, "--json").data
-        measured = MEASURED[setup]
+        # the torch of the file had products into fp32, and took no memory for making them otherwise
+        modes = ["stock", "patched"] if nvidia.MIXED_PRODUCTS else ["stock"]
         # of short inputs the workspace of cuBLAS is a part; gpt-oss, the one with eager attention, took 1.1 GB more on
         # the GPU than on paper, and why is not known
         most = 0.04 if "gpt-oss" in setup.shape else 0.02 if setup.seq == 512 else 0.01
-        for mode in ("stock", "patched"):
-            assert off_by(found[mode]["peak"] / 1e9, measured[mode]) < most, mode
+        for mode in modes:
+            assert off_by(found[mode]["peak"] / 1e9, MEASURED[setup][mode]) < most, mode
 
 
 def test_slow_paths_of_a_live_model() -> None:

@@ -34,3 +34,11 @@ def nothing_is_left_patched() -> None:
     if GlobalPatch._holds:
         gc.collect()
         GlobalPatch.settle()
+
+
+@pytest.fixture(scope="session")
+def one_graph() -> None:
+    """For tests of models in one graph: skips them where Dynamo cannot make one of HF's own code."""
+    from tests.transformers.here import stock_compiles
+
+    stock_compiles(fullgraph=True)

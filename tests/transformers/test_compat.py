@@ -101,10 +101,10 @@ class TestLazyPackage:
 
     def test_imports_nothing_heavy(self) -> None:
         program = (
-            "import sys, time, torch; began = time.perf_counter()\n"
+            "import sys, time, torch; began = time.process_time()\n"  # others may keep the machine busy
             "import liger_kernel.transformers, liger_kernel.ops.utils\n"
             "assert not {'triton', 'transformers', 'peft'} & sys.modules.keys()\n"
-            "print(time.perf_counter() - began)"
+            "print(time.process_time() - began)"
         )
         assert float(in_a_new_process(program)) < 0.5
 

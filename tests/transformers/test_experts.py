@@ -218,6 +218,7 @@ class TestExperts:
         kinds = {row.kind for row in liger_kernel.patch(model, mlp=False).rows}
         assert "experts" not in kinds
 
+    @pytest.mark.usefixtures("one_graph")
     def test_compiles_to_one_graph(self) -> None:
         model = mixture(dtype=torch.bfloat16)
         liger_kernel.patch(model)

@@ -151,6 +151,7 @@ class TestForeign:
                 if hasattr(one, "remove"):
                     one.remove()
 
+    @pytest.mark.usefixtures("one_graph")
     def test_compiled_with_a_hook_and_without(self, model: Any) -> None:
         torch._dynamo.reset()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -275,6 +276,7 @@ class TestAnotherHead:
             {k: v for k, v in vars(model).items() if k == "forward"},
         )
 
+    @pytest.mark.usefixtures("one_graph")
     def test_compiled_before_it_was_seen(self, model: Any) -> None:
         """Compiled code changes no classes, so the report says what to do."""
         torch._dynamo.reset()

@@ -190,6 +190,7 @@ def test_routers(
 
 def test_experts_of_a_mixture(calls: collections.Counter[str]) -> None:
     """Its own router, and experts by our op; hooks on these are called, and nothing stays in them."""
+    pytest.importorskip("transformers.integrations.moe")  # before, experts took other arguments
     stock = partial(build, experts_implementation="eager")  # others take no float64
     model = stock("gpt_oss").train()
     mixtures = [m for m in model.modules() if type(m) is hf_class("gpt_oss.GptOssMLP")]
@@ -261,7 +262,7 @@ def test_use_kernels(
 
 
 @needs_kernels
-def test_compiles_to_one_graph(registered: None) -> None:
+def test_compiles_to_one_graph(one_graph: None, registered: None) -> None:
     high, low = (step(build("llama", d), **batch())[1] for d in (torch.float64, torch.float32))
     model = build("llama").train()
     model.set_use_kernels(True)

@@ -302,7 +302,7 @@ def test_what_does_not_change_the_weights() -> None:
 
 
 @pytest.fixture
-def compiled() -> Any:
+def compiled(one_graph: None) -> Any:
     torch._dynamo.reset()
     model = patched()
     return model, torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -368,6 +368,7 @@ def test_exported_with_labels(compiled: Any) -> None:
     assert torch.equal(outputs.logits, expected.logits)
 
 
+@pytest.mark.usefixtures("one_graph")
 @pytest.mark.parametrize("logits", ["none", "real"])
 def test_compiled_with_other_options(logits: str) -> None:
     torch._dynamo.reset()

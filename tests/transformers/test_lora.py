@@ -20,6 +20,7 @@ from liger_kernel.ops import lora_mlp
 from liger_kernel.ops.lora_linear import lora_linear
 from liger_kernel.testing import assert_draws_no_worse, assert_no_worse
 from liger_kernel.transformers.patching import adapters
+from tests.transformers.here import stock_can
 from tests.transformers.steps import BATCHES, move, unrounded
 from tests.transformers.tiny import batch, build
 
@@ -322,6 +323,7 @@ class TestWhatIsLeftToPEFT:
             torch._dynamo.reset()
             return torch.compile(model, backend="eager", fullgraph=True)
 
+        stock_can("PEFT in one graph", lambda: step(compiled(adapted())))
         assert_as_peft(adapted, compiled=compiled, nodes=0)
 
 

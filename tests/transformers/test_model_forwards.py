@@ -165,7 +165,7 @@ def test_on_the_class(lce_forward: Any) -> None:
     assert str(model).count("LigerLMHead") == 1
 
 
-@pytest.mark.usefixtures("on_the_class")
+@pytest.mark.usefixtures("one_graph", "on_the_class")
 def test_compiled() -> None:
     torch._dynamo.reset()
     model = build("llama").train()

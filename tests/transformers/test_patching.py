@@ -122,6 +122,7 @@ def test_generate_gives_the_same_tokens(model_type: str) -> None:
     assert torch.equal(model.generate(**inputs, **arguments), expected)
 
 
+@pytest.mark.usefixtures("one_graph")
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
 def test_compiles_to_one_graph(model_type: str) -> None:
     """The fused loss stays fused (no logits come back), and the numbers stay the same."""
@@ -135,6 +136,7 @@ def test_compiles_to_one_graph(model_type: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("one_graph")
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3"])
 def test_compiled_layers_are_those_of_hf(model_type: str) -> None:
     """Inductor fuses HF's own code; other code for the same numbers made it launch more kernels."""

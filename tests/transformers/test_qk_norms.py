@@ -77,6 +77,7 @@ def test_through_an_entry_point(calls: Calls) -> None:
         assert not calls
 
 
+@pytest.mark.usefixtures("one_graph")
 def test_compiles_to_one_graph() -> None:
     model = build("qwen3")
     liger_kernel.patch(model)

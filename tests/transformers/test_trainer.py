@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 import liger_kernel
 from liger_kernel.testing import assert_draws_no_worse
 from liger_kernel.transformers.patching.state import state_of
-from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN, lacks
+from tests.transformers.here import TRAINER_PATCHES_AT_TRAIN, lacks, stock_compiles
 from tests.transformers.steps import focal, move, unrounded
 from tests.transformers.tiny import VOCAB, batch, build
 
@@ -141,6 +141,8 @@ NOT_FUSED: dict[str, dict[str, Any]] = {
 def test_training(setup: str, trainer: Make, calls: collections.Counter[str]) -> None:
     options = {**FUSED, **NOT_FUSED}[setup]
     compiled = setup == "compiled"  # modules are left to the compiler there
+    if compiled:
+        stock_compiles()
     plain = {} if compiled else options
     exact = {name: value for name, value in plain.items() if name != "bf16"}
 
@@ -239,6 +241,8 @@ def test_a_loss_of_ones_own_from_lazy_logits(
 ) -> None:
     """`liger_kernel.patch(model)`, and a Trainer that knows nothing of it."""
     exact = options if "bf16" not in options else {}
+    if "torch_compile" in options:
+        stock_compiles()
     plain = {} if "torch_compile" in options else options
 
     def run_of(patch: bool, dtype: torch.dtype, seed: int, **options: Any) -> dict[str, Tensor]:

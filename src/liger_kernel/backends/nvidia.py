@@ -19,6 +19,8 @@ ARCHITECTURES = {
     (10, 3): "blackwell_ultra",
     (12, 0): "blackwell_consumer",
 }
+#: what this torch multiplies into fp32 on a GPU, here or on paper
+MIXED_PRODUCTS = SIXTEEN_BITS if hasattr(torch.ops.aten.addmm, "dtype_out") else ()
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -47,7 +49,7 @@ def described(
         # cuBLAS loads one element at a time where rows are not whole vectors of 16 bytes: 174 instead of 38 ms for a
         # head of 8192x4096x128257 on an H100
         product_multiple=8,
-        mixed_products=SIXTEEN_BITS if hasattr(torch.ops.aten.addmm, "dtype_out") else (),
+        mixed_products=MIXED_PRODUCTS,
         exact_precision="tf32x3" if capability >= (8, 0) else "ieee",
         streams=torch.cuda,
         graphs=torch.cuda,
@@ -64,7 +66,7 @@ ON_PAPER = DeviceFacts(
     shared_memory=232_448,
     queues=True,
     product_multiple=8,
-    mixed_products=SIXTEEN_BITS,
+    mixed_products=MIXED_PRODUCTS,
 )
 BACKEND = Backend(
     "nvidia", ("cuda",), facts, implementation=TRITON, present=lambda: torch.version.hip is None

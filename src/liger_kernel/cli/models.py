@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernel.cli.answer import UserError
 
@@ -110,17 +110,34 @@ def inputs(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
     return given
 
 
-#: what HF's masks read of the numbers -> what it is for rows that are neither packed nor padded
-_ABOUT_MASKS = {"find_packed_sequence_indices": None, "fast_all": True}
+#: what HF reads of the numbers -> what it is for rows that are neither packed nor padded; older releases have others
+_OF_NUMBERS = {
+    "masking_utils.find_packed_sequence_indices": None,
+    "masking_utils.fast_all": True,
+    "modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": None,
+}
+
+
+def _autocast(device_type: str, *args: Any, **options: Any) -> Any:
+    """`torch.autocast`, which knows no meta device; older releases of transformers turn it off there."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.amp.autocast(device_type, *args, **options)
+
+
+def _all(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """`torch.all`, of which older releases of transformers learn that nothing is padded."""
+    if x.is_meta and not args and not options:
+        return torch.tensor(True, device="cpu")
+    return torch.Tensor.all(x, *args, **options)
 
 
 @contextlib.contextmanager
 def runnable() -> Iterator[None]:
     """Lets HF's forwards run without numbers, where these could only say that rows are neither packed nor padded."""
-    from transformers import masking_utils
-
     with contextlib.ExitStack() as stack:
-        for name, found in _ABOUT_MASKS.items():
-            if hasattr(masking_utils, name):
-                stack.enter_context(mock.patch.object(masking_utils, name, return_value=found))
+        stack.enter_context(mock.patch.multiple(torch, autocast=_autocast, all=_all))
+        for name, found in _OF_NUMBERS.items():
+            with contextlib.suppress(AttributeError):  # not in this release
+                stack.enter_context(mock.patch(f"transformers.{name}", return_value=found))
         yield
