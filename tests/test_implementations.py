@@ -218,7 +218,9 @@ def test_ops_of_several_products_call_it() -> None:
     for chosen in (None, "mine"):
         liger_kernel.set_impl(chosen)
         for name, block in blocks.items():
-            assert torch.equal(block(), of_seven) == (chosen == "mine"), name
+            torch._dynamo.reset()
+            for run in (block, torch.compile(block, backend="eager")):
+                assert torch.equal(run(), of_seven) == (chosen == "mine"), name
 
 
 def test_options_that_an_implementation_has_no_place_for() -> None:

@@ -79,7 +79,7 @@ def lora_mlp(
     """
     options = gate_options(activation, 1.0)
     tensors = (gate_weight, up_weight, down_weight, gate_a, gate_b, up_a, up_b, down_a, down_b)
-    if is_composed(x, *tensors):
+    if is_composed(x, *tensors) and not is_chosen("glu"):
         return reference.lora_mlp(x, *tensors, scaling=float(scaling), activation=activation)
     gate = Layer(gate_weight, None, [Adapter(gate_a, gate_b, float(scaling))])
     up = Layer(up_weight, None, [Adapter(up_a, up_b, float(scaling))])
