@@ -1,4 +1,4 @@
-"""The library imports anywhere: without triton, without transformers, without a GPU, and quickly."""
+"""The library imports anywhere: without triton, transformers or a GPU; and brings in nothing but torch and itself."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ MODULES = [
     )
     if importlib.util.find_spec(name) is not None
 ]
-MAX_SECONDS = 2.0
 
 PROGRAM = """
-import importlib.machinery, json, sys, time
+import importlib.machinery, json, sys
 
 blocked = set(sys.argv[1].split(","))
 
@@ -37,11 +36,9 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec_if_installed) 
 import torch
 
 before = set(sys.modules)
-began = time.perf_counter()
 for name in sys.argv[2].split(","):
     importlib.import_module(name)
 print(json.dumps({
-    "seconds": time.perf_counter() - began,
     "imported": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
     "cuda_started": torch.cuda.is_initialized(),
 }))
@@ -63,5 +60,4 @@ def test_imports(blocked: str) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["cuda_started"]
-    assert not {"triton", "transformers", "peft", "trl"} & set(found["imported"])
-    assert found["seconds"] < MAX_SECONDS
+    assert set(found["imported"]) - sys.stdlib_module_names == {"liger_kernel"}

@@ -88,7 +88,7 @@ def _worker(
     if on == "cuda":
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=5))
     store: Any = dist.distributed_c10d._get_default_store()
     found = {}
     for name, check in checks().items():
