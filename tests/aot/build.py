@@ -27,6 +27,8 @@ SPILLS = {
     "ops.norms.kernels:_norm_bwd": 2304,
     "ops.poly_norm:_poly_norm_bwd": 308,
     "ops.softmax:_softmax_bwd": 568,
+    "ops.sparsemax:_sparsemax_bwd": 868,
+    "ops.sparsemax:_sparsemax_fwd": 648,
 }
 MOST_THREADS = 1024
 

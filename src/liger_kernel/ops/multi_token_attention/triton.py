@@ -41,6 +41,9 @@ class Tile:
 
 # the interpreter's time is that of its steps, whatever a step holds
 CONVOLVE = WEIGH = Tile(16, 32, 64, warps=4) if INTERPRET else Tile(1, 128, 16, warps=4)
+# where the outputs of a position are many bytes, 128 positions spill up to 5.7 KB a thread; on Ampere 0.3 KB anyway
+CONVOLVE_HEAVY = CONVOLVE if INTERPRET else Tile(1, 64, 16, warps=4)
+WEIGH_HEAVY = WEIGH if INTERPRET else Tile(1, 32, 16, warps=4)
 #: programs of the gradient of the weight
 PROGRAMS = 1056
 
@@ -295,9 +298,10 @@ def _convolve_into(
     options: MultiTokenAttentionOptions,
     transposed: bool,
 ) -> None:
-    tile, groups = CONVOLVE, options.groups
+    groups = options.groups
     planes_x, planes_y = x.shape[1] // groups, y.shape[1] // groups
     outs = _outs(planes_y)
+    tile = CONVOLVE if outs * x.element_size() <= 128 else CONVOLVE_HEAVY
     n = y.shape[-1]
     tiles = cdiv(n, tile.rows) * cdiv(n, tile.cols)
     launch(
@@ -313,9 +317,11 @@ def _convolve_into(
 def _gradient_of_weight(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, options: MultiTokenAttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    tile, groups = WEIGH, options.groups
+    groups = options.groups
     planes_x, planes_y = x.shape[1] // groups, dy.shape[1] // groups
     outs, n = _outs(planes_y), dy.shape[-1]
+    light = outs * x.element_size() <= 32 and facts_of(x.device).architecture == "hopper"
+    tile = WEIGH if light else WEIGH_HEAVY
     n_tiles = dy.shape[0] * cdiv(n, tile.rows)
     n_outs, n_k = weight.shape[0], weight[0].numel()
     blocks = groups * cdiv(planes_y, outs) * cdiv(n_k, tile.inner)
