@@ -12,8 +12,9 @@ import torch
 
 import liger_kernel
 from benchmark.shapes import MODELS, STEPS
+from liger_kernel import backends
 from liger_kernel.backends import nvidia
-from liger_kernel.cli import inspection, models, paper
+from liger_kernel.cli import estimate, inspection, models, paper
 from liger_kernel.cli.paper import LiveBytes
 from liger_kernel.cli.slow_paths import slow_paths
 from tests.cli.conftest import Run
@@ -118,6 +119,15 @@ class TestInspect:
                 assert torch.mm(ones, ones.t()).dtype == torch.bfloat16
             assert not torch.all(ones == 0)
 
+    def test_a_request_by_name_changes_nothing(self, run: Run) -> None:
+        """Nobody computes on the meta device, whoever was asked for."""
+        with backends.use_implementation("triton"):
+            found = [run("inspect", "qwen3", "--json").data]
+            assert "computed by" not in run("inspect", "qwen3").out
+        found.append(run("inspect", "qwen3", "--json").data)
+        assert found[0] == found[1]
+        assert found[0]["step"] == "ran"
+
     def test_a_forward_that_cannot_run_is_told(self, run: Run) -> None:
         done = run("inspect", "blip")
         assert done.status == 0
@@ -134,6 +144,40 @@ class TestBadInput:
         done = run(command, str(where))
         assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
         assert str(where) in done.err
+
+    @pytest.mark.parametrize("command", ["inspect", "estimate", "doctor"])
+    @pytest.mark.parametrize(
+        ("name", "says"), [("", "''"), (" ", "' '"), ("a" * 300, "aaa...: File name too long")]
+    )
+    def test_what_is_no_name(self, run: Run, command: str, name: str, says: str) -> None:
+        done = run(command, name)
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert says in done.err
+
+    def test_a_folder_without_a_configuration(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is named; but one that has the name of a type, by chance, hides no type."""
+        done = run("inspect", str(tmp_path))
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert f"{tmp_path}: there is no config.json" in done.err
+        (tmp_path / "llama").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert run("inspect", "llama", "--json").data["model"] == "LlamaForCausalLM"
+
+    @pytest.mark.parametrize("named", [[5], ["Trainer"], ["AutoModel"], "LlamaModel"], ids=str)
+    def test_architectures_that_are_none(self, run: Run, config: Path, named: Any) -> None:
+        settings = json.loads((config / "config.json").read_text())
+        (config / "config.json").write_text(json.dumps({**settings, "architectures": named}))
+        assert run("inspect", str(config), "--json").data["model"] == "LlamaForCausalLM"
+
+    @pytest.mark.parametrize(("name", "rank"), [("mamba", 8), ("llama", 10**30)])
+    def test_adapters_that_cannot_be(self, run: Run, name: str, rank: int) -> None:
+        pytest.importorskip("peft")
+        done = run("estimate", name, "--lora", str(rank))
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert f"--lora {rank}: " in done.err
+        assert len(done.err) < 600  # no stack of C++
 
     def test_what_transformers_stumbles_over(
         self, run: Run, config: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,6 +321,22 @@ class TestEstimate:
         assert plain["stock"] < plain["patched"] < long / 1.5
         there = run(*arguments, "--long-context", "--seq", str(long)).data["patched"]["peak"]
         assert off_by(there, 4e9 - 2**30) < 0.01
+
+    @pytest.mark.parametrize("batch", [1, 2**16, 2**24])
+    def test_no_more_tokens_are_tried_than_may_be_asked_for(
+        self, batch: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a batch, or a memory, so large that paper would take hours."""
+        tried = []
+
+        def measured(model: Any, batch: int, seq: int, setup: Any) -> Any:
+            tried.append(batch * seq)
+            return estimate.Step(peak=batch * seq)
+
+        monkeypatch.setattr(estimate, "measured", measured)
+        found = estimate._longest(None, batch, estimate.Setup("adamw", False), 10**15)
+        assert max(tried, default=0) <= estimate.MOST_TOKENS
+        assert bool(found) == bool(tried) == (batch < 2**24)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_what_a_step_takes(self, checkpointing: bool) -> None:
