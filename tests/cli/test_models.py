@@ -14,7 +14,7 @@ import liger_kernel
 from benchmark.shapes import MODELS, STEPS
 from liger_kernel import backends
 from liger_kernel.backends import nvidia
-from liger_kernel.cli import estimate, inspection, models, paper
+from liger_kernel.cli import checks, estimate, inspection, models, paper
 from liger_kernel.cli.paper import LiveBytes
 from liger_kernel.cli.slow_paths import slow_paths
 from tests.cli.conftest import Run
@@ -381,6 +381,28 @@ class TestEstimate:
         most = 0.04 if "gpt-oss" in setup.shape else 0.02 if setup.seq == 512 else 0.01
         for mode in modes:
             assert off_by(found[mode]["peak"] / 1e9, MEASURED[setup][mode]) < most, mode
+
+
+@pytest.mark.parametrize("command", ["inspect", "estimate"])
+def test_what_the_page_shows(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of the answer that `docs/command-line.md` has, whatever rich draws between them."""
+    transformers = models._transformers()
+    if not transformers.__version__.startswith(checks.NEWEST["transformers"]):
+        pytest.skip("the page was written with the newest transformers that was tested")
+    if command == "estimate" and (torch.cuda.is_available() or not nvidia.MIXED_PRODUCTS):
+        pytest.skip("the page was written on a machine without a GPU, with a newer torch")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    Path("llama-3.2-1b").mkdir()
+    Path("llama-3.2-1b", "config.json").write_text(json.dumps(MODELS["llama-3.2-1b"]))
+    page = (RESULTS.parents[2] / "docs" / "command-line.md").read_text()
+    _, _, block = page.partition(f"$ liger_kernel {command} ")
+    given, *lines = block.partition("\n```")[0].splitlines()
+    said = [" ".join(line.split()) for line in run(command, *given.split()).out.splitlines()]
+    shown = [" ".join(line.split()) for line in lines if "not installed" not in line]
+    assert [line for line in shown if line not in said] == []
 
 
 def test_slow_paths_of_a_live_model() -> None:
