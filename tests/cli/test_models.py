@@ -256,6 +256,17 @@ class TestBadInput:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "512 tokens at most; --seq 513" in done.err
 
+    def test_why_the_hub_gives_nothing(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError("this repository is\ngated; log in")
+
+        monkeypatch.setattr(models._transformers().AutoConfig, "from_pretrained", refuse)
+        done = run("inspect", "some/thing", "--download")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "some/thing" in done.err
+        assert "from the hub: this repository is gated; log in" in done.err
+        assert "--download" not in done.err
+
     def test_nothing_is_downloaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any) -> Any:
             raise AssertionError("a connection")

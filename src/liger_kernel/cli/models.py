@@ -68,10 +68,12 @@ def config_of(model: str, download: bool) -> Any:
             raise UserError(
                 f"{model}: no configuration can be read: {raised}{said(error)}"
             ) from error
-        more = "" if download else " To look on the hub, add --download."
+        where_not = "no model in the cache of the hub. To look on the hub, add --download."
+        if download:  # no network, no such model, or one that asks for a token
+            where_not = f"cannot be had from the hub: {said(error)}"
         raise UserError(
-            f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and no "
-            f"model in the cache of the hub.{more}"
+            f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and "
+            f"{where_not}"
         ) from error
 
 
