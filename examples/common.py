@@ -74,11 +74,17 @@ def need(package: str, install: str) -> None:
         sys.exit(f"This example needs {package}: pip install {install}")
 
 
+def check_length(seq: int, there: int, unit: str) -> None:
+    if seq > there:
+        sys.exit(f"error: --seq {seq} is more than the text has: {there:,} {unit}")
+
+
 class Text(Dataset[dict[str, Tensor]]):
     """Files, or the source of a module of Python's library, in rows of `seq` bytes; the labels are the bytes."""
 
     def __init__(self, seq: int, files: Iterable[Path] = (Path(argparse.__file__),)) -> None:
         data = b"".join(file.read_bytes() for file in sorted(files))
+        check_length(seq, len(data), "bytes")
         self.rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
         self.rows = self.rows[: len(data) // seq * seq].view(-1, seq)
 

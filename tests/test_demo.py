@@ -190,6 +190,7 @@ def test_plot(modes: tuple[str, ...], tmp_path: Path) -> None:
         (["--shape", "huge"], "Unknown shape 'huge'; known: tiny, llama-3.2-1b"),
         (["--steps", "2", "--warmup", "2"], "nothing to time"),
         (["--vocabulary", "32001"], "does not fit tiny"),
+        (["--vocabulary", "256"], "--vocabulary 256 is below 257"),
         (["--batch", "0"], "--batch 0"),
         (["--text", "{empty}"], "No text found"),
     ],
@@ -203,6 +204,13 @@ def test_clear_errors(
     assert "error: " in error
     assert message in error
     assert "Traceback" not in error
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out"
+    assert demo.main(["--output", str(output), "--device", "cpu"]) == 2
+    assert f"{output} cannot be made" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named(

@@ -65,8 +65,9 @@ def unknown_commands(text: str, targets: set[str]) -> Findings:
                 findings += unknown_to(module, rest.split())
             elif not has_module(module):
                 findings.append(f"python -m {module}")
-        for rest in re.findall(r"^liger_kernel ([a-z][^|;&#]*)", line):
+        for rest in re.findall(r"^(?:\$ )?liger_kernel ([a-z][^|;&#]*)", line):
             findings += unknown_to("liger_kernel", rest.split())
+        findings += re.findall(r"^liger-kernel [a-z][\w-]*", line)  # the command has another name
     return findings
 
 
@@ -166,10 +167,12 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
         "`make nothing` `make test` `python -m benchmark walk` `python -m benchmark run --walk`"
     )
     commands += " `python -m liger_kernel no-such` `liger_kernel`"
+    commands += " `liger-kernel env`"
     commands += "\n```sh\nPYTHONPATH=src python3 -m tests.no_such  # make sense\nliger_kernel no-such\n```\n"
     assert unknown_commands(commands, {"test"}) == [
         "make sense", "python -m tests.no_such", "liger_kernel no-such",
         "make nothing", "benchmark walk", "benchmark run --walk", "liger_kernel no-such",
+        "liger-kernel env",
     ]  # fmt: skip
     assert missing_paths("`src/liger_kernel/none.py`, `tests/ops/<op>`, `docs/design.md`") == [
         "src/liger_kernel/none.py"

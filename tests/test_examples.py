@@ -238,6 +238,20 @@ def test_sizes_that_train_nothing(
     assert flags in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("example", ["moe", "finetuning.lora", "alignment.dpo"])
+def test_rows_that_are_longer_than_the_text(
+    example: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    if example == "finetuning.lora":
+        pytest.importorskip("peft")
+    more = ("--output", str(tmp_path)) if example.startswith("alignment") else ()
+    with pytest.raises(SystemExit, match="--seq 99999999 is more than the text has: "):
+        run(f"{example} --seq 99999999", monkeypatch, capsys, *more)
+
+
 def test_the_readme_lists_every_example() -> None:
     folder = ROOT / "examples"
     listed = set(re.findall(r"-m examples\.([\w.]+)", (folder / "README.md").read_text()))

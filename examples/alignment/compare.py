@@ -177,7 +177,9 @@ def compare(name: str, description: str | None, example_of: Callable[..., Exampl
     except text.DemoError as error:
         sys.exit(f"error: {error}")
     args.tokenizer_file = tokens_file.with_name("tokenizer.json")
-    example = example_of(args, torch.load(tokens_file))
+    tokens = torch.load(tokens_file)
+    common.check_length(args.seq, len(tokens) - 1, "tokens")
+    example = example_of(args, tokens)
     start = copy.deepcopy(example.model.state_dict())
     results = {}
     for mode in ("stock", "patched"):

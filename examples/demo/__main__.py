@@ -179,7 +179,7 @@ def show(run: Run, results: report.Results, command: str, files: dict[str, Path]
 def demo(args: argparse.Namespace, command: str) -> int:
     began = time.perf_counter()
     run = plan(args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    text.make_folder(args.output)
     text.check_free_disk(args.output)
     bar = tqdm(
         total=run.steps * len(args.modes),

@@ -19,10 +19,20 @@ MIN_TEXT_BYTES = 1_000_000
 #: tokenizer, tokens, losses, plots: 30 MB in all; leave some room
 MIN_FREE_BYTES = 200_000_000
 END_OF_FILE = "<|end|>"
+LEAST_VOCABULARY = 256 + 1
 
 
 class DemoError(Exception):
     """Something the user can put right; shown without a traceback."""
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(
+            f"{path} cannot be made ({error}). Name another folder with --output."
+        ) from error
 
 
 def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
@@ -87,12 +97,16 @@ def prepare(
     cache: Path, vocabulary: int, root: Path | None = None, min_bytes: int = MIN_TEXT_BYTES
 ) -> Path:
     """The file with the token ids of the text, made on the first call, found in `cache` on the next."""
+    if vocabulary < LEAST_VOCABULARY:
+        raise DemoError(
+            f"--vocabulary {vocabulary} is below {LEAST_VOCABULARY}: the bytes, and the end of a file."
+        )
     files = find_text(root, min_bytes)
     size = sum(path.stat().st_size for path in files)
     key = f"bpe-{vocabulary}-python-{platform.python_version()}-{len(files)}-files-{size}-bytes"
     tokens_file = cache / key / "tokens.pt"
     if not tokens_file.exists():
-        tokens_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(tokens_file.parent)
         check_free_disk(cache)
         tokens = tokenize(files, vocabulary, tokens_file.with_name("tokenizer.json"))
         unfinished = tokens_file.with_suffix(f".{os.getpid()}")

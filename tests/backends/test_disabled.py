@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +100,14 @@ def test_an_entry_for_something_else_does_nothing(changes: dict[str, str]) -> No
         assert computed_by().__name__ == "liger_kernel.ops.rms_norm.triton"
 
 
-@pytest.mark.parametrize("text", ["{", '{"op": 1}', '[{"op": "rms_norm"}]', "7"])
+NO_TEXT = json.dumps([dataclasses.asdict(disabled.Entry.here("a", "b", "c", "d")) | {"op": []}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "null", '{"op": 1}', '[{"op": "rms_norm"}]', "7", NO_TEXT, "[" * 100_000],
+    ids=lambda text: text[:20],
+)
 def test_a_file_that_cannot_be_read_is_told_and_disables_nothing(file: Path, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)
@@ -117,6 +127,19 @@ def test_no_entry_is_no_file(file: Path) -> None:
     write()
     assert not file.exists()
     assert disabled.read() == []
+
+
+def test_what_is_no_regular_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LIGER_KERNEL_DISABLED_FILE=/dev/null, in a container where the user may remove it."""
+    special = tmp_path / "special"
+    os.mkfifo(special)
+    monkeypatch.setenv(disabled.VARIABLE, str(special))
+    assert disabled.read() == []
+    write()
+    assert stat.S_ISFIFO(special.stat().st_mode)
+    with pytest.raises(OSError, match="no regular file"):
+        write(entry())
+    assert stat.S_ISFIFO(special.stat().st_mode)
 
 
 def test_the_file_lies_in_the_cache_of_the_user(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -21,7 +23,7 @@ def fits(text: str) -> bool:
 
 
 def test_help(run: Run, both: str) -> None:
-    for argv in ((), ("--help",), *((name, "--help") for name in app.COMMANDS)):
+    for argv in ((), ("--help",), ("-h",), *((name, "--help") for name in app.COMMANDS)):
         done = run(*argv)
         assert (done.status, done.err) == (0, "")
         assert fits(done.out)
@@ -126,6 +128,25 @@ def test_an_unknown_implementation_in_the_environment_is_one_line() -> None:
     assert "reference" in done.stderr
 
 
+def python(
+    *argv: str, stdout: str = os.devnull, plain: bool = False, setup: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`main(argv)` in a process of its own, where `env` answers with some text."""
+    program = f"""
+import sys
+if {plain}:
+    sys.modules["rich"] = None
+{setup}
+from liger_kernel.cli import app
+from liger_kernel.cli.answer import Answer
+app.COMMANDS["env"] = lambda: Answer({{}}, ["a line of text"] * 2000)
+sys.exit(app.main({argv}))
+"""
+    with open(stdout, "w") as out:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_reader_that_leaves_early(plain: bool) -> None:
     program = f"""
@@ -144,6 +165,46 @@ sys.exit(app.main(["env"]))
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_full_disk_is_one_line(plain: bool) -> None:
+    done = python("env", stdout="/dev/full", plain=plain)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "cannot be printed" in done.stderr
+    assert "No space left" in done.stderr
+
+
+def test_a_closed_output_is_no_traceback() -> None:
+    done = python("env", setup="sys.stdout = None")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_number_that_is_none_is_named(run: Run, both: str) -> None:
+    for text in ("abc", "", "1.5"):
+        done = run("estimate", "llama", "--batch", text)
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert f"{text!r}" in done.err
+        assert "--batch" in done.err
+
+
+def test_half_of_an_option_is_none(run: Run, both: str) -> None:
+    done = run("estimate", "llama", "--check")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "--check" in done.err
+
+
+def test_what_others_will_change_is_not_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def warned() -> Answer:
+        warnings.warn("deprecated in v6", FutureWarning, stacklevel=1)
+        warnings.warn("wrong now", UserWarning, stacklevel=1)
+        return Answer({}, ["done"])
+
+    monkeypatch.setitem(app.COMMANDS, "env", warned)
+    assert run("env").status == 0
+    assert [str(w.message) for w in recwarn] == ["wrong now"]
 
 
 def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,13 @@ def test_the_requested_implementation_is_measured(run: Run) -> None:
         assert run(*ONE, "--case", case, "--json").data["by"] == "triton"
 
 
+def test_a_request_that_nobody_serves_is_one_line(run: Run) -> None:
+    with backends.use_implementation("npu"):
+        done = run(*ONE)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "LIGER_KERNEL_IMPL='npu' cannot serve" in done.err
+
+
 def test_calls_take_turns() -> None:
     order: list[str] = []
     times = bench.rounds({name: lambda n=name: order.append(n) for name in "ab"}, "cpu")  # type: ignore[misc]

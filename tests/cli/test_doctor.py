@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import liger_kernel
+from liger_kernel import backends
 from liger_kernel.backends import disabled
 from liger_kernel.cli import checks
 from liger_kernel.cli.doctor import Diagnosis, doctor
@@ -139,6 +140,19 @@ def test_the_reference_left_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset LIGER_KERNEL_IMPL" in fault(doctor())
 
 
+def test_a_request_that_nobody_serves_here() -> None:
+    with backends.use_implementation("npu"):
+        assert "cannot serve" in fault(doctor())
+
+
+def test_a_variable_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGER_KERNEL_IMLP", "reference")
+    (found,) = doctor().findings
+    assert not found.fault
+    assert "LIGER_KERNEL_IMLP" in found.text
+    assert "LIGER_KERNEL_IMPL" in found.way_out
+
+
 def test_blocking_launches_left_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     assert "unset CUDA_LAUNCH_BLOCKING" in fault(doctor())
@@ -154,6 +168,9 @@ def test_an_op_that_selftest_disabled(disabled_file: Path) -> None:
     assert doctor().faults == ()
     disabled_file.write_text("{")
     assert "--reset" in fault(doctor())
+    disabled_file.unlink()
+    disabled_file.mkdir()  # which it does not remove
+    assert f"-> {disabled.VARIABLE}" in fault(doctor())
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ import torch
 
 import liger_kernel
 from benchmark.shapes import MODELS, STEPS
+from liger_kernel import backends
 from liger_kernel.backends import nvidia
-from liger_kernel.cli import inspection, models, paper
+from liger_kernel.cli import checks, estimate, inspection, models, paper
 from liger_kernel.cli.paper import LiveBytes
 from liger_kernel.cli.slow_paths import slow_paths
 from tests.cli.conftest import Run
@@ -118,6 +119,15 @@ class TestInspect:
                 assert torch.mm(ones, ones.t()).dtype == torch.bfloat16
             assert not torch.all(ones == 0)
 
+    def test_a_request_by_name_changes_nothing(self, run: Run) -> None:
+        """Nobody computes on the meta device, whoever was asked for."""
+        with backends.use_implementation("triton"):
+            found = [run("inspect", "qwen3", "--json").data]
+            assert "computed by" not in run("inspect", "qwen3").out
+        found.append(run("inspect", "qwen3", "--json").data)
+        assert found[0] == found[1]
+        assert found[0]["step"] == "ran"
+
     def test_a_forward_that_cannot_run_is_told(self, run: Run) -> None:
         done = run("inspect", "blip")
         assert done.status == 0
@@ -134,6 +144,40 @@ class TestBadInput:
         done = run(command, str(where))
         assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
         assert str(where) in done.err
+
+    @pytest.mark.parametrize("command", ["inspect", "estimate", "doctor"])
+    @pytest.mark.parametrize(
+        ("name", "says"), [("", "''"), (" ", "' '"), ("a" * 300, "aaa...: File name too long")]
+    )
+    def test_what_is_no_name(self, run: Run, command: str, name: str, says: str) -> None:
+        done = run(command, name)
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert says in done.err
+
+    def test_a_folder_without_a_configuration(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is named; but one that has the name of a type, by chance, hides no type."""
+        done = run("inspect", str(tmp_path))
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert f"{tmp_path}: there is no config.json" in done.err
+        (tmp_path / "llama").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert run("inspect", "llama", "--json").data["model"] == "LlamaForCausalLM"
+
+    @pytest.mark.parametrize("named", [[5], ["Trainer"], ["AutoModel"], "LlamaModel"], ids=str)
+    def test_architectures_that_are_none(self, run: Run, config: Path, named: Any) -> None:
+        settings = json.loads((config / "config.json").read_text())
+        (config / "config.json").write_text(json.dumps({**settings, "architectures": named}))
+        assert run("inspect", str(config), "--json").data["model"] == "LlamaForCausalLM"
+
+    @pytest.mark.parametrize(("name", "rank"), [("mamba", 8), ("llama", 10**30)])
+    def test_adapters_that_cannot_be(self, run: Run, name: str, rank: int) -> None:
+        pytest.importorskip("peft")
+        done = run("estimate", name, "--lora", str(rank))
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert f"--lora {rank}: " in done.err
+        assert len(done.err) < 600  # no stack of C++
 
     def test_what_transformers_stumbles_over(
         self, run: Run, config: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +256,17 @@ class TestBadInput:
         assert (done.status, done.err.count("\n")) == (2, 1)
         assert "512 tokens at most; --seq 513" in done.err
 
+    def test_why_the_hub_gives_nothing(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError("this repository is\ngated; log in")
+
+        monkeypatch.setattr(models._transformers().AutoConfig, "from_pretrained", refuse)
+        done = run("inspect", "some/thing", "--download")
+        assert (done.status, done.err.count("\n")) == (2, 1)
+        assert "some/thing" in done.err
+        assert "from the hub: this repository is gated; log in" in done.err
+        assert "--download" not in done.err
+
     def test_nothing_is_downloaded(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*args: Any) -> Any:
             raise AssertionError("a connection")
@@ -278,6 +333,22 @@ class TestEstimate:
         there = run(*arguments, "--long-context", "--seq", str(long)).data["patched"]["peak"]
         assert off_by(there, 4e9 - 2**30) < 0.01
 
+    @pytest.mark.parametrize("batch", [1, 2**16, 2**24])
+    def test_no_more_tokens_are_tried_than_may_be_asked_for(
+        self, batch: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a batch, or a memory, so large that paper would take hours."""
+        tried = []
+
+        def measured(model: Any, batch: int, seq: int, setup: Any) -> Any:
+            tried.append(batch * seq)
+            return estimate.Step(peak=batch * seq)
+
+        monkeypatch.setattr(estimate, "measured", measured)
+        found = estimate._longest(None, batch, estimate.Setup("adamw", False), 10**15)
+        assert max(tried, default=0) <= estimate.MOST_TOKENS
+        assert bool(found) == bool(tried) == (batch < 2**24)
+
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_what_a_step_takes(self, checkpointing: bool) -> None:
         """Counted on paper, and of a real step on the CPU, where the mask and the tables are beside it."""
@@ -321,6 +392,28 @@ class TestEstimate:
         most = 0.04 if "gpt-oss" in setup.shape else 0.02 if setup.seq == 512 else 0.01
         for mode in modes:
             assert off_by(found[mode]["peak"] / 1e9, MEASURED[setup][mode]) < most, mode
+
+
+@pytest.mark.parametrize("command", ["inspect", "estimate"])
+def test_what_the_page_shows(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every line of the answer that `docs/command-line.md` has, whatever rich draws between them."""
+    transformers = models._transformers()
+    if not transformers.__version__.startswith(checks.NEWEST["transformers"]):
+        pytest.skip("the page was written with the newest transformers that was tested")
+    if command == "estimate" and (torch.cuda.is_available() or not nvidia.MIXED_PRODUCTS):
+        pytest.skip("the page was written on a machine without a GPU, with a newer torch")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    Path("llama-3.2-1b").mkdir()
+    Path("llama-3.2-1b", "config.json").write_text(json.dumps(MODELS["llama-3.2-1b"]))
+    page = (RESULTS.parents[2] / "docs" / "command-line.md").read_text()
+    _, _, block = page.partition(f"$ liger_kernel {command} ")
+    given, *lines = block.partition("\n```")[0].splitlines()
+    said = [" ".join(line.split()) for line in run(command, *given.split()).out.splitlines()]
+    shown = [" ".join(line.split()) for line in lines if "not installed" not in line]
+    assert [line for line in shown if line not in said] == []
 
 
 def test_slow_paths_of_a_live_model() -> None:

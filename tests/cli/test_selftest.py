@@ -172,8 +172,50 @@ def test_a_file_that_cannot_be_written(
     monkeypatch.setenv(disabled.VARIABLE, str(tmp_path / "file" / "x.json"))
     plant(monkeypatch, relu_squared, off_by_a_little)
     done = run(*ONE)
-    assert (done.status, done.err.count("\n")) == (2, 1)
+    said = " ".join(done.out.split())
+    assert done.status == 1
+    assert "WRONG" in said  # it took minutes to find out
+    assert "cannot be written" in said
+    assert "They should be: relu_squared" in said
+    assert disabled.VARIABLE in said
+    data = run(*ONE, "--json").data
+    assert data["disabled"] == []
+    assert str(tmp_path) in data["refused"]
+
+
+def test_nothing_to_write_needs_no_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(disabled.VARIABLE, str(tmp_path / "file" / "x.json"))
+    assert run(*ONE, "--json").data["refused"] is None
+
+
+def test_a_folder_in_place_of_the_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(disabled.VARIABLE, str(tmp_path))
+    done = run(*ONE)
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert str(tmp_path) in done.err
+    assert "--reset" not in done.err  # which removes no folder
     assert disabled.VARIABLE in done.err
+    done = run("selftest", "--reset")
+    assert done.status == 0
+    assert "stays" in done.out
+
+
+def test_a_file_that_cannot_be_removed(
+    run: Run, disabled_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    disabled_file.write_text("[]")
+    monkeypatch.setattr(Path, "unlink", refused)
+    done = run("selftest", "--reset")
+    assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert f"{disabled_file} cannot be removed: not yours" in done.err
 
 
 def test_a_file_that_is_no_list_of_ops_stays(run: Run, disabled_file: Path) -> None:

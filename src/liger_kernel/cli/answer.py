@@ -11,6 +11,12 @@ class UserError(Exception):
     """What the user asked for cannot be done: one line on stderr, exit status 2."""
 
 
+def said(error: BaseException) -> str:
+    """What an error of somebody else says, in one line: its type where it says nothing, and no stack of PyTorch's."""
+    text = str(error).partition("Exception raised from ")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
 @dataclass(frozen=True)
 class Table:
     """`title` above, `columns` as its head (none: no head), cells that are text."""

@@ -134,15 +134,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         name, given, as_json = parsed
         with warnings.catch_warnings(record=as_json):  # nothing but JSON then, not even on stderr
+            # what other packages will change, and the user can do nothing about
+            warnings.simplefilter("ignore", FutureWarning)
             answer = COMMANDS[name](**given)
-        present(answer, as_json)
-        sys.stdout.flush()
+        return answer.status if _printed(answer, as_json) else 1
     except UserError as error:
         print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; Python flushes at exit, into nothing now
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt:
         return 130
-    return answer.status
+
+
+def _printed(answer: Answer, as_json: bool) -> bool:
+    try:
+        present(answer, as_json)
+        if sys.stdout is not None:  # None: closed by whoever started the process
+            sys.stdout.flush()
+    except OSError as error:  # a full disk; or, without a word, `| head` that has seen enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"{PROG}: the answer cannot be printed: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        return False
+    return True

@@ -127,6 +127,10 @@ def answer(op: str, case: Sequence[str] | None, dtype: str, no_compile: bool) ->
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; known: {', '.join(DTYPES)}")
     spec, device_type = known[op], utils.infer_device()
+    try:
+        by, why = backends.serving(COMPUTED_BY.get(op, op), device_type, backends.requested())
+    except RuntimeError as error:  # LIGER_KERNEL_IMPL asks for what is not here
+        raise UserError(str(error)) from error
     chosen = cases_of(spec, device_type, case)
     found = [
         measure(spec, one, DTYPES[dtype], device_type, not no_compile)
@@ -136,7 +140,6 @@ def answer(op: str, case: Sequence[str] | None, dtype: str, no_compile: bool) ->
     title = f"{op}, forward and backward, {dtype}, on {device}"
     rows = [row for one in found for row in _rows(one)]
     columns = ["case", "by", "ms", "ours is", "rate", "peak memory"]
-    by, why = backends.serving(COMPUTED_BY.get(op, op), device_type, backends.requested())
     how = f"Medians of rounds in which they take turns, launches and warm caches included. Ours is computed by: {by}"
     how += f", since the kernels are disabled ({why})." if why else "."
     return Answer(

@@ -21,6 +21,8 @@ OLDEST = {"torch": "2.6", "triton": "3.2", "transformers": "4.57"}
 NEWEST = {"transformers": "5.24"}
 #: the first numpy that breaks the interpreter of triton, up to this release of triton
 _NUMPY, _TRITON = (2, 4), (3, 6)
+#: that the library reads; the last one while the tests run
+VARIABLES = ("LIGER_KERNEL_IMPL", disabled.VARIABLE, "LIGER_KERNEL_RATIOS")
 #: device files of GPUs, where torch may see none
 GPU_FILES = ("/dev/nvidia0", "/dev/kfd")
 
@@ -85,6 +87,14 @@ def requests() -> Iterator[Finding]:
     if name == backends.REFERENCE:
         text = "LIGER_KERNEL_IMPL=reference is set: plain PyTorch computes every op"
         yield Finding("LIGER_KERNEL_IMPL", text, "unset LIGER_KERNEL_IMPL")
+    try:
+        backends.implementation_for(utils.infer_device(), backends.requested())
+    except RuntimeError as error:
+        yield Finding("LIGER_KERNEL_IMPL", str(error), "unset LIGER_KERNEL_IMPL")
+    for name in sorted(os.environ):
+        if name.startswith("LIGER_KERNEL_") and name not in VARIABLES:
+            text = f"{name} is set, and this library reads no variable of that name"
+            yield Finding(name, text, f"those it reads: {', '.join(VARIABLES)}", fault=False)
     if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
         text = "CUDA_LAUNCH_BLOCKING=1 is set: the host waits for every kernel"
         yield Finding("CUDA_LAUNCH_BLOCKING", text, "unset CUDA_LAUNCH_BLOCKING")
@@ -93,8 +103,8 @@ def requests() -> Iterator[Finding]:
 def disabled_ops() -> Iterator[Finding]:
     try:
         entries = disabled.read()
-    except ValueError as error:
-        yield Finding("disabled ops", str(error), "liger_kernel selftest --reset")
+    except disabled.Unreadable as error:
+        yield Finding("disabled ops", error.text, error.way_out)
         return
     for entry in entries:
         if entry.applies():

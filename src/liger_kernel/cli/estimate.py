@@ -16,6 +16,7 @@ lengths, and then of the second and where that line ended.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from liger_kernel import backends, utils
 from liger_kernel.backends import nvidia
 from liger_kernel.cli import models, paper
-from liger_kernel.cli.answer import Answer, Table, UserError, size
+from liger_kernel.cli.answer import Answer, Table, UserError, said, size
 from liger_kernel.transformers.patching import patch
 from liger_kernel.transformers.patching.savings import text_setting
 from liger_kernel.transformers.patching.sites.loss import loss_sites
@@ -111,10 +112,9 @@ def measured(model: Any, batch: int, seq: int, setup: Setup) -> Step:
             raise UserError(
                 f"{type(model).__name__} takes {most} tokens at most; --seq {seq} is above"
             ) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"the activations of {type(model).__name__} cannot be counted: without weights, and on {batch} x {seq} "
-            f"tokens of text alone, its forward raises: {reason}"
+            f"tokens of text alone, its forward raises: {said(error)}"
         ) from error
     found.peak = found.weights + found.optimizer + passing + setup.whole(model)
     return found
@@ -133,8 +133,17 @@ def _with_lora(model: Any, rank: int) -> Any:
     except ImportError as error:
         raise UserError("--lora needs PEFT: pip install peft") from error
     dtype = model.dtype
-    with torch.device("meta"):
-        made = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that PEFT mends by itself
+            made = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    except (
+        Exception
+    ) as error:  # no linears, linears that PEFT leaves alone, a rank beyond all bounds
+        name = type(model).__name__
+        raise UserError(
+            f"--lora {rank}: PEFT puts no adapters into {name}: {said(error)}"
+        ) from error
     return made.to(dtype)
 
 
@@ -156,12 +165,14 @@ def steps(
 
 def _longest(model: Any, batch: int, setup: Setup, room: int) -> int:
     """0 where not even the weights fit, where the model takes no sequences of these lengths, or for no `room`."""
-    if not room:
+    most = MOST_TOKENS // batch
+    if not room or most < 2:
         return 0
+    lengths = min(LENGTHS[0], most // 2), min(LENGTHS[1], most)
     try:
-        (x, low), (at, high) = ((n, measured(model, batch, n, setup).peak) for n in LENGTHS)
+        (x, low), (at, high) = ((n, measured(model, batch, n, setup).peak) for n in lengths)
         guess = _meets(x, low, at, high, room - BESIDE)
-        if guess > at:  # and what was the peak there may be another one here
+        if at < guess <= most:  # and what was the peak there may be another one here
             again = measured(model, batch, guess, setup).peak
             guess = _meets(at, high, guess, again, room - BESIDE)
     except UserError:

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from liger_kernel.cli.answer import UserError
+from liger_kernel.cli.answer import UserError, said
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 #: classes of transformers that make a model of a configuration, the likeliest first
@@ -42,11 +42,18 @@ def config_of(model: str, download: bool) -> Any:
     Without `download` one of the hub has to be in the cache. No code of a repository is run.
     """
     transformers = _transformers()
-    if not Path(model).exists() and model in transformers.CONFIG_MAPPING:
+    there = _is_there(model)
+    if there and Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        there = model not in transformers.CONFIG_MAPPING  # else by chance a folder of that name
+        if there:
+            raise UserError(
+                f"{model}: there is no config.json in this folder; give one that save_pretrained has written"
+            )
+    if not there and model in transformers.CONFIG_MAPPING:
         try:
             return transformers.AutoConfig.for_model(model)
         except Exception as error:  # a type that is put together from others
-            raise UserError(f"{model}: its configuration has no defaults: {error}") from error
+            raise UserError(f"{model}: its configuration has no defaults: {said(error)}") from error
     where = {"local_files_only": not download, "trust_remote_code": False}
     try:
         return transformers.AutoConfig.from_pretrained(model, **where)
@@ -56,21 +63,40 @@ def config_of(model: str, download: bool) -> Any:
                 f"{model} has code of its own, which no command runs. In Python: liger_kernel.patch(model) of the "
                 "loaded model prints the same report, and liger_kernel.doctor(model) examines it."
             ) from error
-        if Path(model).exists():
+        if there:
             raised = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-            raise UserError(f"{model}: no configuration can be read: {raised}{error}") from error
-        more = "" if download else " To look on the hub, add --download."
+            raise UserError(
+                f"{model}: no configuration can be read: {raised}{said(error)}"
+            ) from error
+        where_not = "no model in the cache of the hub. To look on the hub, add --download."
+        if download:  # no network, no such model, or one that asks for a token
+            where_not = f"cannot be had from the hub: {said(error)}"
         raise UserError(
-            f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and no "
-            f"model in the cache of the hub.{more}"
+            f"{model} is no folder, no config.json, no model type of transformers {transformers.__version__}, and "
+            f"{where_not}"
         ) from error
+
+
+def _is_there(model: str) -> bool:
+    """Whether it is a file or a folder. Raises: UserError for what cannot be the name of anything."""
+    if not model.strip():
+        raise UserError(
+            f"MODEL is {model!r}; give a folder, a config.json, a model type or a model of the hub"
+        )
+    try:
+        return Path(model).exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder of somebody else
+        reason = getattr(error, "strerror", None) or said(error)
+        shown = model if len(model) <= 80 else f"{model[:80]}..."
+        raise UserError(f"{shown}: {reason}") from error
 
 
 def _class_of(config: Any) -> Any:
     transformers = _transformers()
     for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, str(name), None)
+        if hasattr(found, "_from_config"):
+            return found
     first = "AutoModelForCausalLM"
     if getattr(config, "is_encoder_decoder", False):
         first = "AutoModelForSeq2SeqLM"
@@ -94,7 +120,7 @@ def on_paper(model: str, download: bool = False, dtype: torch.dtype = torch.bflo
         with torch.device("meta"):
             made = cls._from_config(config, dtype=dtype)
     except Exception as error:  # whatever a configuration is bad for
-        raise UserError(f"{model}: {cls.__name__} cannot be built: {error}") from error
+        raise UserError(f"{model}: {cls.__name__} cannot be built: {said(error)}") from error
     return made.train()
 
 

@@ -83,7 +83,9 @@ def _has_typer() -> bool:
 def _by_typer(commands: dict[str, Command], argv: list[str]) -> tuple[str, dict[str, Any]] | None:
     import typer
 
-    app = typer.Typer(help=HELP, add_completion=False)
+    app = typer.Typer(
+        help=HELP, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
 
     @app.callback()
     def several() -> None:
@@ -107,7 +109,14 @@ def _for_typer(name: str, command: Command) -> Command:
 
     made = []
     for p in parameters(command):
-        how = typer.Argument(help=p.help) if p.is_argument else typer.Option(p.flag, help=p.help)
+        kind: dict[str, Any] = {}
+        if p.type is int:
+            kind = {"parser": _whole_number, "metavar": "INTEGER"}
+        how = (
+            typer.Argument(help=p.help, **kind)
+            if p.is_argument
+            else typer.Option(p.flag, help=p.help, **kind)
+        )
         made.append(
             inspect.Parameter(
                 p.name,
@@ -121,7 +130,20 @@ def _for_typer(name: str, command: Command) -> Command:
     return parsed
 
 
+def _whole_number(text: str | int) -> int:
+    """An int; its error names what was given, which that of newer releases of typer does not."""
+    import typer
+
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no whole number") from error
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "allow_abbrev": False})  # as typer has it
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[:1].upper()}{message[1:]}")
 

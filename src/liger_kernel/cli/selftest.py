@@ -21,7 +21,7 @@ import torch
 from liger_kernel import backends, utils
 from liger_kernel.backends import disabled
 from liger_kernel.backends.triton import DEVICE_TYPES, INTERPRET
-from liger_kernel.cli.answer import Answer, Table, UserError
+from liger_kernel.cli.answer import Answer, Table, UserError, said
 from liger_kernel.cli.models import DTYPES
 from liger_kernel.cli.present import track
 from liger_kernel.ops import COMPUTED_BY
@@ -136,8 +136,7 @@ def _tested(todo: Iterable[_Run], device_type: str) -> list[Result]:
                 _compare(run, device_type, again=not result.failed)
         except Exception as error:  # whatever a compiler or a driver raises is a verdict
             result.failed += 1
-            text = " ".join(str(error).split()) or type(error).__name__
-            result.why = result.why or f"{run}: {text}"
+            result.why = result.why or f"{run}: {said(error)}"
             if not _is_alive(device_type):
                 break
         else:
@@ -213,8 +212,13 @@ def _all_enabled() -> Iterator[None]:
         backends.forget()
 
 
-def record(results: Sequence[Result], device_type: str) -> list[disabled.Entry]:
-    """Write down what is wrong, and strike out what is right now; returns what is disabled here."""
+def record(
+    results: Sequence[Result], device_type: str
+) -> tuple[list[disabled.Entry], OSError | None]:
+    """Write down what is wrong, and strike out what is right now.
+
+    Returns: what is disabled here, and why that could not be written, if so.
+    """
     names = {backends.facts_of(device).name for device in backends.devices_of(device_type)}
     ran = {(COMPUTED_BY.get(r.op, r.op), r.implementation) for r in results if r.passed or r.failed}
     kept = [
@@ -229,14 +233,27 @@ def record(results: Sequence[Result], device_type: str) -> list[disabled.Entry]:
                     op, result.implementation, name, f"{result.op}, {result.why}"
                 )
                 new.setdefault((op, name), entry)
+    refused = None
     try:
         disabled.write([*kept, *new.values()])
-    except OSError as error:
-        raise UserError(
-            f"{disabled.path()} cannot be written ({error}); name another file by {disabled.VARIABLE}."
-        ) from error
+    except OSError as error:  # the verdicts, which took minutes, are told all the same
+        refused = error
     backends.forget()
-    return list(new.values())
+    return list(new.values()), refused
+
+
+def _reset() -> Answer:
+    path = disabled.path()
+    try:
+        there = path.is_file()
+        disabled.write([])
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error}") from error
+    backends.forget()
+    text = f"{path} is removed." if there else f"There is no {path}; no op is disabled."
+    if not there and path.exists():
+        text = f"{path} is no regular file, and stays; no op is disabled."
+    return Answer({"removed": there, "file": str(path)}, [text])
 
 
 def _chosen(given: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
@@ -250,12 +267,7 @@ def answer(
     op: Sequence[str] | None, dtype: Sequence[str] | None, interpret: bool, reset: bool, jobs: int
 ) -> Answer:
     if reset:
-        path = disabled.path()
-        there = path.is_file()
-        disabled.write([])
-        backends.forget()
-        text = f"{path} is removed." if there else f"There is no {path}; no op is disabled."
-        return Answer({"removed": there, "file": str(path)}, [text])
+        return _reset()
     if interpret and not INTERPRET:
         raise UserError("--interpret came too late: set TRITON_INTERPRET=1 before Python starts")
     try:
@@ -272,7 +284,7 @@ def answer(
         jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if compiling else 1
     started = time.monotonic()
     results = test(ops, dtypes, device_type, INTERPRET, jobs)
-    entries = record(results, device_type)
+    entries, refused = record(results, device_type)
     failed = [r for r in results if r.failed]
     missing = sorted({r.op for r in results if not (r.passed or r.failed)})
     names = sorted({backends.facts_of(d).name for d in backends.devices_of(device_type)})
@@ -286,15 +298,21 @@ def answer(
         parts.append(
             f"Not run, since the device does not answer any more or a process died: {', '.join(missing)}."
         )
-    if entries:
-        wrong = ", ".join(sorted({e.op for e in entries}))
+    wrong = ", ".join(sorted({e.op for e in entries})) or "none"
+    if refused is not None:
+        parts.append(
+            f"{disabled.path()} cannot be written ({refused}), so that the ops computed by the reference are those of "
+            f"before. They should be: {wrong}. {disabled.VARIABLE} names another file."
+        )
+    elif entries:
         parts.append(
             f"Computed by the reference from now on: {wrong}. {disabled.path()} says so; {disabled.RESET}"
         )
     data = {
         "devices": names,
         "results": [asdict(r) for r in results],
-        "disabled": [asdict(e) for e in entries],
+        "disabled": [] if refused else [asdict(e) for e in entries],
+        "refused": None if refused is None else str(refused),
         "file": str(disabled.path()),
     }
-    return Answer(data, parts, status=int(bool(failed or missing)))
+    return Answer(data, parts, status=int(bool(failed or missing or refused)))

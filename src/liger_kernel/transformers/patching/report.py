@@ -108,10 +108,14 @@ class PatchReport:
         return 0 if self.forecast is None else self.forecast(self.of, batch * seq)
 
     def title(self) -> str:
-        """What stands above the table."""
+        """What stands above the table; without who computes it for a model on the meta device, where nobody does."""
         title = f"{self.model}: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
         first = next(self.of.parameters(), None) if self.of is not None else None
-        return title if first is None else f"{title}, computed by {computed_by(first.device.type)}"
+        return (
+            title
+            if first is None or first.is_meta
+            else f"{title}, computed by {computed_by(first.device.type)}"
+        )
 
     def lines(self) -> list[tuple[str, str, str, str]]:
         """The table: equal layers share a line."""
