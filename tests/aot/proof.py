@@ -81,7 +81,7 @@ def launches(request: Request, op: str, dtype: torch.dtype) -> dict[Variant, str
 def recorded(request: Request, found: dict[Variant, str]) -> Recorded:
     chosen = list(found) if request.everything else cover(found, request.target.meet)
     launches = [Launch(v, request.target, found[v], key_of(v, request.target)) for v in chosen]
-    idle = [] if request.ops else record.never_launched(found)
+    idle = [] if request.ops else record.never_launched(found, request.target.name)
     return Recorded(launches, len(found), idle)
 
 

@@ -173,8 +173,22 @@ def launches(target: Target, spec: Any, dtype: torch.dtype) -> dict[Variant, str
     return found
 
 
-def never_launched(found: Iterable[Variant]) -> list[str]:
-    """Functions of the kernel files that are neither a kernel in `found` nor named by another function there."""
+#: kernels that are launched on some targets alone
+ONLY_ON = {
+    "liger_kernel.ops.fused_moe.kernels:spread": (
+        "sm_90",
+        "sm_100",
+    ),  # where experts take large tiles
+    "liger_kernel.ops.softmax.triton:_softmax_shared_bwd": ("sm_90",),  # whose programs share a row
+    "liger_kernel.ops.softmax.triton:_softmax_shared_fwd": ("sm_90",),
+}
+
+
+def never_launched(found: Iterable[Variant], target: str) -> list[str]:
+    """Functions of the kernel files that are neither a kernel in `found` nor named by another function there.
+
+    Without those that are for other targets.
+    """
     from triton.runtime.jit import JITFunction
 
     modules = {v.module: importlib.import_module(v.module) for v in found}
@@ -189,5 +203,6 @@ def never_launched(found: Iterable[Variant]) -> list[str]:
     return sorted(
         f"{module}:{name}"
         for module, name in functions.keys() - launched
-        if not any(re.search(rf"\b{name}\b", src) for at, src in sources if at != (module, name))
+        if target in ONLY_ON.get(f"{module}:{name}", (target,))
+        and not any(re.search(rf"\b{name}\b", src) for at, src in sources if at != (module, name))
     )

@@ -115,15 +115,22 @@ class RowTile:
     @staticmethod
     @functools.cache
     def of(
-        n_cols: int, most_warps: int, elements: int, longest: int, walked: int, per_thread: int
+        n_cols: int,
+        most_warps: int,
+        elements: int,
+        longest: int,
+        walked: int,
+        per_thread: int,
+        walked_per_thread: int = 0,
     ) -> RowTile:
         """Of rows up to `longest` as many as make `elements`, of longer ones a block of `walked`.
 
-        `per_thread`: elements in each thread.
+        `per_thread`: elements in each thread; `walked_per_thread`: of the longer rows, if not as many.
         """
         looped = n_cols > longest
         block = walked if looped else next_power_of_2(n_cols)
         rows = 1 if looped else max(1, elements // block)
+        per_thread = (looped and walked_per_thread) or per_thread
         warps = min(most_warps, max(4, rows * block // (32 * per_thread)))
         return RowTile(rows, block, warps, looped)
 

@@ -19,7 +19,13 @@ from liger_kernel.backends.triton import INTERPRET
 from liger_kernel.ops.modulated_rms_norm.contract import ModulatedRMSNormOptions
 
 #: as for the other norms: a row that does not fit the registers is read twice
-FORWARD = {"elements": 4096, "longest": 16384, "walked": 8192, "per_thread": 32}
+FORWARD = {
+    "elements": 4096,
+    "longest": 16384,
+    "walked": 8192,
+    "per_thread": 32,
+    "walked_per_thread": 16,  # 32 spill 1.2 KB
+}
 STAGES = 3  # of backward
 #: tile of the kernel that adds up what backward left in parts; the interpreter pays per program
 _END_ROWS, _END_COLS = (64, 1024) if INTERPRET else (256, 16)

@@ -94,8 +94,9 @@ class BackwardConfig:
             return BackwardConfig(1, block, 16, processors, 1)
         # two sums of more than 16384 numbers spill up to 3 KiB a thread as compiled for sm_80, 0.4 KiB for others
         most_sums = 40960 if facts.architecture in ("hopper", "") else 32768
-        # H200, RMSNorm 2048x32768: 0.180 ms, with two kernels 0.199
-        longest = 32768 if facts.architecture == "hopper" else 24576
+        # H200, RMSNorm 2048x32768 in bf16: 0.180 ms, with two kernels 0.199; in fp32 3.4 KB a thread would spill
+        one = facts.architecture == "hopper" and bytes_per_column <= 6
+        longest = 32768 if one else 24576
         if n_cols <= longest and 0 < n_sums * n_cols <= most_sums:
             warps = facts.most_warps if n_sums * n_cols <= 16384 else 16
             return BackwardConfig(1, block, warps, processors, 1, reload=True)
