@@ -264,7 +264,7 @@ def test_a_loss_of_ones_own_from_lazy_logits(
         assert fused_losses(calls) >= STEPS
         return ours, high, low
 
-    assert_draws_no_worse(draw, last=16)
+    assert_draws_no_worse(draw)
 
 
 def test_resuming_from_a_checkpoint(trainer: Make) -> None:
